@@ -1,0 +1,210 @@
+"""What a model is and how the engine runs it: frozen value objects, validated once, no torch.
+
+A DecoderConfig is data: a family (models/families) maps a Hugging Face `config.json` to it and the one
+decoder (models/decoder.py) executes it. EngineConfig and its parts are what a user sets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from paceline.errors import UsageError
+
+# ---------------------------------------------------------------------------------------------- the model
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched. `kind` "linear" uses `factor` alone; "llama3" (Llama 3.1's rule)
+    interpolates between `factor` and 1 for wavelengths between original_max/low and original_max/high."""
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding (Su et al., 2021), the half-split ("NeoX") arrangement over the first `dim` of a head."""
+
+    theta: float
+    dim: int
+    scaling: RopeScaling | None = None
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float  # multiplies q.k; 1/sqrt(head_dim) for most, query_pre_attn_scalar**-0.5 for Gemma
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: bool = False  # RMS norm over each head of q and k, before RoPE (Qwen3, Gemma 3)
+    soft_cap: float | None = None  # cap * tanh(score / cap), Gemma 2
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise UsageError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}: config.json is inconsistent"
+            )
+
+
+@dataclass(frozen=True)
+class MlpConfig:
+    intermediate_size: int
+    activation: Literal["silu", "gelu_tanh", "gelu"] = "silu"
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class NormConfig:
+    """RMS norm. `unit_offset`: the stored weight is w and the norm multiplies by 1 + w (Gemma)."""
+
+    eps: float
+    unit_offset: bool = False
+
+
+@dataclass(frozen=True)
+class ResidualConfig:
+    """`post_norms`: a second norm after attention and after the MLP, before the residual add (Gemma 2/3's sandwich)."""
+
+    post_norms: bool = False
+
+
+@dataclass(frozen=True)
+class KVGroup:
+    """Layers that share one block table: all that see the whole context, or all that see the same window."""
+
+    name: str
+    layers: tuple[int, ...]
+    window: int | None  # tokens a query sees, itself included; None sees all
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """All that distinguishes one decoder-only transformer from another. Sizes in elements, lengths in tokens."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    max_position: int
+    attention: AttentionConfig
+    rope: RopeConfig
+    mlp: MlpConfig
+    norm: NormConfig
+    residual: ResidualConfig = ResidualConfig()
+    windows: tuple[int | None, ...] = ()  # a layer's sliding window, None for full; () means full everywhere
+    window_rope: RopeConfig | None = None  # rotary of the windowed layers, where it differs (Gemma 3)
+    tie_embeddings: bool = False
+    embedding_scale: float = 1.0
+    logit_soft_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.windows and len(self.windows) != self.num_layers:
+            raise UsageError(f"{len(self.windows)} layer windows for {self.num_layers} layers: config.json is inconsistent")
+        if len({w for w in self.windows if w is not None}) > 1:
+            raise UsageError("layers with sliding windows of different lengths are not supported")
+
+    def window(self, layer: int) -> int | None:
+        return self.windows[layer] if self.windows else None
+
+    def rope_of(self, layer: int) -> RopeConfig:
+        if self.window(layer) is not None and self.window_rope is not None:
+            return self.window_rope
+        return self.rope
+
+    @property
+    def kv_groups(self) -> tuple[KVGroup, ...]:
+        """The full group first, then the window group; a group without layers is left out."""
+        by_window: dict[int | None, list[int]] = {}
+        for layer in range(self.num_layers):
+            by_window.setdefault(self.window(layer), []).append(layer)
+        ordered = sorted(by_window.items(), key=lambda item: item[0] is not None)
+        return tuple(
+            KVGroup("full" if window is None else "window", tuple(layers), window) for window, layers in ordered
+        )
+
+
+# --------------------------------------------------------------------------------------------- the engine
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """`num_blocks`: blocks a KV group, the null block not counted; None lets sizing.py choose from memory."""
+
+    block_size: int = 16
+    num_blocks: int | None = None
+    enable_prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise UsageError(f"block_size must be at least 1, got {self.block_size}")
+        if self.num_blocks is not None and self.num_blocks < 1:
+            raise UsageError(f"num_blocks must be at least 1, got {self.num_blocks}")
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """`max_num_batched_tokens` is the token budget of one step, prefill chunks, decodes and drafts together.
+    `max_chunk`: the longest prefill chunk of one request, None for the whole budget."""
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    max_chunk: int | None = None
+    policy: Literal["fcfs", "priority"] = "fcfs"
+
+    def __post_init__(self) -> None:
+        if self.max_num_seqs < 1:
+            raise UsageError(f"max_num_seqs must be at least 1, got {self.max_num_seqs}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise UsageError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}): every running request needs one token a step"
+            )
+        if self.max_chunk is not None and self.max_chunk < 1:
+            raise UsageError(f"max_chunk must be at least 1, got {self.max_chunk}")
+        if self.policy not in ("fcfs", "priority"):
+            raise UsageError(f"policy must be 'fcfs' or 'priority', got {self.policy!r}")
+
+
+@dataclass(frozen=True)
+class SpeculativeConfig:
+    """n-gram prompt lookup: the longest suffix of `prompt_lookup_min..max` tokens seen before proposes what followed it."""
+
+    method: Literal["ngram"] = "ngram"
+    num_speculative_tokens: int = 4
+    prompt_lookup_min: int = 2
+    prompt_lookup_max: int = 4
+
+    def __post_init__(self) -> None:
+        if self.method != "ngram":
+            raise UsageError(f"unknown speculative method {self.method!r}; known: 'ngram'")
+        if self.num_speculative_tokens < 1:
+            raise UsageError(f"num_speculative_tokens must be at least 1, got {self.num_speculative_tokens}")
+        if not 1 <= self.prompt_lookup_min <= self.prompt_lookup_max:
+            raise UsageError(
+                f"need 1 <= prompt_lookup_min <= prompt_lookup_max, got {self.prompt_lookup_min} and {self.prompt_lookup_max}"
+            )
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How a loaded model is run. `async_depth`: how many steps schedule() may run ahead of update()."""
+
+    max_model_len: int
+    seed: int = 0
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    speculative: SpeculativeConfig | None = None
+    async_depth: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_model_len < 1:
+            raise UsageError(f"max_model_len must be at least 1, got {self.max_model_len}")
+        if self.async_depth not in (0, 1, 2):
+            raise UsageError(f"async_depth must be 0, 1 or 2, got {self.async_depth}")

@@ -1,0 +1,48 @@
+"""All that a forward pass sees: tokens, positions, and where their keys and values live. Nothing is hidden in globals.
+
+Shapes: T tokens of the step, R requests of the step, B blocks of the longest block table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class GroupMetadata:
+    """Where one KV group (config.KVGroup) keeps this step's tokens."""
+
+    block_tables_RB: torch.Tensor  # int32; rows padded with the null block 0
+    slot_mapping_T: torch.Tensor  # int64; token t's key goes to slot block * block_size + offset
+    window: int | None
+
+
+@dataclass(frozen=True)
+class AttentionMetadata:
+    """The ragged batch: request r owns tokens query_starts[r]:query_starts[r+1], which are its last ones, and
+    attends over its `seq_lens[r]` tokens (those of this step included). Host ints, so that no device is asked."""
+
+    query_starts: Sequence[int]  # R + 1
+    seq_lens: Sequence[int]  # R
+    block_size: int
+    groups: tuple[GroupMetadata, ...]
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    token_ids_T: torch.Tensor  # int64
+    positions_T: torch.Tensor  # int64
+    attention: AttentionMetadata
+
+
+@dataclass(frozen=True)
+class KVLayer:
+    """One layer's paged keys and values: [kv_heads, slots, head_dim], slot = block * block_size + offset.
+    Heads outermost: a request whose blocks are consecutive is a view of it, and a head shard is a slice."""
+
+    k_HSD: torch.Tensor
+    v_HSD: torch.Tensor
+    group: int  # index into AttentionMetadata.groups
