@@ -1,0 +1,54 @@
+"""Fixtures and rules that every test shares. No torch at import: the torch-free half of the tests stays quick."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before torch is first imported: 2 threads, so that reductions and timings are alike on every machine.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# No test asks the hub: the default model comes from the package index, the others are made by the tests.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+import pytest
+
+OFFLINE = "PACELINE_TEST_OFFLINE"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with the reason shown: `gpu` tests without a CUDA device, `default_model` tests when offline."""
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu_items:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in gpu_items:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if os.environ.get(OFFLINE) == "1":
+        for item in items:
+            if item.get_closest_marker("default_model"):
+                item.add_marker(pytest.mark.skip(reason=f"{OFFLINE}=1 and the test needs the default model"))
+
+
+@pytest.fixture(scope="session")
+def default_model_gguf() -> Path:
+    """The default model's GGUF file, fetched once (93 MB) from the package index into paceline's own cache.
+
+    A machine that cannot fetch it fails the test with the loader's message; only PACELINE_TEST_OFFLINE=1 skips.
+    """
+    if os.environ.get(OFFLINE) == "1":
+        pytest.skip(f"{OFFLINE}=1 and the test needs the default model")
+    from paceline.errors import PacelineError
+    from paceline.loading.resolve import resolve
+
+    try:
+        source = resolve("smollm2-135m")
+    except PacelineError as error:
+        pytest.fail(f"no default model: {error} ({OFFLINE}=1 skips the tests that need it)")
+    if source.kind != "gguf":
+        pytest.fail(
+            f"the default model resolved to {source.path}, not to the wheel's GGUF: empty the hub's cache"
+        )
+    return source.path
