@@ -12,12 +12,30 @@ import torch
 
 
 @dataclass(frozen=True)
+class Segment:
+    """Requests of one step that attend together (kernels/attention_plan.py). L keys each.
+
+    `queries`: their rows of T. `keys`: a slice of slots (one request, consecutive blocks) or the block ids to gather,
+    R * L / block_size of them. `mask`: True where a query sees a key, [queries, L] for one request, [R, L] for a
+    batch of decodes, None where every query sees every key or `causal` says it all.
+    """
+
+    queries: slice | torch.Tensor
+    num_requests: int
+    keys: slice | torch.Tensor
+    num_keys: int
+    mask: torch.Tensor | None
+    causal: bool
+
+
+@dataclass(frozen=True)
 class GroupMetadata:
-    """Where one KV group (config.KVGroup) keeps this step's tokens."""
+    """Where one KV group (config.KVGroup) keeps this step's tokens, and which of them attend together."""
 
     block_tables_RB: torch.Tensor  # int32; rows padded with the null block 0
     slot_mapping_T: torch.Tensor  # int64; token t's key goes to slot block * block_size + offset
     window: int | None
+    segments: tuple[Segment, ...]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,52 @@
+"""Weights as they are, in the dtype of the computation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from paceline.kernels.linear import linear_onednn, linear_ref, onednn_refusal, pack_onednn
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    values_NK: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.values_NK.shape[0], self.values_NK.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        return self.values_NK.nbytes
+
+    def matmul(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
+        return linear_ref(x_TK, self.values_NK, bias_N)
+
+    def unpack(self) -> torch.Tensor:
+        return self.values_NK
+
+
+@dataclass(frozen=True)
+class OneDNNWeight:
+    """Dense values in oneDNN's blocked layout: same numbers, same bytes (blocks pad N to a multiple of 64 at most)."""
+
+    packed_NK: torch.Tensor
+    shape: tuple[int, int]
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape[0] * self.shape[1] * self.packed_NK.element_size()
+
+    def matmul(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
+        return linear_onednn(x_TK, self.packed_NK, bias_N)
+
+    def unpack(self) -> torch.Tensor:
+        return self.packed_NK.to_dense()
+
+
+def pack(values_NK: torch.Tensor) -> DenseWeight | OneDNNWeight:
+    if onednn_refusal(values_NK) is not None:
+        return DenseWeight(values_NK.contiguous())
+    return OneDNNWeight(pack_onednn(values_NK), (values_NK.shape[0], values_NK.shape[1]))

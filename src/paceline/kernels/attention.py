@@ -1,0 +1,158 @@
+"""Attention over the paged cache (Kwon et al., 2023), for a ragged batch of prefill chunks, drafts and decodes.
+
+Legend: T tokens, H query heads, K key/value heads, G = H / K queries a head, D head size, R requests, L keys, Q queries.
+
+`paged_attention` follows the step's plan; `paged_attention_ref` is its slow twin, a loop over single queries.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from paceline.inputs import AttentionMetadata, KVLayer, Segment
+
+
+def paged_attention(
+    q_THD: torch.Tensor,
+    kv: KVLayer,
+    metadata: AttentionMetadata,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+) -> torch.Tensor:
+    """Attention of each query over its request's cached keys, its own included; [T, H, D] like `q_THD`.
+
+    The keys of the step's own tokens must have been written (kernels/kv_write.py). `soft_cap` c bounds scores to
+    c * tanh(score / c) before the mask.
+    """
+    segments = metadata.groups[kv.group].segments
+    if len(segments) == 1 and isinstance(segments[0].queries, slice):  # one stream: no output buffer to fill
+        return _attend(q_THD, kv, segments[0], metadata.block_size, scale, soft_cap)
+    out_THD = torch.empty_like(q_THD)
+    for segment in segments:
+        out_THD[segment.queries] = _attend(
+            q_THD[segment.queries], kv, segment, metadata.block_size, scale, soft_cap
+        )
+    return out_THD
+
+
+def _attend(
+    q_QHD: torch.Tensor,
+    kv: KVLayer,
+    segment: Segment,
+    block_size: int,
+    scale: float,
+    soft_cap: float | None,
+) -> torch.Tensor:
+    k_KLD = _read(kv.k_HSD, segment, block_size)
+    v_KLD = _read(kv.v_HSD, segment, block_size)
+    if segment.num_requests > 1:
+        return _decode_batch(q_QHD, k_KLD, v_KLD, segment, scale, soft_cap)
+    if q_QHD.shape[0] == 1 and segment.mask is None and soft_cap is None:
+        return _decode_one(q_QHD, k_KLD, v_KLD, scale)
+    if soft_cap is not None:
+        return _capped(q_QHD, k_KLD, v_KLD, segment, scale, soft_cap)
+    out_HQD = F.scaled_dot_product_attention(
+        q_QHD.transpose(0, 1)[None],
+        k_KLD[None],
+        v_KLD[None],
+        attn_mask=segment.mask,
+        is_causal=segment.causal,
+        scale=scale,
+        enable_gqa=q_QHD.shape[1] != k_KLD.shape[0],
+    )[0]
+    return out_HQD.transpose(0, 1)
+
+
+def _read(cache_KSD: torch.Tensor, segment: Segment, block_size: int) -> torch.Tensor:
+    """Keys or values of a segment: [K, L, D], or [K, R * L, D] for a batch. A view where the blocks are consecutive."""
+    if isinstance(segment.keys, slice):
+        return cache_KSD[:, segment.keys]
+    heads, slots, dim = cache_KSD.shape
+    blocks = cache_KSD.view(heads, slots // block_size, block_size, dim).index_select(1, segment.keys)
+    read_KLD = blocks.view(heads, -1, dim)
+    return read_KLD if segment.num_requests > 1 else read_KLD[:, : segment.num_keys]
+
+
+def _decode_one(q_1HD: torch.Tensor, k_KLD: torch.Tensor, v_KLD: torch.Tensor, scale: float) -> torch.Tensor:
+    # The G queries of a head go in as G rows of one head: no key is repeated, and no mask is needed.
+    q_KGD = q_1HD.view(k_KLD.shape[0], 1, -1, q_1HD.shape[2])
+    out_KGD = F.scaled_dot_product_attention(q_KGD, k_KLD[:, None], v_KLD[:, None], scale=scale)
+    return out_KGD.reshape(q_1HD.shape)
+
+
+def _decode_batch(
+    q_RHD: torch.Tensor,
+    k_KLD: torch.Tensor,
+    v_KLD: torch.Tensor,
+    segment: Segment,
+    scale: float,
+    soft_cap: float | None,
+) -> torch.Tensor:
+    # Plain products: at 16 requests of 128 tokens on 2 CPU threads 210 us a layer against 290 us through SDPA.
+    kv_heads, _, dim = k_KLD.shape
+    num = segment.num_requests
+    assert segment.mask is not None
+    q_KRGD = q_RHD.view(num, kv_heads, -1, dim).transpose(0, 1)
+    k_KRLD = k_KLD.view(kv_heads, num, -1, dim)
+    v_KRLD = v_KLD.view(kv_heads, num, -1, dim)
+    scores_KRGL = torch.matmul(q_KRGD * scale, k_KRLD.transpose(2, 3))
+    if soft_cap is not None:
+        scores_KRGL = soft_cap * torch.tanh(scores_KRGL / soft_cap)
+    scores_KRGL = scores_KRGL.masked_fill(~segment.mask[None, :, None, :], float("-inf"))
+    probs_KRGL = torch.softmax(scores_KRGL, dim=-1, dtype=torch.float32).to(q_RHD.dtype)
+    return torch.matmul(probs_KRGL, v_KRLD).transpose(0, 1).reshape(q_RHD.shape)
+
+
+def _capped(
+    q_QHD: torch.Tensor,
+    k_KLD: torch.Tensor,
+    v_KLD: torch.Tensor,
+    segment: Segment,
+    scale: float,
+    soft_cap: float,
+) -> torch.Tensor:
+    """One request with capped scores, which SDPA cannot express."""
+    queries, heads, dim = q_QHD.shape
+    kv_heads, keys, _ = k_KLD.shape
+    q_KGQD = q_QHD.view(queries, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3)
+    scores_KGQL = torch.matmul(q_KGQD, k_KLD[:, None].transpose(2, 3)).float() * scale
+    scores_KGQL = soft_cap * torch.tanh(scores_KGQL / soft_cap)
+    mask = segment.mask
+    if segment.causal:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q_QHD.device).tril()
+    if mask is not None:
+        scores_KGQL = scores_KGQL.masked_fill(~mask, float("-inf"))
+    probs_KGQL = torch.softmax(scores_KGQL, dim=-1).to(q_QHD.dtype)
+    return torch.matmul(probs_KGQL, v_KLD[:, None]).permute(2, 0, 1, 3).reshape(q_QHD.shape)
+
+
+def paged_attention_ref(
+    q_THD: torch.Tensor,
+    kv: KVLayer,
+    metadata: AttentionMetadata,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+) -> torch.Tensor:
+    """The same by the definition: one query and one head at a time, keys looked up slot by slot, in float32."""
+    group = metadata.groups[kv.group]
+    size = metadata.block_size
+    per_head = q_THD.shape[1] // kv.k_HSD.shape[0]
+    out_THD = torch.empty_like(q_THD)
+    for r, length in enumerate(metadata.seq_lens):
+        first, end = metadata.query_starts[r], metadata.query_starts[r + 1]
+        table = group.block_tables_RB[r].tolist()
+        for t in range(first, end):
+            position = length - (end - t)
+            low = 0 if group.window is None else max(0, position - group.window + 1)
+            slots = [table[p // size] * size + p % size for p in range(low, position + 1)]
+            for head in range(q_THD.shape[1]):
+                keys_LD = kv.k_HSD[head // per_head, slots].float()
+                scores_L = keys_LD @ q_THD[t, head].float() * scale
+                if soft_cap is not None:
+                    scores_L = soft_cap * torch.tanh(scores_L / soft_cap)
+                values_LD = kv.v_HSD[head // per_head, slots].float()
+                out_THD[t, head] = torch.softmax(scores_L, dim=0) @ values_LD
+    return out_THD

@@ -1,0 +1,159 @@
+"""Plan the attention of one step, once, for all layers: which rows attend together, and where their keys lie.
+
+Legend: T tokens of the step, R requests of a segment, L key positions of a segment.
+
+A step is a ragged batch. Its requests fall into segments:
+- decodes (one query each) whose contexts are of similar length are gathered into one padded batch;
+- a lone decode, or a request with several queries (prefill chunk, drafts), is a segment of its own and reads
+  its keys without padding; when its blocks are consecutive the keys are a view of the cache, and nothing is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from paceline.inputs import AttentionMetadata, GroupMetadata, Segment
+
+# A padded batch of decodes holds contexts within one power of two, so at most half of what it gathers is padding.
+SMALLEST_BUCKET = 128
+
+
+@dataclass(frozen=True)
+class _Request:
+    """One request of the step, in one KV group: queries [first, first + count) of T, keys [low, length) of its context,
+    read from block `low // block_size` on."""
+
+    first: int
+    count: int
+    length: int
+    blocks: Sequence[int]
+    window: int | None
+    block_size: int
+
+    @property
+    def start(self) -> int:
+        """Position of the first query."""
+        return self.length - self.count
+
+    @property
+    def low(self) -> int:
+        """The first position that any query sees."""
+        return 0 if self.window is None else max(0, self.start - self.window + 1)
+
+    @property
+    def visible_blocks(self) -> Sequence[int]:
+        return self.blocks[self.low // self.block_size : -(-self.length // self.block_size)]
+
+
+def build_attention(
+    query_starts: Sequence[int],
+    seq_lens: Sequence[int],
+    block_tables: Sequence[Sequence[Sequence[int]]],
+    windows: Sequence[int | None],
+    *,
+    block_size: int,
+    device: torch.device | str = "cpu",
+    padded: bool = True,
+) -> AttentionMetadata:
+    """The step's AttentionMetadata with its plan. `block_tables[g][r]` lists the blocks of request r in group g.
+
+    `padded=False` gives every request a segment of its own: slower, and no request then reads a slot that is not
+    its own, not even under a mask.
+    """
+    groups = []
+    for tables, window in zip(block_tables, windows, strict=True):
+        requests = [
+            _Request(
+                query_starts[r],
+                query_starts[r + 1] - query_starts[r],
+                seq_lens[r],
+                tables[r],
+                window,
+                block_size,
+            )
+            for r in range(len(seq_lens))
+        ]
+        groups.append(
+            GroupMetadata(
+                block_tables_RB=_pad_tables(tables, device),
+                slot_mapping_T=_slot_mapping(requests, device),
+                window=window,
+                segments=tuple(_segments(requests, torch.device(device), padded)),
+            )
+        )
+    return AttentionMetadata(tuple(query_starts), tuple(seq_lens), block_size, tuple(groups))
+
+
+def _pad_tables(tables: Sequence[Sequence[int]], device: torch.device | str) -> torch.Tensor:
+    width = max((len(table) for table in tables), default=0)
+    return torch.tensor(
+        [[*table, *([0] * (width - len(table)))] for table in tables], dtype=torch.int32, device=device
+    )
+
+
+def _slot_mapping(requests: Sequence[_Request], device: torch.device | str) -> torch.Tensor:
+    slots: list[int] = []
+    for request in requests:
+        size = request.block_size
+        slots += [request.blocks[p // size] * size + p % size for p in range(request.start, request.length)]
+    return torch.tensor(slots, dtype=torch.int64, device=device)
+
+
+def _segments(requests: Sequence[_Request], device: torch.device, padded: bool) -> list[Segment]:
+    buckets: dict[int, list[_Request]] = {}
+    segments = []
+    for request in requests:
+        if request.count == 1 and padded:
+            visible = request.length - request.low
+            buckets.setdefault(max(SMALLEST_BUCKET, 1 << (visible - 1).bit_length()), []).append(request)
+        elif request.count:
+            segments.append(_single(request, device))
+    for members in buckets.values():
+        segments.append(_single(members[0], device) if len(members) == 1 else _decode_batch(members, device))
+    return segments
+
+
+def _single(request: _Request, device: torch.device) -> Segment:
+    size = request.block_size
+    blocks = request.visible_blocks
+    base = request.low // size * size  # position of the first key read
+    consecutive = all(b == blocks[0] + i for i, b in enumerate(blocks))
+    keys: slice | torch.Tensor
+    if consecutive:
+        keys = slice(blocks[0] * size + request.low - base, blocks[0] * size + request.length - base)
+        base = request.low
+    else:
+        keys = torch.tensor(blocks, dtype=torch.int64, device=device)
+    num_keys = request.length - base
+    queries = slice(request.first, request.first + request.count)
+    sees_all = request.count == 1 and base == request.low
+    causal = request.start == 0 and base == 0 and (request.window is None or request.count <= request.window)
+    mask = None
+    if not sees_all and not causal:
+        query_positions = torch.arange(request.start, request.length, device=device)[:, None]
+        key_positions = torch.arange(base, request.length, device=device)[None, :]
+        mask = key_positions <= query_positions
+        if request.window is not None:
+            mask &= key_positions > query_positions - request.window
+    return Segment(queries, 1, keys, num_keys, mask, causal=causal and not sees_all)
+
+
+def _decode_batch(members: Sequence[_Request], device: torch.device) -> Segment:
+    size = members[0].block_size
+    tables = [request.visible_blocks for request in members]
+    width = max(len(table) for table in tables)
+    keys = torch.tensor(
+        [b for table in tables for b in (*table, *([0] * (width - len(table))))], device=device
+    )
+    low = torch.tensor([request.low % size for request in members], device=device)[:, None]
+    high = torch.tensor([r.length - r.low // size * size for r in members], device=device)[:, None]
+    offsets = torch.arange(width * size, device=device)[None, :]
+    mask_RL = (offsets >= low) & (offsets < high)
+    rows = [request.first for request in members]
+    queries: slice | torch.Tensor = torch.tensor(rows, dtype=torch.int64, device=device)
+    if rows == list(range(rows[0], rows[0] + len(rows))):
+        queries = slice(rows[0], rows[0] + len(rows))
+    return Segment(queries, len(members), keys, width * size, mask_RL, causal=False)
