@@ -32,9 +32,7 @@ class Weight(Protocol):
         ...
 
 
-FORMATS: Mapping[str, Callable[[torch.Tensor], Weight]] = MappingProxyType(
-    {"dense": dense.pack, "int8": int8.pack}
-)
+FORMATS: Mapping[str, Callable[[torch.Tensor], Weight]] = MappingProxyType({"dense": dense.pack, "int8": int8.pack})
 
 
 def pack(values_NK: torch.Tensor, format: str, *, dtype: torch.dtype, device: torch.device | str) -> Weight:

@@ -1,6 +1,6 @@
 """Attention over the paged cache (Kwon et al., 2023), for a ragged batch of prefill chunks, drafts and decodes.
 
-Legend: T tokens, H query heads, K key/value heads, G = H / K queries a head, D head size, R requests, L keys, Q queries.
+Legend: T tokens, H query heads, K key/value heads, G = H / K, D head size, R requests, L keys, Q queries.
 
 `paged_attention` follows the step's plan; `paged_attention_ref` is its slow twin, a loop over single queries.
 """
@@ -8,7 +8,7 @@ Legend: T tokens, H query heads, K key/value heads, G = H / K queries a head, D 
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from paceline.inputs import AttentionMetadata, KVLayer, Segment
 
@@ -31,9 +31,7 @@ def paged_attention(
         return _attend(q_THD, kv, segments[0], metadata.block_size, scale, soft_cap)
     out_THD = torch.empty_like(q_THD)
     for segment in segments:
-        out_THD[segment.queries] = _attend(
-            q_THD[segment.queries], kv, segment, metadata.block_size, scale, soft_cap
-        )
+        out_THD[segment.queries] = _attend(q_THD[segment.queries], kv, segment, metadata.block_size, scale, soft_cap)
     return out_THD
 
 

@@ -89,9 +89,7 @@ def build_attention(
 
 def _pad_tables(tables: Sequence[Sequence[int]], device: torch.device | str) -> torch.Tensor:
     width = max((len(table) for table in tables), default=0)
-    return torch.tensor(
-        [[*table, *([0] * (width - len(table)))] for table in tables], dtype=torch.int32, device=device
-    )
+    return torch.tensor([[*table, *([0] * (width - len(table)))] for table in tables], dtype=torch.int32, device=device)
 
 
 def _slot_mapping(requests: Sequence[_Request], device: torch.device | str) -> torch.Tensor:
@@ -145,9 +143,7 @@ def _decode_batch(members: Sequence[_Request], device: torch.device) -> Segment:
     size = members[0].block_size
     tables = [request.visible_blocks for request in members]
     width = max(len(table) for table in tables)
-    keys = torch.tensor(
-        [b for table in tables for b in (*table, *([0] * (width - len(table))))], device=device
-    )
+    keys = torch.tensor([b for table in tables for b in (*table, *([0] * (width - len(table))))], device=device)
     low = torch.tensor([request.low % size for request in members], device=device)[:, None]
     high = torch.tensor([r.length - r.low // size * size for r in members], device=device)[:, None]
     offsets = torch.arange(width * size, device=device)[None, :]

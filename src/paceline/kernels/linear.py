@@ -8,15 +8,13 @@ torch.ops.mkldnn, which is private: where an op is missing, F.linear takes over 
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 # The row count the layout is chosen for. 1 to 16 pick layouts 1.3 to 1.7x slower at every row count than 64 and up.
 PACK_ROWS = 64
 
 
-def linear_ref(
-    x_TK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None
-) -> torch.Tensor:
+def linear_ref(x_TK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
     return F.linear(x_TK, weight_NK, bias_N)
 
 
@@ -26,9 +24,7 @@ def onednn_refusal(weight_NK: torch.Tensor) -> str | None:
         return f"device is {weight_NK.device.type}"
     if not torch.backends.mkldnn.is_available():
         return "this torch was built without oneDNN"
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise") or not hasattr(
-        torch.ops.mkldnn, "_reorder_linear_weight"
-    ):
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise") or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return "this torch has no packed oneDNN linear"
     if weight_NK.dtype not in (torch.float32, torch.bfloat16):
         return f"dtype is {weight_NK.dtype}"
@@ -40,13 +36,11 @@ def onednn_refusal(weight_NK: torch.Tensor) -> str | None:
 
 
 def pack_onednn(weight_NK: torch.Tensor) -> torch.Tensor:
-    """The weight in oneDNN's blocked layout: an opaque tensor that linear_onednn alone can read (`.to_dense()` undoes it)."""
+    """The weight in oneDNN's blocked layout: opaque to all but linear_onednn; `.to_dense()` undoes it."""
     packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_NK.contiguous(), PACK_ROWS)
     return packed
 
 
-def linear_onednn(
-    x_TK: torch.Tensor, packed_NK: torch.Tensor, bias_N: torch.Tensor | None = None
-) -> torch.Tensor:
+def linear_onednn(x_TK: torch.Tensor, packed_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
     y_TN: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x_TK, packed_NK, bias_N, "none", [], "")
     return y_TN
