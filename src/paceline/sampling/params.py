@@ -1,17 +1,22 @@
-"""What a user asks of sampling. Names, defaults and ranges are vLLM's `SamplingParams`; no torch here."""
+"""What a user asks of sampling. Names, defaults and ranges are vLLM's `SamplingParams`; no torch here.
+
+Where vLLM bends a value to fit (a logit bias of 1e9 becomes 100) we refuse it: nothing is changed silently.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from paceline.errors import UsageError
 from paceline.registry import refuse_unknown_keys
 
 GREEDY_BELOW = 1e-5  # a temperature under this means greedy
+LOGIT_BIAS_LIMIT = 100.0  # OpenAI's range; at 100 a token is certain or impossible already
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class SamplingParams:
     whatever else is in the batch. `logprobs` k returns the k likeliest tokens' raw log probabilities beside the
     chosen token's; -1 returns the whole vocabulary's.
 
-    Raises UsageError for a value out of range.
+    Raises UsageError, naming the parameter and its range, for a value out of range or of the wrong type.
     """
 
     n: int = 1
@@ -54,9 +59,209 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         # Sequences become tuples, so that a caller's later change of a list changes nothing here.
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
+        for name, value in _checked_fields(self).items():
+            object.__setattr__(self, name, value)
+        _check_together(self)
 
     @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> SamplingParams:
+        """Parameters from JSON's types: unknown keys are refused with the nearest known name, and the token ids
+        that key `logit_bias` may be strings of digits, the only keys JSON has."""
+        refuse_unknown_keys("sampling parameter", given, FIELD_NAMES)
+        fields = dict(given)
+        bias = fields.get("logit_bias")
+        if isinstance(bias, Mapping):
+            fields["logit_bias"] = {_json_token_id(key): value for key, value in bias.items()}
+        return cls(**fields)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise a UsageError for a token id that the model does not have. The sampler trusts its ids: on a GPU
+        one outside the vocabulary would end the whole process, so this belongs where a request is admitted."""
+        for name in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
+            for token in getattr(self, name) or ():
+                if token >= vocab_size:
+                    raise UsageError(f"{name} holds token id {token}, but the vocabulary ends at {vocab_size - 1}")
+
+
+FIELD_NAMES = tuple(field.name for field in dataclasses.fields(SamplingParams))
+
+
+# ------------------------------------------------------------------------- defaults of generation_config.json
+
+_GENERATION_CONFIG_FIELDS = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "typical_p": "typical_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+
+
+def generation_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampling parameters that a model's generation_config.json sets, under our names. `do_sample` false, when
+    it is written out, means greedy; absent it says nothing, as most files that give a temperature leave it out."""
+    defaults = {
+        ours: generation_config[theirs]
+        for theirs, ours in _GENERATION_CONFIG_FIELDS.items()
+        if generation_config.get(theirs) is not None
+    }
+    if generation_config.get("do_sample") is False:
+        defaults["temperature"] = 0.0
+    return defaults
+
+
+def with_defaults(
+    given: SamplingParams | Mapping[str, Any] | None, generation_config: Mapping[str, Any]
+) -> tuple[SamplingParams, list[str]]:
+    """The parameters to use, and the names of those that came from generation_config.json.
+
+    The model's values apply where the user said nothing, and only a mapping (an HTTP body, command line options)
+    or None (no parameters at all) can say nothing of a field: a SamplingParams object is complete and is used as
+    it stands, as in vLLM. So no object has to remember which of its fields were typed and which defaulted.
+    Raises UsageError, for the model's values too.
+    """
+    if isinstance(given, SamplingParams):
+        return given, []
+    defaults = generation_defaults(generation_config)
+    try:
+        SamplingParams(**defaults)
+    except UsageError as error:
+        raise UsageError(f"the model's generation_config.json is wrong: {error}") from None
+    fields = dict(given or {})
+    taken = [name for name in defaults if name not in fields]
+    return SamplingParams.from_dict({**defaults, **fields}), taken
+
+
+# -------------------------------------------------------------------------------------------------- validation
+
+
+def _checked_fields(params: SamplingParams) -> dict[str, Any]:
+    """Every field that needs a check, checked on its own and brought to one type."""
+    return {
+        "n": _integer("n", params.n, 1),
+        "temperature": _number("temperature", params.temperature, "at least 0", lambda x: x >= 0),
+        "top_k": _integer("top_k", params.top_k, -1, "; 0 or -1 is off"),
+        "top_p": _number("top_p", params.top_p, "in (0, 1]", lambda x: 0 < x <= 1),
+        "min_p": _number("min_p", params.min_p, "in [0, 1]", lambda x: 0 <= x <= 1),
+        "typical_p": _number("typical_p", params.typical_p, "in (0, 1]", lambda x: 0 < x <= 1),
+        "repetition_penalty": _number(
+            "repetition_penalty", params.repetition_penalty, "greater than 0", lambda x: x > 0
+        ),
+        "presence_penalty": _number("presence_penalty", params.presence_penalty, "in [-2, 2]", lambda x: -2 <= x <= 2),
+        "frequency_penalty": _number(
+            "frequency_penalty", params.frequency_penalty, "in [-2, 2]", lambda x: -2 <= x <= 2
+        ),
+        "logit_bias": _logit_bias(params.logit_bias),
+        "allowed_token_ids": None
+        if params.allowed_token_ids is None
+        else _not_empty("allowed_token_ids", _token_ids("allowed_token_ids", params.allowed_token_ids)),
+        "bad_words": _strings("bad_words", params.bad_words),
+        "seed": _optional_integer("seed", params.seed, -(2**63), 2**64 - 1),
+        "max_tokens": _optional_integer("max_tokens", params.max_tokens, 1),
+        "min_tokens": _integer("min_tokens", params.min_tokens, 0),
+        "stop": _strings("stop", params.stop),
+        "stop_token_ids": _token_ids("stop_token_ids", params.stop_token_ids),
+        "include_stop_str_in_output": _boolean("include_stop_str_in_output", params.include_stop_str_in_output),
+        "ignore_eos": _boolean("ignore_eos", params.ignore_eos),
+        "logprobs": _optional_integer("logprobs", params.logprobs, -1),
+        "detokenize": _boolean("detokenize", params.detokenize),
+        "skip_special_tokens": _boolean("skip_special_tokens", params.skip_special_tokens),
+        "spaces_between_special_tokens": _boolean(
+            "spaces_between_special_tokens", params.spaces_between_special_tokens
+        ),
+        "truncate_prompt_tokens": _optional_integer("truncate_prompt_tokens", params.truncate_prompt_tokens, 1),
+        "priority": _integer("priority", params.priority, None),
+    }
+
+
+def _check_together(params: SamplingParams) -> None:
+    """The rules that tie two parameters."""
+    if params.max_tokens is not None and params.min_tokens > params.max_tokens:
+        raise UsageError(f"min_tokens ({params.min_tokens}) must not exceed max_tokens ({params.max_tokens})")
+    if params.greedy and params.n > 1:
+        raise UsageError(
+            f"n must be 1 when temperature is 0, got {params.n}: greedy decoding gives {params.n} times the same text"
+        )
+    if params.stop and not params.detokenize:
+        raise UsageError("stop strings need detokenize=True: without text they cannot be found; use stop_token_ids")
+
+
+def _shown(value: object) -> str:
+    """`value` for an error message: one line, and short whatever a client sent."""
+    text = repr(value).replace("\n", " ")
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _integer(name: str, value: object, low: int | None, note: str = "", high: int | None = None) -> int:
+    bounds = "" if low is None else f" of at least {low}" if high is None else f" from {low} to {high}"
+    valid = isinstance(value, Integral) and not isinstance(value, bool)
+    if not valid or (low is not None and value < low) or (high is not None and value > high):  # type: ignore[operator]
+        raise UsageError(f"{name} must be an integer{bounds}{note}, got {_shown(value)}")
+    return int(value)  # type: ignore[call-overload,no-any-return]
+
+
+def _optional_integer(name: str, value: object, low: int, high: int | None = None) -> int | None:
+    return None if value is None else _integer(name, value, low, " or None", high)
+
+
+def _number(name: str, value: object, bounds: str, within: Any) -> float:
+    valid = isinstance(value, Real) and not isinstance(value, bool)
+    if not valid or not math.isfinite(value) or not within(value):  # type: ignore[arg-type]
+        raise UsageError(f"{name} must be a number {bounds}, got {_shown(value)}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _boolean(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise UsageError(f"{name} must be True or False, got {_shown(value)}")
+    return value
+
+
+def _strings(name: str, value: object) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    given: Iterable[object] = (value,) if isinstance(value, str) else value  # type: ignore[assignment]
+    if not isinstance(given, (Sequence, set, frozenset)) or not all(isinstance(text, str) for text in given):
+        raise UsageError(f"{name} must be a list of strings, got {_shown(value)}")
+    if not all(given):
+        raise UsageError(f"{name} must not hold an empty string: it would match everywhere")
+    return tuple(given)
+
+
+def _token_ids(name: str, value: object) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise UsageError(f"{name} must be a list of token ids, got {_shown(value)}")
+    return tuple(_integer(f"each id of {name}", token, 0) for token in value)
+
+
+def _not_empty(name: str, value: tuple[int, ...]) -> tuple[int, ...]:
+    if not value:
+        raise UsageError(f"{name} must not be empty: no token could be chosen; leave it out to allow all")
+    return value
+
+
+def _logit_bias(value: object) -> dict[int, float] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise UsageError(f"logit_bias must map token ids to numbers, got {_shown(value)}")
+    limit = LOGIT_BIAS_LIMIT
+    bounds = f"in [-{limit:g}, {limit:g}]"
+    return {
+        _integer("each id of logit_bias", token, 0): _number(
+            f"logit_bias of token {token}", bias, bounds, lambda x: -limit <= x <= limit
+        )
+        for token, bias in value.items()
+    }
+
+
+def _json_token_id(key: object) -> object:
+    return int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
