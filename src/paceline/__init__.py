@@ -1,1 +1,50 @@
-"""paceline."""
+"""paceline: transformer language models, fast, in native PyTorch and Triton.
+
+The names below are the whole public surface. They load on first use, so that `import paceline` stays free of torch
+(`python -X importtime -c "import paceline"`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from paceline.config import SpeculativeConfig
+    from paceline.errors import PacelineError, UsageError
+    from paceline.llm import LLM
+    from paceline.outputs import CompletionOutput, RequestOutput
+    from paceline.sampling.params import SamplingParams
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "PacelineError",
+    "RequestOutput",
+    "SamplingParams",
+    "SpeculativeConfig",
+    "UsageError",
+    "__version__",
+]
+
+_HOME = {
+    "LLM": "paceline.llm",
+    "CompletionOutput": "paceline.outputs",
+    "PacelineError": "paceline.errors",
+    "RequestOutput": "paceline.outputs",
+    "SamplingParams": "paceline.sampling.params",
+    "SpeculativeConfig": "paceline.config",
+    "UsageError": "paceline.errors",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'paceline' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return __all__

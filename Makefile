@@ -1,0 +1,33 @@
+# Each target is one job. `make install` once, then `make check test` before every commit.
+PYTHON ?= python3
+CONSTRAINTS = -c constraints.txt
+
+.PHONY: install check format test test-gpu test-full bench docs
+
+install:  ## an editable install with everything the tests need, in the active environment
+	$(PYTHON) -m pip install $(CONSTRAINTS) -e ".[test]"
+
+check:  ## lint, format, types, layers: what CI runs beside the tests
+	$(PYTHON) -m ruff check src tests benchmarks examples
+	$(PYTHON) -m ruff format --check src tests benchmarks examples
+	$(PYTHON) -m mypy
+	lint-imports
+
+format:  ## what `check` can repair by itself
+	$(PYTHON) -m ruff check --fix src tests benchmarks examples
+	$(PYTHON) -m ruff format src tests benchmarks examples
+
+test:  ## without the slow ones
+	$(PYTHON) -m pytest
+
+test-full:  ## all of them
+	$(PYTHON) -m pytest -m "slow or not slow"
+
+test-gpu:  ## on a machine with a CUDA device, with its own python3: nothing is installed
+	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests
+
+bench:  ## beside transformers, in one run: table, JSON and plot in benchmarks/results
+	$(PYTHON) benchmarks/cpu_vs_transformers.py
+
+docs:  ## every link and every path that the documents name exists
+	$(PYTHON) -m pytest -q tests/house/test_docs.py
