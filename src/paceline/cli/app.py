@@ -1,0 +1,103 @@
+"""`paceline`: the commands, and the one place where an exception becomes a line on stderr and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+
+from paceline import __version__
+from paceline.cli.generate import generate
+from paceline.errors import PacelineError
+from paceline.registry import nearest, unknown
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 128 + 2  # as a shell reports SIGINT
+EXIT_CLOSED_PIPE = 128 + 13  # as a shell reports SIGPIPE: `paceline generate ... | head -1` is no failure
+
+
+class _Commands(click.Group):
+    """A group whose unknown command is answered with the nearest known one."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if self.get_command(ctx, name) is None and not name.startswith("-"):
+            hint = "" if nearest(name, self.commands) else f'; for a prompt: paceline generate "{name}"'
+            raise click.UsageError(unknown("command", name, self.commands) + hint, ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=_Commands,
+    # Underscore and dash are the same: --max_tokens is --max-tokens.
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+    },
+)
+@click.version_option(__version__, prog_name="paceline")
+def commands() -> None:
+    """Run transformer language models fast, in native PyTorch and Triton."""
+
+
+commands.add_command(generate)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 1 for a failure, 2 for usage, 130 for Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments[: arguments.index("--") if "--" in arguments else None]
+    try:
+        # Not click's own main(): it prints usage errors on three lines and answers a closed pipe with exit code 1.
+        with commands.make_context("paceline", arguments) as context:
+            commands.invoke(context)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except click.exceptions.Exit as exit_:
+        return exit_.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # What is still buffered has no reader; without this the interpreter would complain once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_CLOSED_PIPE
+    except Exception as error:
+        return _report(error, debug)
+    return 0
+
+
+def _report(error: Exception, debug: bool) -> int:
+    """One line on stderr (the traceback before it with --debug), and the exit code."""
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, click.ClickException):
+        message, code = _click_message(error), error.exit_code
+    elif isinstance(error, PacelineError):
+        message, code = str(error), error.exit_code
+    elif isinstance(error, MemoryError):
+        message, code = "out of memory: use a smaller model, --max-model-len or --quantize int8", EXIT_FAILURE
+    elif isinstance(error, OSError):
+        message, code = str(error), EXIT_FAILURE
+    else:
+        hint = "" if debug else "; --debug shows where"
+        message, code = f"unexpected {type(error).__name__}: {error} (a bug in paceline{hint})", EXIT_FAILURE
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    return code
+
+
+def _click_message(error: click.ClickException) -> str:
+    context = getattr(error, "ctx", None)
+    if context is None:
+        return error.format_message()
+    if isinstance(error, click.NoSuchOption):
+        known = [name for option in context.command.params for name in option.opts if name.startswith("--")]
+        message = unknown("option", error.option_name, known)
+    else:
+        message = error.format_message().rstrip(".")
+    return f"{message}; see '{context.command_path} --help'"

@@ -1,0 +1,175 @@
+"""`paceline generate`: one prompt, its answer on stdout as it is made, and one line of figures on stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from paceline.cli.prompt import read_prompt
+from paceline.cli.report import Report, final_line, json_report
+from paceline.errors import UsageError
+from paceline.sampling.params import SamplingParams, with_defaults
+
+if TYPE_CHECKING:
+    from paceline.llm import LLM
+
+DEFAULT_MODEL = "smollm2-135m"
+
+# Options whose names are SamplingParams' own: whatever is given goes there, and its checks are the only ones.
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "min_tokens", "max_tokens")
+_ENGINE = ("model", "revision", "dtype", "device", "threads", "max_model_len")
+
+
+def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
+    options = [
+        click.option("--max-tokens", type=int, metavar="N", help="Stop after N tokens [default: the model's own end]."),
+        click.option("--min-tokens", type=int, metavar="N", help="Do not stop before N tokens."),
+        click.option("--temperature", type=float, metavar="T", help="0 is greedy."),
+        click.option("--top-k", type=int, metavar="K", help="Choose among the K likeliest tokens."),
+        click.option("--top-p", type=float, metavar="P", help="Choose among the likeliest tokens that make up P."),
+        click.option("--min-p", type=float, metavar="P", help="Drop tokens less likely than P times the likeliest."),
+        click.option("--repetition-penalty", type=float, metavar="R", help="Above 1: tokens already seen less likely."),
+        click.option("--seed", type=int, metavar="N", help="The same seed gives the same text."),
+        click.option("--stop", multiple=True, metavar="TEXT", help="Stop before TEXT; may be given several times."),
+        click.option("--ignore-eos", is_flag=True, help="Go on past the model's own end (needs --max-tokens)."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _engine_options(command: Callable[..., None]) -> Callable[..., None]:
+    options = [
+        click.option(
+            "--model",
+            default=DEFAULT_MODEL,
+            show_default=True,
+            metavar="NAME",
+            help="A hub id (org/name or org/name@revision), a directory, a GGUF file or an alias.",
+        ),
+        click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."),
+        click.option(
+            "--dtype",
+            type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+            default="auto",
+            show_default=True,
+            help="What the weights are computed in.",
+        ),
+        click.option("--device", default="auto", show_default=True, metavar="NAME", help="cpu, cuda or cuda:N."),
+        click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads [default: every core]."),
+        click.option("--quantize", type=click.Choice(["int8"]), help="Store weights in 8 bits: faster, not lossless."),
+        click.option("--max-model-len", type=int, metavar="N", help="Longest context [default: the model's own]."),
+        click.option("--speculative", type=click.Choice(["ngram"]), help="Draft tokens ahead; the text is the same."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.argument("prompt", nargs=-1, metavar="[PROMPT]")
+@_sampling_options
+@_engine_options
+@click.option("--system", metavar="TEXT", help="A system message before the prompt.")
+@click.option("--raw", is_flag=True, help="Continue the prompt as it stands: no chat template.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
+@click.option("--quiet", is_flag=True, help="No progress and no line of figures.")
+@click.option("--debug", is_flag=True, help="Log in detail, and show the traceback of an error.")
+def generate(prompt: tuple[str, ...], **options: Any) -> None:
+    """Answer PROMPT with a chat model. Without PROMPT, or with '-', the prompt is read from standard input.
+
+    The answer goes to standard output as it is made. One line on standard error follows: time to the first token
+    (TTFT), tokens a second, and the memory bandwidth used, as a share of what the device can read (MBU).
+    """
+    _configure_logging(options["debug"])
+    if len(prompt) > 1:
+        raise UsageError(f'got {len(prompt)} prompts: quote the prompt, as in paceline generate "{" ".join(prompt)}"')
+    text = read_prompt(prompt[0] if prompt else None)
+    if options["raw"] and options["system"] is not None:
+        raise UsageError("--system needs the chat template that --raw turns off: put the text into the prompt")
+    given = _given_sampling(options)
+    SamplingParams.from_dict(given)  # refuse a bad value now, before seconds of loading
+    start = time.perf_counter()
+    with _load(options) as llm:
+        load_seconds = time.perf_counter() - start
+        params, from_model = with_defaults(given, llm.generation_config)
+        request = text if options["raw"] else _messages(text, options["system"])
+        sink = None if options["as_json"] else _write
+        report = _run(llm, request, params, sink)
+        sources = {name: "request" for name in given} | dict.fromkeys(from_model, "generation_config")
+        if options["max_tokens"] is None:
+            sources.pop("max_tokens", None)
+        if options["as_json"]:
+            _write(json.dumps(json_report(llm, report, params, sources, load_seconds), ensure_ascii=False) + "\n")
+        elif not options["quiet"]:
+            click.echo(final_line(llm, report), err=True)
+
+
+def _configure_logging(debug: bool) -> None:
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.WARNING, format="%(levelname)s: %(message)s", style="%", force=True
+    )
+    logging.addLevelName(logging.WARNING, "warning")
+    if debug:
+        logging.getLogger("paceline").setLevel(logging.DEBUG)
+
+
+def _given_sampling(options: dict[str, Any]) -> dict[str, Any]:
+    """The sampling parameters that the user typed, and max_tokens: None, this command's own default, to the model's
+    own end where SamplingParams would stop after 16 tokens."""
+    given = {name: options[name] for name in _SAMPLING if options[name] is not None}
+    if options["stop"]:
+        given["stop"] = options["stop"]
+    if options["ignore_eos"]:
+        if options["max_tokens"] is None:
+            raise UsageError("--ignore-eos needs --max-tokens: without either the answer would fill the whole context")
+        given["ignore_eos"] = True
+    return {"max_tokens": None, **given}
+
+
+def _load(options: dict[str, Any]) -> LLM:
+    from paceline.llm import LLM
+
+    progress = None
+    if sys.stderr is not None and sys.stderr.isatty() and not options["quiet"]:
+        from paceline.cli.progress import TerminalProgress
+
+        progress = TerminalProgress()
+    return LLM(
+        **{name: options[name] for name in _ENGINE},
+        quantization=options["quantize"],
+        speculative_config={"method": options["speculative"]} if options["speculative"] else None,
+        max_num_seqs=1,
+        progress=progress,
+    )
+
+
+def _messages(text: str, system: str | None) -> list[dict[str, str]]:
+    messages = [{"role": "user", "content": text}]
+    return messages if system is None else [{"role": "system", "content": system}, *messages]
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _run(llm: LLM, request: Any, params: SamplingParams, sink: Callable[[str], None] | None) -> Report:
+    """Generate, handing each new piece of text to `sink` as it comes."""
+    text: list[str] = []
+    token_ids: list[int] = []
+    for output in llm.stream(request, params):
+        piece = output.outputs[0]
+        text.append(piece.text)
+        token_ids.extend(piece.token_ids)
+        if sink is not None and piece.text:
+            sink(piece.text)
+    if sink is not None and not "".join(text).endswith("\n"):
+        sink("\n")
+    return Report(text="".join(text), token_ids=token_ids, last=output)

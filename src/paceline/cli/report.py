@@ -1,0 +1,99 @@
+"""What a generation cost: the line of figures on stderr, and the JSON object of `--json`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from paceline.sampling.params import SamplingParams
+
+if TYPE_CHECKING:
+    from paceline.benchmark.mbu import DecodeFigures
+    from paceline.outputs import RequestOutput
+
+
+@dataclass(frozen=True)
+class Report:
+    """One finished answer. `figures` is None where fewer than two tokens leave no decode to time."""
+
+    model: str
+    revision: str | None
+    dtype: str
+    device: str
+    text: str
+    token_ids: Sequence[int]
+    last: RequestOutput
+    params: SamplingParams
+    sources: Mapping[str, str]  # parameter -> "request" | "generation_config"; all others are defaults
+    load_seconds: float
+    figures: DecodeFigures | None
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.last.outputs[0].finish_reason
+
+
+def final_line(report: Report) -> str:
+    """One line: model, tokens, TTFT, tokens/s, GB/s of the device's GB/s and their ratio (MBU)."""
+    ttft = report.last.metrics.time_to_first_token
+    parts = [
+        f"{report.model} {report.dtype} {report.device}",
+        f"{len(report.last.prompt_token_ids)} + {len(report.token_ids)} tokens",
+        f"TTFT {ttft:.2f} s" if ttft is not None else "no token",
+    ]
+    if report.figures is not None:
+        figures = report.figures
+        parts.append(f"{figures.tokens_per_second:.1f} tokens/s")
+        parts.append(
+            f"{figures.bytes_per_second / 1e9:.1f} of {figures.bandwidth / 1e9:.1f} GB/s (MBU {figures.mbu:.0%})"
+        )
+    if report.finish_reason == "length":
+        limit = report.params.max_tokens
+        at_limit = limit is not None and len(report.token_ids) >= limit
+        parts.append(f"cut off by --max-tokens {limit}" if at_limit else "cut off where the context ends")
+    return " · ".join(parts)
+
+
+def json_report(report: Report) -> dict[str, Any]:
+    """The whole report as JSON values; times in seconds, bandwidths in bytes a second."""
+    output, metrics = report.last.outputs[0], report.last.metrics
+    figures = report.figures
+    return {
+        "model": report.model,
+        "revision": report.revision,
+        "dtype": report.dtype,
+        "device": report.device,
+        "prompt": report.last.prompt,
+        "prompt_tokens": len(report.last.prompt_token_ids),
+        "cached_tokens": report.last.num_cached_tokens,
+        "text": report.text,
+        "token_ids": list(report.token_ids),
+        "finish_reason": output.finish_reason,
+        "stop_reason": output.stop_reason,
+        "sampling_params": effective_params(report.params, report.sources),
+        "load_seconds": report.load_seconds,
+        "ttft_seconds": metrics.time_to_first_token,
+        "tokens_per_second": figures and figures.tokens_per_second,
+        "bytes_per_second": figures and figures.bytes_per_second,
+        "device_bytes_per_second": figures and figures.bandwidth,
+        "mbu": figures and figures.mbu,
+    }
+
+
+def effective_params(params: SamplingParams, sources: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Every sampling parameter's value and where it came from: request, generation_config or default."""
+    return {
+        field.name: {
+            "value": _json_value(getattr(params, field.name)),
+            "source": sources.get(field.name, "default"),
+        }
+        for field in dataclasses.fields(params)
+    }
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return dict(value) if isinstance(value, Mapping) else value

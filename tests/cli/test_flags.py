@@ -1,0 +1,36 @@
+"""The command line is a promise: this list changes with the CHANGELOG, on purpose, or not at all."""
+
+from __future__ import annotations
+
+import click
+import pytest
+
+from paceline.cli.app import commands
+
+FLAGS = {
+    "generate": """
+        --debug --device --dtype --help --ignore-eos --json --max-model-len --max-tokens --min-p --min-tokens --model
+        --quantize --quiet --raw --repetition-penalty --revision --seed --speculative --stop --system --temperature
+        --threads --top-k --top-p
+    """,
+}
+
+
+def test_the_commands_are_these():
+    assert set(commands.commands) == set(FLAGS)
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_the_flags_are_these(name):
+    command = commands.commands[name]
+    with click.Context(command, info_name=name, help_option_names=["-h", "--help"]) as context:
+        options = {flag for option in command.get_params(context) for flag in option.opts if flag.startswith("--")}
+    assert options == set(FLAGS[name].split())
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_every_flag_is_explained(name):
+    for option in commands.commands[name].params:
+        if isinstance(option, click.Option):
+            assert option.help, option.name
+            assert option.help.endswith("."), option.name
