@@ -1,0 +1,41 @@
+"""Qwen2, Qwen2.5 (biased q, k and v) and Qwen3 (normalised q and k), dense (Qwen Team, 2024 and 2025)."""
+
+from __future__ import annotations
+
+from paceline.config import AttentionConfig, DecoderConfig, MlpConfig, NormConfig
+from paceline.models.family import Family, hugging_face_rules
+from paceline.models.hf_config import HFConfig, read_activation, read_rope, read_windows
+
+
+def decoder_config(hf: HFConfig) -> DecoderConfig:
+    qwen3 = "Qwen3ForCausalLM" in hf.require("architectures")
+    heads, hidden, layers = (hf.require(k) for k in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
+    head_dim = hf.get("head_dim", 128 if qwen3 else hidden // heads)
+    bias = hf.get("attention_bias", False) if qwen3 else True
+    window, full_layers = hf.optional("sliding_window", 4096), hf.get("max_window_layers", 28)
+    kinds = ["full_attention" if layer < full_layers else "sliding_attention" for layer in range(layers)]
+    windows = read_windows(hf, kinds, window if hf.get("use_sliding_window", False) else None)
+    return DecoderConfig(
+        family="qwen",
+        vocab_size=hf.require("vocab_size"),
+        hidden_size=hidden,
+        num_layers=layers,
+        max_position=hf.get("max_position_embeddings", 32768),
+        attention=AttentionConfig(
+            num_heads=heads,
+            num_kv_heads=hf.get("num_key_value_heads", heads),
+            head_dim=head_dim,
+            scale=head_dim**-0.5,
+            qkv_bias=bias,
+            out_bias=bias and qwen3,
+            qk_norm=qwen3,
+        ),
+        rope=read_rope(hf, head_dim),
+        mlp=MlpConfig(hf.require("intermediate_size"), read_activation(hf, "hidden_act", "silu")),
+        norm=NormConfig(eps=hf.get("rms_norm_eps", 1e-6)),
+        windows=windows,
+        tie_embeddings=hf.get("tie_word_embeddings", False),
+    )
+
+
+FAMILY = Family("qwen", ("Qwen2ForCausalLM", "Qwen3ForCausalLM"), decoder_config, hugging_face_rules)

@@ -1,0 +1,169 @@
+"""Read a Hugging Face config.json: both spellings (transformers 4 and 5), and no feature passed over in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+from paceline.config import RopeConfig, RopeScaling
+from paceline.errors import CheckpointError, UnsupportedModelError
+from paceline.log import get_logger
+from paceline.registry import unknown
+
+log = get_logger(__name__)
+
+T = TypeVar("T")
+Activation = Literal["silu", "gelu_tanh", "gelu"]
+
+ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+
+# Keys that change the result where they hold another value than these: refused by name in a family that reads them not.
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "add_cross_attention": (None, False),
+    "attention_multiplier": (None,),
+    "attn_logit_softcapping": (None,),
+    "clip_qkv": (None,),
+    "embedding_multiplier": (None, 1),
+    "final_logit_softcapping": (None,),
+    "is_encoder_decoder": (None, False),
+    "logit_scale": (None, 1),
+    "logits_scaling": (None, 1),
+    "mlp_bias": (None, False),
+    "num_experts": (None, 0),
+    "num_local_experts": (None, 0, 1),
+    "partial_rotary_factor": (None, 1),
+    "quantization_config": (None, {}),
+    "residual_multiplier": (None, 1),
+    "rope_interleaved": (None, False),
+    "sliding_window": (None,),
+    "use_bidirectional_attention": (None, False),
+    "use_mrope": (None, False),
+    "vision_config": (None, {}),
+}
+
+# Keys that change no logit: bookkeeping, training, special tokens, generation defaults, how others run the model.
+INERT = frozenset(
+    {
+        *("_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "architectures", "auto_map"),
+        *("attention_dropout", "bos_token_id", "cache_implementation", "chunk_size_feed_forward", "dtype"),
+        *("eos_token_id", "hidden_dropout", "id2label", "initializer_range", "is_llama_config", "label2id"),
+        *("model_type", "pad_token_id", "pretraining_tp", "problem_type", "return_dict", "tokenizer_class"),
+        *("torch_dtype", "transformers.js_config", "transformers_version", "unk_token_id", "unsloth_fixed"),
+        *("unsloth_version", "use_cache"),
+    }
+)
+
+
+class HFConfig:
+    """A config.json being read. It remembers which keys a family asked for, so that `check` can judge the others."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values = values
+        self.asked: set[str] = set()
+
+    def require(self, key: str) -> Any:
+        """The value of `key`. Raises CheckpointError naming the key where it is absent or null."""
+        value = self.optional(key)
+        if value is None:
+            raise CheckpointError(f"config.json has no '{key}': it is incomplete, download the model again")
+        return value
+
+    def get(self, key: str, default: T) -> T:
+        """The value of `key`, or `default` where it is absent or null."""
+        value = self.optional(key)
+        return default if value is None else value
+
+    def optional(self, key: str, absent: Any = None) -> Any:
+        """The value of `key`, null included; `absent` where there is none."""
+        self.asked.add(key)
+        return self.values.get(key, absent)
+
+    def check(self) -> None:
+        """Judge the keys that the family did not ask for: refuse those known to change the result, log those unknown.
+
+        Raises UnsupportedModelError naming the key and its value.
+        """
+        unheard = []
+        for key in sorted(self.values.keys() - self.asked - INERT):
+            value = self.values[key]
+            if key in NEUTRAL:
+                if value not in NEUTRAL[key]:
+                    raise UnsupportedModelError(
+                        f"config.json sets '{key}' to {value!r}, which paceline does not implement for this model"
+                    )
+            elif value not in (None, False):
+                unheard.append(key)
+        if unheard:
+            log.warning("config.json has keys that paceline does not know and ignores: %s", ", ".join(unheard))
+
+
+def read_activation(hf: HFConfig, key: str, default: str) -> Activation:
+    name = hf.get(key, default)
+    if name not in ACTIVATIONS:
+        raise UnsupportedModelError(f"config.json's '{key}': {unknown('activation', str(name), ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def read_rope(
+    hf: HFConfig, dim: int, *, layer_type: str | None = None, theta_key: str = "rope_theta", default_theta: float = 1e4
+) -> RopeConfig:
+    """The rotary embedding of all layers, or of those of `layer_type`.
+
+    transformers 5 writes `rope_parameters` (nested by layer type where there are several); transformers 4 wrote the
+    base under `theta_key` and, for the layers that are not windowed, `rope_scaling`.
+    """
+    parameters: dict[str, Any] = dict(hf.get("rope_parameters", {}))
+    if layer_type is not None:
+        parameters = dict(parameters.get(layer_type) or {})
+    if layer_type != "sliding_attention":
+        parameters = {**hf.get("rope_scaling", {}), **parameters}
+    if parameters.get("partial_rotary_factor") not in NEUTRAL["partial_rotary_factor"]:
+        raise UnsupportedModelError(
+            f"config.json sets 'partial_rotary_factor' to {parameters['partial_rotary_factor']!r}, "
+            "which paceline does not implement for this model"
+        )
+    theta = hf.get(theta_key, default_theta)
+    scaling = _rope_scaling(parameters, hf.optional("max_position_embeddings"))
+    return RopeConfig(float(parameters.get("rope_theta") or theta), dim, scaling)
+
+
+def _rope_scaling(parameters: Mapping[str, Any], max_position: int | None) -> RopeScaling | None:
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind == "default":
+        return None
+    if kind not in ("linear", "llama3"):
+        raise UnsupportedModelError(f"config.json's rotary embedding: {unknown('rope_type', str(kind), ROPE_TYPES)}")
+    rope = HFConfig(parameters)
+    factor = float(rope.require("factor"))
+    if kind == "linear":
+        return RopeScaling("linear", factor)
+    return RopeScaling(
+        "llama3",
+        factor,
+        float(rope.require("low_freq_factor")),
+        float(rope.require("high_freq_factor")),
+        int(rope.get("original_max_position_embeddings", max_position) or 8192),
+    )
+
+
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+def read_windows(hf: HFConfig, default: Sequence[str], window: int | None) -> tuple[int | None, ...]:
+    """A window a layer, from `layer_types` or, in files older than that key, from `default`; () where all are full."""
+    kinds: Sequence[str] = hf.get("layer_types", default)
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UnsupportedModelError(f"config.json's 'layer_types' has {kind!r}, which paceline does not implement")
+    if len(kinds) != len(default):
+        raise CheckpointError(
+            f"config.json has {len(kinds)} 'layer_types' for {len(default)} layers: it is inconsistent"
+        )
+    windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    return windows if any(windows) else ()

@@ -1,0 +1,148 @@
+"""Build a Decoder from a checkpoint, one tensor at a time: read the parts, cast, concatenate, pack, drop.
+
+Peak memory is the model plus one fused tensor in the model's dtype and the part being read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Protocol
+
+import torch
+
+from paceline import formats
+from paceline.config import DecoderConfig
+from paceline.errors import CheckpointError
+from paceline.layers.linear import Linear
+from paceline.loading.rules import forward_names
+from paceline.log import get_logger
+from paceline.models.decoder import Decoder
+from paceline.models.registry import family_of
+
+log = get_logger(__name__)
+
+# Stored by old releases of transformers, computed from the config by everyone.
+INERT_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
+
+
+class Tensors(Protocol):
+    """The part of loading.Checkpoint that is needed here; names are Hugging Face's."""
+
+    def names(self) -> Collection[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str) -> torch.Tensor: ...
+
+
+class Progress(Protocol):
+    def start(self, label: str, total: int) -> None: ...
+
+    def advance(self, amount: int) -> None: ...
+
+    def done(self) -> None: ...
+
+
+class CheckpointParts:
+    """A decoder's Parts, read from a checkpoint under the family's weight rules."""
+
+    def __init__(
+        self,
+        checkpoint: Tensors,
+        names: Mapping[str, tuple[str, ...]],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        format: str = "dense",
+        progress: Progress | None = None,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.names = names
+        self.dtype = dtype
+        self.device = device
+        self.format = format
+        self.progress = progress
+        self.stored = frozenset(checkpoint.names())
+        self.used: set[str] = set()
+
+    def tensor(self, name: str, *shape: int) -> torch.Tensor:
+        """A tensor of its own memory, never a view of the checkpoint's file."""
+        return self._read(name, (shape[0],), shape[1:])
+
+    def linear(self, name: str, rows: tuple[int, ...], columns: int, *, bias: bool = False) -> Linear:
+        bias_N = self._read(f"{name}.bias", rows, ()) if bias else None
+        return Linear(self._pack(self._read(f"{name}.weight", rows, (columns,))), bias_N)
+
+    def tied(self, table_VD: torch.Tensor) -> Linear:
+        """The output head over the embedding's values; shares their memory where the format keeps them as they are."""
+        return Linear(self._pack(table_VD))
+
+    def _pack(self, values_NK: torch.Tensor) -> formats.Weight:
+        return formats.pack(values_NK, self.format, dtype=self.dtype, device=self.device)
+
+    def _read(self, name: str, rows: tuple[int, ...], rest: tuple[int, ...]) -> torch.Tensor:
+        fused = torch.empty((sum(rows), *rest), dtype=self.dtype, device=self.device)
+        start = 0
+        for part, count in zip(self.names[name], rows, strict=True):
+            self._check(part, (count, *rest))
+            fused[start : start + count].copy_(self.checkpoint.read(part))
+            start += count
+            self.used.add(part)
+            if self.progress is not None:
+                self.progress.advance(1)
+        return fused
+
+    def _check(self, part: str, expected: tuple[int, ...]) -> None:
+        if part not in self.stored:
+            raise CheckpointError(
+                f"tensor '{part}' is missing from the checkpoint (expected shape {list(expected)}): "
+                "download the model again, or check that config.json belongs to it"
+            )
+        found = tuple(self.checkpoint.shape(part))
+        if found != expected:
+            raise CheckpointError(
+                f"tensor '{part}' has shape {list(found)}, expected {list(expected)}: config.json does not belong to it"
+            )
+
+
+def load_decoder(
+    checkpoint: Tensors,
+    config: DecoderConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    quantize: str | None = None,
+    progress: Progress | None = None,
+) -> Decoder:
+    """The model, in `dtype` on `device`; `quantize` names the weight format of every linear, the head included
+    (None: dense, lossless up to the cast to `dtype`). `progress` counts tensors.
+
+    Raises CheckpointError for a tensor that is missing or of the wrong shape, UsageError for an unknown format.
+    """
+    family = family_of(config)
+    names = forward_names(family.weight_rules(config), config.num_layers)
+    parts = CheckpointParts(
+        checkpoint,
+        names,
+        dtype=dtype,
+        device=torch.device(device),
+        format=quantize or "dense",
+        progress=progress,
+    )
+    if progress is not None:
+        progress.start("loading", sum(len(theirs) for theirs in names.values()))
+    decoder = Decoder(config, parts, family.block)
+    if progress is not None:
+        progress.done()
+    _report_unused(parts, config)
+    return decoder
+
+
+def _report_unused(parts: CheckpointParts, config: DecoderConfig) -> None:
+    """Say once which tensors of the checkpoint the model has no place for."""
+    unused = sorted(name for name in parts.stored - parts.used if not name.endswith(INERT_SUFFIXES))
+    if config.tie_embeddings and "lm_head.weight" in unused:
+        unused.remove("lm_head.weight")  # a copy of the embedding
+    if unused:
+        shown = ", ".join(unused[:5]) + (", ..." if len(unused) > 5 else "")
+        log.warning("%d tensors of the checkpoint are not used by this model: %s", len(unused), shown)

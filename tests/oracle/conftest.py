@@ -1,0 +1,258 @@
+"""Small checkpoints of every family, made by transformers, and what runs them.
+
+Every parameter is drawn anew before saving: fresh initialisation (norms of one, biases of zero) hides what a model
+does with them. Sizes are small, and the soft caps, eps and windows such that each of them changes the logits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from paceline.config import DecoderConfig
+from paceline.inputs import KVLayer, ModelInputs
+from paceline.kernels.attention_plan import build_attention
+from paceline.models.decoder import Decoder
+from paceline.models.load import load_decoder
+from paceline.models.registry import read_decoder_config
+
+VOCAB = 96
+BLOCK_SIZE = 4
+WINDOW = 6
+
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 0.03,
+    "pad_token_id": 0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+GEMMA = {
+    "head_dim": 16,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": WINDOW,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+}
+
+# name -> (transformers' config class, its arguments)
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "llama-mha": ("LlamaConfig", {"num_key_value_heads": 4}),
+    "llama-mqa": ("LlamaConfig", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "llama-head-dim": ("LlamaConfig", {"head_dim": 16}),
+    "llama-bias": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
+    "llama-llama3": ("LlamaConfig", {"head_dim": 16, "rope_parameters": {"rope_theta": 500.0, **LLAMA3}}),
+    "llama-linear": ("LlamaConfig", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 4.0}}),
+    "llama-gelu": ("LlamaConfig", {"hidden_act": "gelu"}),
+    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen2-window": (
+        "Qwen2Config",
+        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "qwen3-bias": ("Qwen3Config", {"head_dim": 16, "attention_bias": True}),
+    "gemma2": (
+        "Gemma2Config",
+        {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "num_hidden_layers": 4},
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            **GEMMA,
+            "sliding_window_pattern": 3,
+            "num_hidden_layers": 4,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+}
+
+
+class SafetensorsFile:
+    """A checkpoint as load_decoder and the reference take it: names, shapes and tensors of one safetensors file."""
+
+    def __init__(self, directory: Path) -> None:
+        self.config = json.loads((directory / "config.json").read_text())
+        with safe_open(directory / "model.safetensors", "pt") as file:
+            self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """`hf`: the transformers model, float32, eager attention. `directory`: what its save_pretrained wrote."""
+
+    name: str
+    hf: Any
+    directory: Path
+    checkpoint: SafetensorsFile
+    config: DecoderConfig
+
+    def hf_logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """[T, V] float32."""
+        with torch.inference_mode():
+            logits_TV: torch.Tensor = self.hf(torch.tensor([list(token_ids)]), use_cache=False).logits[0]
+        return logits_TV.clone()
+
+    def decoder(self) -> Decoder:
+        return load_decoder(self.checkpoint, self.config, dtype=torch.float32)
+
+
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    """Draw every parameter anew: matrices at 1.5 / sqrt(columns), vectors around what initialisation gives them."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 2:
+                parameter.copy_(noise * 1.5 / parameter.shape[1] ** 0.5)
+            else:
+                parameter.add_(noise * 0.3)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
+    """`tiny_model(name)`: the small checkpoint of a name in VARIANTS, made once a session."""
+    import transformers
+
+    made: dict[str, TinyModel] = {}
+
+    def make(name: str) -> TinyModel:
+        if name not in made:
+            config_class, arguments = VARIANTS[name]
+            hf_config = getattr(transformers, config_class)(**{**SIZES, **arguments})
+            hf = transformers.AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager").eval()
+            randomise(hf, seed=len(name) + sum(map(ord, name)))
+            directory = tmp_path_factory.mktemp(name)
+            hf.save_pretrained(directory)
+            checkpoint = SafetensorsFile(directory)
+            made[name] = TinyModel(name, hf, directory, checkpoint, read_decoder_config(checkpoint.config))
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(params=VARIANTS)
+def each_model(request: pytest.FixtureRequest, tiny_model: Callable[[str], TinyModel]) -> TinyModel:
+    """Every variant in turn."""
+    return tiny_model(request.param)
+
+
+class Pages:
+    """Sequences of different lengths in one paged cache, run through a Decoder step by step.
+
+    Blocks are dealt in a shuffled order, the cache starts full of stale numbers, and blocks that a window has left
+    behind are given back (0, the null block, stands in their place): a wrong slot shows in the logits.
+    """
+
+    def __init__(self, decoder: Decoder, sequences: Sequence[Sequence[int]]) -> None:
+        self.decoder = decoder
+        self.sequences = sequences
+        self.done = [0] * len(sequences)
+        self.logits: list[list[torch.Tensor]] = [[] for _ in sequences]
+        config = decoder.config
+        self.groups = config.kv_groups
+        generator = torch.Generator().manual_seed(0)
+        counts = [-(-len(sequence) // BLOCK_SIZE) for sequence in sequences]
+        self.tables: list[list[list[int]]] = []
+        for _ in self.groups:
+            blocks = iter((torch.randperm(sum(counts), generator=generator) + 1).tolist())
+            self.tables.append([[next(blocks) for _ in range(count)] for count in counts])
+        a = config.attention
+        shape = (2, a.num_kv_heads, (sum(counts) + 1) * BLOCK_SIZE, a.head_dim)
+        group_of = {layer: g for g, group in enumerate(self.groups) for layer in group.layers}
+        self.kv = []
+        for layer in range(config.num_layers):
+            k_HSD, v_HSD = torch.randn(shape, generator=generator) * 100
+            self.kv.append(KVLayer(k_HSD, v_HSD, group_of[layer]))
+
+    def step(self, counts: Sequence[int]) -> None:
+        """Run the next counts[r] tokens of every sequence r in one forward pass."""
+        rows = [r for r, count in enumerate(counts) if count]
+        starts, tokens, positions = [0], [], []
+        for r in rows:
+            first, end = self.done[r], self.done[r] + counts[r]
+            tokens += self.sequences[r][first:end]
+            positions += range(first, end)
+            starts.append(len(tokens))
+        tables = [
+            [self._visible(self.tables[g][r], self.done[r], group.window) for r in rows]
+            for g, group in enumerate(self.groups)
+        ]
+        attention = build_attention(
+            starts,
+            [self.done[r] + counts[r] for r in rows],
+            tables,
+            [group.window for group in self.groups],
+            block_size=BLOCK_SIZE,
+        )
+        inputs = ModelInputs(torch.tensor(tokens), torch.tensor(positions), attention)
+        with torch.inference_mode():
+            logits_TV = self.decoder.logits(self.decoder(inputs, self.kv))
+        for i, r in enumerate(rows):
+            self.logits[r].append(logits_TV[starts[i] : starts[i + 1]])
+            self.done[r] += counts[r]
+
+    @staticmethod
+    def _visible(table: list[int], position: int, window: int | None) -> list[int]:
+        left_behind = 0 if window is None else max(0, position - window + 1) // BLOCK_SIZE
+        return [0] * left_behind + table[left_behind:]
+
+    def run(self, chunk: int | None = None) -> list[torch.Tensor]:
+        """All sequences to their ends, at most `chunk` tokens of each a step. Logits [T, V] of each."""
+        while any(done < len(sequence) for done, sequence in zip(self.done, self.sequences, strict=True)):
+            left = [len(sequence) - done for done, sequence in zip(self.done, self.sequences, strict=True)]
+            self.step([n if chunk is None else min(n, chunk) for n in left])
+        return [torch.cat(parts) for parts in self.logits]
+
+
+@pytest.fixture(scope="session")
+def pages() -> type[Pages]:
+    return Pages
+
+
+@pytest.fixture(scope="session")
+def relative_error() -> Callable[[torch.Tensor, torch.Tensor], float]:
+    """The largest difference, relative to the largest expected magnitude; infinite for a NaN."""
+
+    def measure(found: torch.Tensor, expected: torch.Tensor) -> float:
+        error = ((found - expected).abs().max() / expected.abs().max()).item()
+        return error if error == error else float("inf")
+
+    return measure
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[list[int]]:
+    """Uneven lengths: one token, shorter than a window, a block's border, and longer than two windows."""
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(1, VOCAB, (n,), generator=generator).tolist() for n in (1, 5, 8, 23)]
