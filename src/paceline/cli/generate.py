@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from paceline.cli.prompt import read_prompt
-from paceline.cli.report import Report, final_line, json_report
-from paceline.errors import UsageError
-from paceline.sampling.params import SamplingParams, with_defaults
+from paceline.cli.report import Answer, Report, final_line, json_report
+from paceline.errors import EngineError, UsageError
+from paceline.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
+    from paceline.benchmark.mbu import DecodeFigures
     from paceline.llm import LLM
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -98,17 +99,25 @@ def generate(prompt: tuple[str, ...], **options: Any) -> None:
     start = time.perf_counter()
     with _load(options) as llm:
         load_seconds = time.perf_counter() - start
-        params, from_model = with_defaults(given, llm.generation_config)
+        params, from_model = llm.effective_sampling_params(given)
         request = text if options["raw"] else _messages(text, options["system"])
-        sink = None if options["as_json"] else _write
-        report = _run(llm, request, params, sink)
-        sources = {name: "request" for name in given} | dict.fromkeys(from_model, "generation_config")
-        if options["max_tokens"] is None:
-            sources.pop("max_tokens", None)
-        if options["as_json"]:
-            _write(json.dumps(json_report(llm, report, params, sources, load_seconds), ensure_ascii=False) + "\n")
-        elif not options["quiet"]:
-            click.echo(final_line(llm, report), err=True)
+        answer = _answer(llm, request, params, _discard if options["as_json"] else _write)
+        model = llm.model
+        report = Report(
+            model=model.source.name,
+            revision=model.source.revision,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=str(model.device),
+            answer=answer,
+            params=params,
+            sources=_sources(options, given, from_model),
+            load_seconds=load_seconds,
+            figures=_figures(llm, answer),
+        )
+    if options["as_json"]:
+        _write(json.dumps(json_report(report), ensure_ascii=False) + "\n")
+    elif not options["quiet"]:
+        click.echo(final_line(report), err=True)
 
 
 def _configure_logging(debug: bool) -> None:
@@ -155,21 +164,62 @@ def _messages(text: str, system: str | None) -> list[dict[str, str]]:
     return messages if system is None else [{"role": "system", "content": system}, *messages]
 
 
+def _sources(options: dict[str, Any], given: dict[str, Any], from_model: list[str]) -> dict[str, str]:
+    """Where each parameter came from; those not named are SamplingParams' own defaults."""
+    sources = dict.fromkeys(given, "request") | dict.fromkeys(from_model, "generation_config")
+    if options["max_tokens"] is None:
+        sources["max_tokens"] = "paceline generate"
+    return sources
+
+
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
-def _run(llm: LLM, request: Any, params: SamplingParams, sink: Callable[[str], None] | None) -> Report:
-    """Generate, handing each new piece of text to `sink` as it comes."""
-    text: list[str] = []
+def _discard(text: str) -> None:
+    pass
+
+
+def _answer(llm: LLM, request: Any, params: SamplingParams, write: Callable[[str], None]) -> Answer:
+    """Generate, writing each new piece of text as it comes, and a line end after the last."""
+    pieces: list[str] = []
     token_ids: list[int] = []
+    num_steps = 0
     for output in llm.stream(request, params):
-        piece = output.outputs[0]
-        text.append(piece.text)
-        token_ids.extend(piece.token_ids)
-        if sink is not None and piece.text:
-            sink(piece.text)
-    if sink is not None and not "".join(text).endswith("\n"):
-        sink("\n")
-    return Report(text="".join(text), token_ids=token_ids, last=output)
+        new = output.outputs[0]
+        num_steps += bool(new.token_ids)
+        token_ids.extend(new.token_ids)
+        pieces.append(new.text)
+        if new.text:
+            write(new.text)
+    if new.error is not None:
+        raise EngineError(new.error)
+    text = "".join(pieces)
+    if not text.endswith("\n"):
+        write("\n")
+    return Answer(text, tuple(token_ids), num_steps, output)
+
+
+def _figures(llm: LLM, answer: Answer) -> DecodeFigures | None:
+    """The decode's speed beside the device's; None where there was no decode step after the first token's."""
+    metrics = answer.last.metrics
+    if answer.num_steps < 2 or metrics.first_token_time is None or metrics.last_token_time is None:
+        return None
+    from paceline.benchmark.bandwidth import read_bandwidth
+    from paceline.benchmark.mbu import DecodeFigures, decode_bytes
+
+    stats = llm.stats()
+    num_tokens = len(answer.token_ids) - 1  # the first token is the prefill's
+    return DecodeFigures(
+        num_tokens=num_tokens,
+        seconds=metrics.last_token_time - metrics.first_token_time,
+        bytes_moved=decode_bytes(
+            weight_bytes=stats.step_weight_bytes,
+            kv_bytes_per_token=stats.kv_bytes_per_token,
+            num_steps=answer.num_steps - 1,
+            first_context=len(answer.last.prompt_token_ids) + 1,
+            num_tokens=num_tokens,
+        ),
+        bandwidth=read_bandwidth(llm.model.device),
+    )

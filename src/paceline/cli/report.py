@@ -15,32 +15,39 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """One finished answer. `num_steps`: forward passes that gave tokens; fewer than tokens when drafts were accepted.
+    `last`: the stream's last value, for the prompt, the times and why it ended."""
+
+    text: str
+    token_ids: Sequence[int]
+    num_steps: int
+    last: RequestOutput
+
+
+@dataclass(frozen=True)
 class Report:
-    """One finished answer. `figures` is None where fewer than two tokens leave no decode to time."""
+    """An answer, what it ran on and what it cost. `sources`: parameter -> where its value came from, where that is
+    not SamplingParams' default. `figures` is None where fewer than two steps leave no decode to time."""
 
     model: str
     revision: str | None
     dtype: str
     device: str
-    text: str
-    token_ids: Sequence[int]
-    last: RequestOutput
+    answer: Answer
     params: SamplingParams
-    sources: Mapping[str, str]  # parameter -> "request" | "generation_config"; all others are defaults
+    sources: Mapping[str, str]
     load_seconds: float
     figures: DecodeFigures | None
-
-    @property
-    def finish_reason(self) -> str | None:
-        return self.last.outputs[0].finish_reason
 
 
 def final_line(report: Report) -> str:
     """One line: model, tokens, TTFT, tokens/s, GB/s of the device's GB/s and their ratio (MBU)."""
-    ttft = report.last.metrics.time_to_first_token
+    answer, last = report.answer, report.answer.last
+    ttft = last.metrics.time_to_first_token
     parts = [
         f"{report.model} {report.dtype} {report.device}",
-        f"{len(report.last.prompt_token_ids)} + {len(report.token_ids)} tokens",
+        f"{len(last.prompt_token_ids)} + {len(answer.token_ids)} tokens",
         f"TTFT {ttft:.2f} s" if ttft is not None else "no token",
     ]
     if report.figures is not None:
@@ -49,32 +56,32 @@ def final_line(report: Report) -> str:
         parts.append(
             f"{figures.bytes_per_second / 1e9:.1f} of {figures.bandwidth / 1e9:.1f} GB/s (MBU {figures.mbu:.0%})"
         )
-    if report.finish_reason == "length":
+    if last.outputs[0].finish_reason == "length":
         limit = report.params.max_tokens
-        at_limit = limit is not None and len(report.token_ids) >= limit
+        at_limit = limit is not None and len(answer.token_ids) >= limit
         parts.append(f"cut off by --max-tokens {limit}" if at_limit else "cut off where the context ends")
     return " · ".join(parts)
 
 
 def json_report(report: Report) -> dict[str, Any]:
     """The whole report as JSON values; times in seconds, bandwidths in bytes a second."""
-    output, metrics = report.last.outputs[0], report.last.metrics
-    figures = report.figures
+    answer, last, figures = report.answer, answer.last, report.figures
+    output = last.outputs[0]
     return {
         "model": report.model,
         "revision": report.revision,
         "dtype": report.dtype,
         "device": report.device,
-        "prompt": report.last.prompt,
-        "prompt_tokens": len(report.last.prompt_token_ids),
-        "cached_tokens": report.last.num_cached_tokens,
-        "text": report.text,
-        "token_ids": list(report.token_ids),
+        "prompt": last.prompt,
+        "prompt_tokens": len(last.prompt_token_ids),
+        "cached_tokens": last.num_cached_tokens,
+        "text": answer.text,
+        "token_ids": list(answer.token_ids),
         "finish_reason": output.finish_reason,
         "stop_reason": output.stop_reason,
         "sampling_params": effective_params(report.params, report.sources),
         "load_seconds": report.load_seconds,
-        "ttft_seconds": metrics.time_to_first_token,
+        "ttft_seconds": last.metrics.time_to_first_token,
         "tokens_per_second": figures and figures.tokens_per_second,
         "bytes_per_second": figures and figures.bytes_per_second,
         "device_bytes_per_second": figures and figures.bandwidth,
