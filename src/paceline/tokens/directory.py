@@ -1,4 +1,8 @@
-"""A Hugging Face directory's tokenizer: tokenizer.json, corrected by tokenizer_config.json as transformers does."""
+"""A Hugging Face directory's tokenizer: tokenizer.json and the tokens that tokenizer_config.json adds, as in transformers.
+
+Whether BOS and EOS are added is tokenizer.json's to say (its post-processor); tokenizer_config.json's `add_bos_token`
+is for tokenizers that are built without one, and transformers ignores it here too.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,6 @@ from tokenizers import AddedToken
 
 from paceline.errors import CheckpointError
 from paceline.tokens.parts import TokenizerParts
-from paceline.tokens.post_processor import add_bos_eos
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _ADDED_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -27,12 +30,6 @@ def read_directory(path: Path) -> TokenizerParts:
     config = {**_read_json(path / "special_tokens_map.json"), **_read_json(path / "tokenizer_config.json")}
     named = _named_tokens(config)
     _add_tokens(backend, config, named)
-    if "add_bos_token" in config or "add_eos_token" in config:  # these override tokenizer.json's post-processor
-        add_bos_eos(
-            backend,
-            bos=named.get("bos_token") if config.get("add_bos_token") else None,
-            eos=named.get("eos_token") if config.get("add_eos_token") else None,
-        )
     eos_id = backend.token_to_id(named["eos_token"]) if "eos_token" in named else None
     return TokenizerParts(
         backend=backend,

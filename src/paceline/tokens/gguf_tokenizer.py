@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from paceline.errors import CheckpointError, UnsupportedModelError
 from paceline.log import get_logger
 from paceline.registry import unknown
 from paceline.tokens.parts import TokenizerParts
-from paceline.tokens.post_processor import add_bos_eos
 
 log = get_logger(__name__)
 
@@ -75,7 +74,7 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>")
 
 
-def read_gguf(metadata: Mapping[str, Any]) -> TokenizerParts:
+def tokenizer_from_metadata(metadata: Mapping[str, Any]) -> TokenizerParts:
     """The tokenizer of a GGUF file, from its metadata (`tokenizer.ggml.*`, `tokenizer.chat_template*`).
 
     Raises CheckpointError for metadata that is missing or inconsistent, UnsupportedModelError for another kind of
@@ -95,7 +94,7 @@ def read_gguf(metadata: Mapping[str, Any]) -> TokenizerParts:
         raise UnsupportedModelError(f"GGUF: tokenizer.ggml.model '{kind}' is not supported (known: gpt2, llama)")
     _add_declared(backend, tokens, types)
     named = _named_tokens(metadata, tokens)
-    add_bos_eos(
+    _add_bos_eos(
         backend,
         bos=named.get("bos_token") if _flag(metadata, "add_bos_token", add_bos) else None,
         eos=named.get("eos_token") if _flag(metadata, "add_eos_token", False) else None,
@@ -189,6 +188,15 @@ def _add_declared(backend: tokenizers.Tokenizer, tokens: Sequence[str], types: S
     defined = [t for t, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED]
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in control])
     backend.add_tokens([AddedToken(t, normalized=False, special=False) for t in defined if t])
+
+
+def _add_bos_eos(backend: tokenizers.Tokenizer, *, bos: str | None, eos: str | None) -> None:
+    """Replace the post-processor: `bos` before each sequence, `eos` after it, None for neither."""
+    around = [(token, backend.token_to_id(token)) for token in dict.fromkeys((bos, eos)) if token is not None]
+    before, after = ([] if bos is None else [bos]), ([] if eos is None else [eos])
+    single = [f"{t}:0" for t in before] + ["$A:0"] + [f"{t}:0" for t in after]
+    second = [f"{t}:1" for t in before] + ["$B:1"] + [f"{t}:1" for t in after]
+    backend.post_processor = processors.TemplateProcessing(single=single, pair=single + second, special_tokens=around)
 
 
 def _pre_tokenizer(metadata: Mapping[str, Any]) -> PreTokenizer:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paceline.errors import ChatTemplateError, UsageError
+from paceline.loading.gguf import read_gguf
 from paceline.tokens.chat_template import Messages, render_chat
 from paceline.tokens.directory import read_directory
-from paceline.tokens.gguf_tokenizer import read_gguf
+from paceline.tokens.gguf_tokenizer import tokenizer_from_metadata
 from paceline.tokens.parts import TokenizerParts
 from paceline.tokens.pieces import decode_rule, first_token_bytes, strip_start, token_bytes
 
@@ -182,9 +183,11 @@ def load_tokenizer(
     Raises CheckpointError for a missing or corrupt tokenizer, UnsupportedModelError for a kind that is not
     implemented.
     """
-    from paceline.loading.gguf import read_metadata
-
-    parts = read_gguf(read_metadata(source.path)) if source.kind == "gguf" else read_directory(Path(source.path))
+    parts = (
+        tokenizer_from_metadata(read_gguf(source.path).metadata)
+        if source.kind == "gguf"
+        else read_directory(Path(source.path))
+    )
     eos = (
         parts.eos_token_ids
         | listed_eos(config, "config.json")
