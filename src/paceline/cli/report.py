@@ -65,7 +65,7 @@ def final_line(report: Report) -> str:
 
 def json_report(report: Report) -> dict[str, Any]:
     """The whole report as JSON values; times in seconds, bandwidths in bytes a second."""
-    answer, last, figures = report.answer, answer.last, report.figures
+    answer, last, figures = report.answer, report.answer.last, report.figures
     output = last.outputs[0]
     return {
         "model": report.model,
