@@ -1,0 +1,52 @@
+"""A checkpoint: named tensors and the model's configuration, whatever the files. Tensors are read one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+
+from paceline.loading.gguf_checkpoint import GGUFCheckpoint
+from paceline.loading.resolve import ModelSource
+from paceline.loading.safetensors_checkpoint import SafetensorsCheckpoint
+
+
+class Checkpoint(Protocol):
+    """`config` and `generation_config` have the keys of Hugging Face's json files ({} where there is none); tensors
+    have Hugging Face's names and values. `nbytes`: bytes of all tensors as stored."""
+
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    nbytes: int
+
+    def names(self) -> Collection[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype that read() returns: as stored, or float32 for GGUF's quantised types."""
+        ...
+
+    def read(self, name: str) -> torch.Tensor:
+        """The values, maybe a view of the mapped file: copy before writing. CheckpointError if there are none."""
+        ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Checkpoint: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def open_checkpoint(source: ModelSource) -> Checkpoint:
+    """Headers and configuration only; no tensor is read. Close it, or use it in a `with`.
+
+    Raises CheckpointError for corrupt, truncated or missing files, UnsupportedModelError for weights we cannot read.
+    """
+    if source.kind == "gguf":
+        return GGUFCheckpoint(source.path)
+    return SafetensorsCheckpoint(source.path)

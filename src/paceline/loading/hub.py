@@ -1,0 +1,215 @@
+"""Models from the Hugging Face hub: its cache, token and offline rules, and quick to say when it is out of reach."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from paceline.errors import DownloadError, ModelNotFoundError
+from paceline.loading.progress import Progress
+from paceline.log import get_logger
+
+log = get_logger(__name__)
+
+FILES = ["*.safetensors", "*.json", "*.jinja", "*.model"]
+# Other layouts of the same weights: Meta's originals, Mistral's consolidated file, exports in folders of their own.
+NOT_FILES = ["*/*.safetensors", "*/*.json", "*/*.model", "consolidated*"]
+# Name look-up and connection together. A resolver without a network can take 5 s a try and more, and the hub's own
+# client retries: 2.5 s is what a user without a network waits before the next road is taken.
+PROBE_SECONDS = 2.5
+LOCAL_WAYS = "without a network, give a local directory or a .gguf file"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    path: Path
+    revision: str
+    note: str
+
+
+def fetch_snapshot(
+    repo: str, revision: str | None, token: str | None, download_dir: str | None, progress: Progress
+) -> Snapshot:
+    """The files of `repo` at `revision` (default: main), downloaded if they are not in the cache.
+
+    Offline (HF_HUB_OFFLINE, or the hub does not answer) the cache alone is asked. Raises ModelNotFoundError if the hub
+    has no such repository or revision, DownloadError for all other failures.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return _cached(repo, revision, download_dir, "the hub is switched off by HF_HUB_OFFLINE")
+    if not reachable(constants.ENDPOINT):
+        return _cached(repo, revision, download_dir, f"{constants.ENDPOINT} does not answer")
+    with _one_line_errors(repo, revision):
+        return _download(repo, revision, token, download_dir, progress)
+
+
+def reachable(endpoint: str, seconds: float = PROBE_SECONDS) -> bool:
+    """True if the host of `endpoint`, or of the proxy that leads to it, accepts a connection in time."""
+    url = urlsplit(endpoint)
+    proxy = urllib.request.getproxies().get(url.scheme)
+    if proxy and not urllib.request.proxy_bypass(url.hostname or ""):
+        url = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    address = (url.hostname or "", url.port or (443 if url.scheme == "https" else 80))
+    answered = threading.Event()
+
+    def connect() -> None:
+        try:
+            socket.create_connection(address, timeout=seconds).close()
+            answered.set()
+        except OSError:
+            pass
+
+    # A thread, because getaddrinfo() has no timeout of its own; a daemon, because it cannot be stopped.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answered.is_set()
+
+
+def _cached(repo: str, revision: str | None, download_dir: str | None, why: str) -> Snapshot:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = snapshot_download(
+            repo,
+            revision=revision,
+            cache_dir=download_dir,
+            local_files_only=True,
+            allow_patterns=FILES,
+            ignore_patterns=NOT_FILES,
+        )
+    except HFValidationError as error:
+        raise ModelNotFoundError(f"'{repo}' is not a hub id ({_first_line(error)})") from error
+    except Exception as error:  # several types, which differ between versions of huggingface_hub
+        raise DownloadError(f"'{repo}' is not in the cache and {why}; {LOCAL_WAYS}") from error
+    path = Path(found)
+    if not any(path.glob("*.safetensors")) or not (path / "config.json").exists():
+        raise DownloadError(f"the cache holds only a part of '{repo}' and {why}; {LOCAL_WAYS}")
+    return Snapshot(path, path.name, f"commit {path.name[:12]} from the cache, as {why}")
+
+
+def _download(
+    repo: str, revision: str | None, token: str | None, download_dir: str | None, progress: Progress
+) -> Snapshot:
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    info = HfApi(token=token).model_info(repo, revision=revision, files_metadata=True, timeout=10)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    total = sum(size for name, size in sizes.items() if _matches(name, FILES) and not _matches(name, NOT_FILES))
+    commit = info.sha or revision or "main"
+    blobs = Path(download_dir or constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "blobs"
+    with _watched(blobs, repo, total, progress), _quiet_hub():
+        path = snapshot_download(
+            repo,
+            revision=commit,
+            token=token,
+            cache_dir=download_dir,
+            allow_patterns=FILES,
+            ignore_patterns=NOT_FILES,
+        )
+    return Snapshot(Path(path), commit, f"commit {commit[:12]}")
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+@contextmanager
+def _watched(blobs: Path, label: str, total: int, progress: Progress) -> Iterator[None]:
+    """Report the growth of the cache's folder: the hub's own bars differ between its versions, the folder does not."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        seen = 0
+        while not stop.wait(0.2):
+            now = min(folder_bytes(blobs), total)
+            if now > seen:
+                progress.advance(now - seen)
+                seen = now
+
+    progress.start(label, total)
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        progress.done()
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below `folder`; files that vanish meanwhile count nothing."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(parent, name)).st_size
+            except FileNotFoundError:
+                continue
+    return total
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+@contextmanager
+def _one_line_errors(repo: str, revision: str | None) -> Iterator[None]:
+    """The hub library's errors, and those of the HTTP client below it (requests or httpx, by its version), as ours."""
+    from huggingface_hub import errors
+
+    at = f" at revision '{revision}'" if revision else ""
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise DownloadError(
+            f"'{repo}' is gated: accept its licence at https://huggingface.co/{repo}, then set HF_TOKEN"
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
+        raise ModelNotFoundError(
+            f"'{repo}'{at} is not on the hub, or is private: check the spelling, or set HF_TOKEN"
+        ) from error
+    except OSError as error:
+        raise disk_or_network(f"'{repo}'", error) from error
+    except Exception as error:
+        raise DownloadError(f"downloading '{repo}'{at} failed ({_first_line(error)}); try again") from error
+
+
+def disk_or_network(what: str, error: OSError) -> DownloadError:
+    """The DownloadError of an OSError: a full disk is said as such."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DownloadError(f"no disk space left while fetching {what}: free some, or set PACELINE_CACHE elsewhere")
+    return DownloadError(f"fetching {what} failed ({_first_line(error)}); try again")
+
+
+def _first_line(error: Any) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
