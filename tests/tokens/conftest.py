@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from paceline.loading.resolve import ModelSource
 from paceline.tokens import tokenizer as tokens
 
 LLAMA3 = (
@@ -161,7 +161,7 @@ def load(tokenizer_dirs: dict[str, Path]) -> Callable[..., tokens.Tokenizer]:
     """load(kind, generation_config={}, config={}, chat_template=None): one of `tokenizer_dirs` as our Tokenizer."""
 
     def load_kind(kind: str, **options: Any) -> tokens.Tokenizer:
-        source = SimpleNamespace(kind="directory", path=tokenizer_dirs[kind])
+        source = ModelSource(name="test", kind="directory", path=tokenizer_dirs[kind])
         return tokens.load_tokenizer(source, **{"generation_config": {}, "config": {}, **options})
 
     return load_kind

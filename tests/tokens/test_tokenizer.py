@@ -7,12 +7,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from paceline.errors import ChatTemplateError, CheckpointError, UnsupportedModelError, UsageError
+from paceline.loading.resolve import ModelSource
 from paceline.tokens.tokenizer import Tokenizer, load_tokenizer
 
 KINDS = ["llama3", "qwen2", "llama2", "metaspace", "gemma"]
@@ -114,7 +114,7 @@ def checkpoint(tmp_path: Path, tokenizer_dirs: dict[str, Path]) -> Callable[...,
             file = tmp_path / name.replace("__", "/").replace("_DOT_", ".")
             file.parent.mkdir(exist_ok=True)
             file.write_text(text)
-        return SimpleNamespace(kind="directory", path=tmp_path)
+        return ModelSource(name="test", kind="directory", path=tmp_path)
 
     return make
 

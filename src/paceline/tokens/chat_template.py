@@ -52,8 +52,7 @@ def render_chat(
         )
     compiled = _compile(template)
     chat = check_messages(messages, keep_parts=_reads_content_parts(template))
-    if continue_final_message:
-        _mark_final_message(chat)
+    final_text = _mark_final_message(chat) if continue_final_message else None
     context = {
         **_plain(dict(variables or {}), "chat template variables"),
         "messages": chat,
@@ -62,7 +61,7 @@ def render_chat(
         "add_generation_prompt": add_generation_prompt,
     }
     text = _render(compiled, context)
-    return _cut_at_mark(text) if continue_final_message else text
+    return text if final_text is None else _cut_at_mark(text, final_text)
 
 
 def check_messages(messages: Messages, *, keep_parts: bool = True) -> list[dict[str, Any]]:
@@ -144,20 +143,22 @@ def _objects(values: Sequence[Mapping[str, Any]] | None, what: str) -> list[dict
 # ------------------------------------------------------------------------------- continuing the last message
 
 
-def _mark_final_message(chat: list[dict[str, Any]]) -> None:
-    """Append the mark to the last message's text, so that the rendering can be cut where the text ends."""
+def _mark_final_message(chat: list[dict[str, Any]]) -> str:
+    """Append the mark to the last message's text, so that the rendering can be cut where that ends; return the text."""
     content = chat[-1].get("content")
     if isinstance(content, str):
         chat[-1]["content"] = content + _CONTINUE_MARK
-    elif content:
-        content[-1]["text"] += _CONTINUE_MARK
-    else:
+        return content
+    if not content:
         raise ChatTemplateError("continue_final_message needs a last message with text to continue")
+    text: str = content[-1]["text"]
+    content[-1]["text"] = text + _CONTINUE_MARK
+    return text
 
 
-def _cut_at_mark(text: str) -> str:
+def _cut_at_mark(text: str, final_text: str) -> str:
     start = text.rfind(_CONTINUE_MARK.rstrip())
-    if start < 0:
+    if start < 0 or final_text.strip() not in text[:start]:
         raise ChatTemplateError(
             "continue_final_message: this chat template changes or drops the last message, so it cannot be continued"
         )
@@ -280,7 +281,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
 def _refuse_huge(operator: str, left: Any, right: Any) -> None:
     """`'a' * 10**10` and `9**9**9` would exhaust the machine before anything is written."""
     if operator == "**":
-        huge = isinstance(right, int) and abs(right) > 64
+        huge = isinstance(left, int) and isinstance(right, int) and left.bit_length() * abs(right) > 4096
     else:
         sizes = [len(v) if isinstance(v, (str, list, tuple)) else abs(v) for v in (left, right)]
         huge = any(isinstance(v, (str, list, tuple)) for v in (left, right)) and sizes[0] * sizes[1] > MAX_OUTPUT_CHARS

@@ -1,4 +1,4 @@
-"""A Hugging Face directory's tokenizer: tokenizer.json and the tokens that tokenizer_config.json adds, as in transformers.
+"""A Hugging Face directory's tokenizer: tokenizer.json and what tokenizer_config.json adds, as transformers reads them.
 
 Whether BOS and EOS are added is tokenizer.json's to say (its post-processor); tokenizer_config.json's `add_bos_token`
 is for tokenizers that are built without one, and transformers ignores it here too.

@@ -143,16 +143,16 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: Sequen
 
 
 def merges_from_scores(vocab: Mapping[str, int], scores: Mapping[str, float], skip: set[str]) -> list[tuple[str, str]]:
-    """The merge list that a scored vocabulary implies: every token that two others make up, best score first; the
-    ways to make up one token in the order of their parts' ids, as transformers writes them."""
-    ranked: list[tuple[float, int, int, int, str, str]] = []
+    """The merge list that a scored vocabulary implies: every token that two others make up, best score first; of
+    the ways to make up one token the longest left part first, as in the files that transformers writes."""
+    ranked: list[tuple[float, int, int, str, str]] = []
     for token, token_id in vocab.items():
         if token in skip:
             continue
-        for cut in range(1, len(token)):
+        for cut in range(len(token) - 1, 0, -1):
             left, right = token[:cut], token[cut:]
             if left in vocab and right in vocab:
-                ranked.append((-scores[token], token_id, vocab[left], vocab[right], left, right))
+                ranked.append((-scores[token], -cut, token_id, left, right))
     ranked.sort()
     return [(left, right) for *_, left, right in ranked]
 

@@ -186,7 +186,7 @@ def load_tokenizer(
     parts = (
         tokenizer_from_metadata(read_gguf(source.path).metadata)
         if source.kind == "gguf"
-        else read_directory(Path(source.path))
+        else read_directory(source.path)
     )
     eos = (
         parts.eos_token_ids
