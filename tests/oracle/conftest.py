@@ -7,7 +7,7 @@ does with them. Sizes are small, and the soft caps, eps and windows such that ea
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,15 @@ class TinyModel:
 
     def decoder(self) -> Decoder:
         return load_decoder(self.checkpoint, self.config, dtype=torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Matrices of 48 columns gain nothing from a second thread, and lose much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def randomise(model: torch.nn.Module, seed: int) -> None:
