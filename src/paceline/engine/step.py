@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from paceline.sampling.logprobs import TokenLogprobs
 from paceline.sampling.params import SamplingParams
 
 PLACEHOLDER = -1  # a token that an earlier step, still in flight, will choose; the runner knows it by then
@@ -66,16 +67,6 @@ class SchedulerOutput:
     @property
     def num_tokens(self) -> int:
         return sum(len(request.token_ids) for request in self.scheduled)
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """Raw log probabilities at one position: of the chosen token, its rank from 1, and of the likeliest ones."""
-
-    token_id: int
-    logprob: float
-    rank: int
-    top: Mapping[int, float]  # token id -> log probability, likeliest first
 
 
 @dataclass(frozen=True)

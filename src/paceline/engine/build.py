@@ -1,0 +1,249 @@
+"""From a model's name to a running engine: resolve, read, check that it fits, load, plan the cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from paceline import sizing
+from paceline.config import CacheConfig, DecoderConfig, EngineConfig, SchedulerConfig, SpeculativeConfig
+from paceline.engine.device import available_bytes, pick_device, pick_dtype
+from paceline.engine.engine import Engine
+from paceline.engine.model_runner import ModelRunner
+from paceline.errors import OutOfMemoryError, UsageError
+from paceline.formats import FORMATS
+from paceline.loading.checkpoint import Checkpoint, open_checkpoint
+from paceline.loading.resolve import ModelSource, Progress, resolve
+from paceline.log import get_logger
+from paceline.models.decoder import Decoder
+from paceline.models.load import load_decoder
+from paceline.models.registry import read_decoder_config
+from paceline.registry import lookup
+from paceline.tokens.tokenizer import Tokenizer, load_tokenizer
+
+log = get_logger(__name__)
+
+BYTES_PER_LINEAR = {"int8": 1.0}  # weight formats whose values are narrower than the model's dtype
+CPU_CACHE_SHARE = 0.25  # of the memory left after the weights; a host has other work than this cache
+CUDA_MEMORY_SHARE = 0.9  # of the memory free before loading, for weights, cache and activations together
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What to load and how. `model`: a hub id, a directory, a GGUF file or an alias. `tokenizer`: the same, where
+    it is not the model's own. `generation_config`: "auto" takes the model's sampling defaults, "none" does not.
+    `kv_cache_gib`: the cache's size; None takes what scheduler limits can use, within a share of free memory."""
+
+    model: str
+    tokenizer: str | None = None
+    revision: str | None = None
+    dtype: str | torch.dtype = "auto"
+    device: str = "auto"
+    quantization: str | None = None
+    max_model_len: int | None = None
+    kv_cache_gib: float | None = None
+    seed: int = 0
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    speculative: SpeculativeConfig | None = None
+    async_depth: int = 0
+    skip_tokenizer_init: bool = False
+    chat_template: str | None = None
+    generation_config: str = "auto"
+    hf_token: str | None = None
+    download_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.quantization is not None:
+            lookup({name: None for name in FORMATS if name != "dense"}, "quantization", self.quantization)
+        if self.generation_config not in ("auto", "none"):
+            raise UsageError(f"generation_config must be 'auto' or 'none', got {self.generation_config!r}")
+        if self.kv_cache_gib is not None and not self.kv_cache_gib > 0:
+            raise UsageError(f"kv_cache_gib must be greater than 0, got {self.kv_cache_gib}")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run. `phases`: seconds of each part of the loading, in order."""
+
+    source: ModelSource
+    config: DecoderConfig
+    engine: Engine
+    tokenizer: Tokenizer | None
+    generation_config: Mapping[str, Any]
+    dtype: torch.dtype
+    device: torch.device
+    step_weight_bytes: int  # weights that one decode step reads
+    kv_bytes_per_token: int  # cache that one token of context takes
+    phases: Mapping[str, float]
+
+
+class _Phases:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+
+def load_model(options: LoadOptions, progress: Progress | None = None) -> LoadedModel:
+    """Load a model and build its engine. Raises PacelineError's children, before loading where that can be told."""
+    phases = _Phases()
+    device = pick_device(options.device)
+    with phases.time("resolve"):
+        source = resolve(
+            options.model,
+            revision=options.revision,
+            token=options.hf_token,
+            download_dir=options.download_dir,
+            progress=progress,
+        )
+        if source.note:
+            log.info("%s", source.note)
+    with open_checkpoint(source) as checkpoint:
+        with phases.time("tokenizer"):
+            tokenizer = _load_tokenizer(options, source, checkpoint)
+        config = read_decoder_config(checkpoint.config)
+        dtype = pick_dtype(options.dtype, _stored_dtype(checkpoint), device)
+        free = _check_weights_fit(config, options, dtype, device)
+        with phases.time("weights"):
+            decoder = load_decoder(
+                checkpoint, config, dtype=dtype, device=device, quantize=options.quantization, progress=progress
+            )
+        generation_config = dict(checkpoint.generation_config) if options.generation_config == "auto" else {}
+    with phases.time("cache"):
+        engine = _build_engine(decoder, options, free)
+    return LoadedModel(
+        source=source,
+        config=config,
+        engine=engine,
+        tokenizer=tokenizer,
+        generation_config=generation_config,
+        dtype=dtype,
+        device=device,
+        step_weight_bytes=sizing.step_weight_bytes(
+            config, dtype.itemsize, bytes_per_linear=_bytes_per_linear(options, dtype)
+        ),
+        kv_bytes_per_token=sum(sizing.kv_bytes_per_token(config, g, dtype.itemsize) for g in config.kv_groups),
+        phases=phases.seconds,
+    )
+
+
+def _load_tokenizer(options: LoadOptions, source: ModelSource, checkpoint: Checkpoint) -> Tokenizer | None:
+    if options.skip_tokenizer_init:
+        return None
+    if options.tokenizer is not None:
+        source = resolve(options.tokenizer, token=options.hf_token, download_dir=options.download_dir)
+    return load_tokenizer(
+        source,
+        generation_config=checkpoint.generation_config,
+        config=checkpoint.config,
+        chat_template=options.chat_template,
+    )
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that most of the checkpoint's values have, once read."""
+    sizes: dict[torch.dtype, int] = {}
+    for name in checkpoint.names():
+        count = 1
+        for size in checkpoint.shape(name):
+            count *= size
+        dtype = checkpoint.dtype(name)
+        sizes[dtype] = sizes.get(dtype, 0) + count
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _bytes_per_linear(options: LoadOptions, dtype: torch.dtype) -> float:
+    return BYTES_PER_LINEAR.get(options.quantization or "dense", dtype.itemsize)
+
+
+def _check_weights_fit(config: DecoderConfig, options: LoadOptions, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes left for the cache once the weights are in. Raises OutOfMemoryError before anything is loaded."""
+    weights = sizing.weight_bytes(
+        config,
+        dtype.itemsize,
+        bytes_per_linear=_bytes_per_linear(options, dtype),
+        tied_head_shares=device.type != "cpu" and options.quantization is None,
+    )
+    step = sizing.activation_bytes(
+        config, options.scheduler.max_num_batched_tokens, options.scheduler.max_num_seqs, dtype.itemsize
+    )
+    available = available_bytes(device)
+    if device.type == "cuda":
+        available = int(available * CUDA_MEMORY_SHARE)
+    free = available - weights - step
+    if free <= 0:
+        raise OutOfMemoryError(
+            f"{options.model} needs {sizing.gib(weights)} for weights and {sizing.gib(step)} for a step in "
+            f"{str(dtype)[6:]}, and {sizing.gib(available)} are available on {device}: "
+            "use a narrower dtype, quantization='int8', a smaller max_num_batched_tokens or a smaller model"
+        )
+    return free
+
+
+def _build_engine(decoder: Decoder, options: LoadOptions, free: int) -> Engine:
+    config, dtype, scheduler = decoder.config, decoder.dtype, options.scheduler
+    wanted = options.max_model_len or config.max_position
+    if wanted > config.max_position:
+        raise UsageError(
+            f"max_model_len {wanted} is more than the {config.max_position} positions this model was trained for"
+        )
+    max_model_len, num_blocks = wanted, (options.cache.num_blocks,) * len(config.kv_groups)
+    if options.cache.num_blocks is None:
+        budget = int(free * CPU_CACHE_SHARE) if decoder.device.type == "cpu" else free
+        if options.kv_cache_gib is not None:
+            budget = int(options.kv_cache_gib * sizing.GIB)
+            if budget > free:
+                raise OutOfMemoryError(
+                    f"a cache of {options.kv_cache_gib:g} GiB does not fit: {sizing.gib(free)} are free beside the weights"
+                )
+        plan = sizing.plan_cache(
+            config,
+            block_size=options.cache.block_size,
+            bytes_per_value=dtype.itemsize,
+            budget_bytes=budget,
+            max_model_len=wanted,
+            max_num_seqs=scheduler.max_num_seqs,
+            step_tokens=scheduler.max_num_batched_tokens,
+        )
+        num_blocks = plan.num_blocks
+        max_model_len = _fit_context(options, wanted, plan, budget)
+        log.info("cache: %s for %d tokens of context", sizing.gib(plan.nbytes), plan.num_tokens)
+    engine_config = EngineConfig(
+        max_model_len=max_model_len,
+        seed=options.seed,
+        cache=replace(options.cache, num_blocks=num_blocks[0]),
+        scheduler=scheduler,
+        speculative=options.speculative,
+        async_depth=options.async_depth,
+    )
+    counts = tuple(count for count in num_blocks if count is not None)
+    runner = ModelRunner(decoder, counts, options.cache.block_size)
+    return Engine(engine_config, config.kv_groups, counts, runner)
+
+
+def _fit_context(options: LoadOptions, wanted: int, plan: sizing.CachePlan, budget: int) -> int:
+    """The context that the cache holds: an error where the user asked for more, a line in the log where the model did."""
+    if plan.num_tokens >= wanted:
+        return wanted
+    if options.max_model_len is not None or plan.nbytes > budget:
+        raise OutOfMemoryError(
+            f"one context of {wanted} tokens does not fit the cache: {sizing.gib(budget)} hold {plan.num_tokens} tokens; "
+            f"lower max_model_len or raise kv_cache_gib"
+        )
+    log.warning(
+        "max_model_len lowered from the model's %d to %d, which is what %s of cache hold; set kv_cache_gib for more",
+        wanted,
+        plan.num_tokens,
+        sizing.gib(budget),
+    )
+    return plan.num_tokens

@@ -1,0 +1,105 @@
+"""The engine: schedule, run, update, one step at a time. It knows token ids only; text is engine/output.py's."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from paceline.config import EngineConfig, KVGroup
+from paceline.engine.model_runner import ModelRunner
+from paceline.engine.request import Request, RequestSpec
+from paceline.engine.scheduler import Scheduler
+from paceline.engine.step import FinishReason, RequestUpdate, SchedulerOutput, StepOutput
+from paceline.sampling.params import SamplingParams
+from paceline.sampling.random import bits64
+from paceline.speculative.ngram import NgramIndex
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """A request as the engine takes it. `eos_token_ids`: the model's own end; `namespace` separates prefix caches."""
+
+    request_id: str
+    prompt_token_ids: Sequence[int]
+    params: SamplingParams
+    eos_token_ids: frozenset[int] = frozenset()
+    bad_words_token_ids: Sequence[Sequence[int]] = ()
+    namespace: str = ""
+
+
+def child_id(request_id: str, index: int, n: int) -> str:
+    """The id of answer `index` of a request with n answers: the request's own where n is 1."""
+    return request_id if n == 1 else f"{request_id}#{index}"
+
+
+class Engine:
+    """Owns a scheduler and a runner. `step()` until `has_work` is false; requests may come and go between steps."""
+
+    def __init__(
+        self, config: EngineConfig, groups: tuple[KVGroup, ...], num_blocks: tuple[int, ...], runner: ModelRunner
+    ) -> None:
+        self.config = config
+        self.runner = runner
+        self.scheduler = Scheduler(config, groups, num_blocks)
+        self._in_flight: deque[tuple[SchedulerOutput, StepOutput]] = deque()
+        self._proposers: dict[str, NgramIndex] = {}
+        self._arrivals = 0
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def add_request(self, request: EngineRequest) -> None:
+        """Queue a request: `params.n` answers, each a request of the scheduler's named by `child_id`; the second and
+        later ones share the first's prompt blocks. Raises PromptTooLongError when the cache could never hold it."""
+        self._arrivals += 1
+        params = request.params
+        seed = params.seed if params.seed is not None else bits64(self.config.seed, self._arrivals, stream=1)
+        for index in range(params.n):
+            spec = RequestSpec(
+                child_id(request.request_id, index, params.n),
+                request.prompt_token_ids,
+                params,
+                seed=seed if index == 0 else bits64(seed, index, stream=2),
+                eos_token_ids=request.eos_token_ids,
+                bad_words_token_ids=request.bad_words_token_ids,
+                namespace=request.namespace,
+                fork_of=None if index == 0 else child_id(request.request_id, 0, params.n),
+            )
+            self.scheduler.add(Request(spec))
+            if self.config.speculative is not None:
+                proposer = NgramIndex(self.config.speculative)
+                proposer.extend(request.prompt_token_ids)
+                self._proposers[spec.request_id] = proposer
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request and give its blocks back; unknown and finished ids are ignored."""
+        self.finish(request_id, "abort")
+
+    def finish(self, request_id: str, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        self.scheduler.finish(request_id, reason, stop_reason)
+        self._proposers.pop(request_id, None)
+
+    def step(self) -> list[RequestUpdate]:
+        """Run one step and return what it changed; with async_depth d the results are those of d steps ago."""
+        output = self.scheduler.schedule()
+        self._in_flight.append((output, self.runner.run(output)))
+        updates: list[RequestUpdate] = []
+        # A step in which nothing could run waits for results: then all of them are taken.
+        while self._in_flight and (len(self._in_flight) > self.config.async_depth or not output.scheduled):
+            updates += self.scheduler.update(*self._in_flight.popleft())
+        if self.config.speculative is not None:
+            self._propose(updates)
+        return updates
+
+    def _propose(self, updates: Sequence[RequestUpdate]) -> None:
+        for update in updates:
+            proposer = self._proposers.get(update.request_id)
+            if proposer is None:
+                continue
+            if update.finish_reason is not None:
+                del self._proposers[update.request_id]
+                continue
+            proposer.extend(update.new_token_ids)
+            self.scheduler.set_drafts(update.request_id, proposer.propose())

@@ -1,0 +1,147 @@
+"""Run one step on the device: copy blocks, build the inputs, forward, sample, verify drafts.
+
+The runner keeps what the device side must remember of a request (its tokens) and owns the cache's tensors; it
+decides nothing that the scheduler has not decided.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from paceline.cache.kv_cache import allocate_kv, copy_block
+from paceline.engine.step import PLACEHOLDER, NewRequest, ScheduledRequest, SchedulerOutput, StepOutput
+from paceline.inputs import ModelInputs
+from paceline.kernels.attention_plan import build_attention
+from paceline.log import get_logger
+from paceline.models.decoder import Decoder
+from paceline.sampling.logprobs import TokenLogprobs
+from paceline.sampling.sampler import Sampled, SamplingRow, sample
+from paceline.speculative.verify import rows_with_drafts, verify
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class RequestTokens:
+    """A request and its tokens, which grow. Arrays, because the sampler's penalties read them as buffers."""
+
+    new: NewRequest
+    prompt: array[int]
+    output: array[int]
+
+    def known(self, position: int) -> int:
+        """The token at a position that an earlier step has chosen."""
+        prompt_length = len(self.prompt)
+        return self.prompt[position] if position < prompt_length else self.output[position - prompt_length]
+
+
+class ModelRunner:
+    """`num_blocks`: blocks of each KV group, the null block not counted."""
+
+    def __init__(self, decoder: Decoder, num_blocks: Sequence[int], block_size: int) -> None:
+        self.decoder = decoder
+        self.block_size = block_size
+        self.windows = tuple(group.window for group in decoder.config.kv_groups)
+        self.kv = allocate_kv(decoder.config, num_blocks, block_size, dtype=decoder.dtype, device=decoder.device)
+        self._requests: dict[str, RequestTokens] = {}
+        self._padded = True  # whether a request may read, under a mask, slots that are not its own
+
+    @torch.inference_mode()
+    def run(self, output: SchedulerOutput) -> StepOutput:
+        """Compute one step. A request whose logits are not finite comes back in `errors`; the others go on."""
+        for request_id in output.finished:
+            self._requests.pop(request_id, None)
+        for new in output.new_requests:
+            self._requests[new.request_id] = RequestTokens(new, array("q", new.prompt_token_ids), array("q"))
+        for copy in output.copies:
+            copy_block(self.kv, copy.group, copy.source, copy.target, self.block_size)
+        if not output.scheduled:
+            return StepOutput({})
+        hidden_TD = self.decoder(self._inputs(output.scheduled), self.kv)
+        return self._sample(output.scheduled, hidden_TD)
+
+    def _inputs(self, scheduled: Sequence[ScheduledRequest]) -> ModelInputs:
+        token_ids: list[int] = []
+        positions: list[int] = []
+        query_starts = [0]
+        for request in scheduled:
+            known = self._requests[request.request_id].known
+            for position, token in enumerate(request.token_ids, start=request.start):
+                token_ids.append(known(position) if token == PLACEHOLDER else token)
+                positions.append(position)
+            query_starts.append(len(token_ids))
+        attention = build_attention(
+            query_starts,
+            [request.start + len(request.token_ids) for request in scheduled],
+            [[request.block_tables[group] for request in scheduled] for group in range(len(self.windows))],
+            self.windows,
+            block_size=self.block_size,
+            device=self.decoder.device,
+            padded=self._padded,
+        )
+        device = self.decoder.device
+        return ModelInputs(torch.tensor(token_ids, device=device), torch.tensor(positions, device=device), attention)
+
+    def _sample(self, scheduled: Sequence[ScheduledRequest], hidden_TD: torch.Tensor) -> StepOutput:
+        """The last 1 + num_drafts rows of every request that samples choose tokens; drafts are kept as they agree."""
+        choosing: list[tuple[ScheduledRequest, int]] = []  # and its first row
+        picked: list[int] = []  # rows of hidden_TD
+        rows: list[SamplingRow] = []
+        end = 0
+        for request in scheduled:
+            end += len(request.token_ids)
+            if request.samples:
+                choosing.append((request, len(rows)))
+                picked += range(end - 1 - request.num_drafts, end)
+                rows += self._rows(request)
+        if not rows:
+            return StepOutput({})
+        if len(picked) < hidden_TD.shape[0]:
+            hidden_TD = hidden_TD[torch.tensor(picked, device=hidden_TD.device)]
+        sampled = sample(self.decoder.logits(hidden_TD), rows)
+        return self._collect(choosing, sampled)
+
+    def _rows(self, request: ScheduledRequest) -> list[SamplingRow]:
+        state = self._requests[request.request_id]
+        drafts = request.token_ids[len(request.token_ids) - request.num_drafts :]
+        first = SamplingRow(
+            params=state.new.params,
+            seed=state.new.seed,
+            position=len(state.prompt) + len(state.output),
+            prompt_token_ids=state.prompt,
+            output_token_ids=state.output,
+            stop_token_ids=state.new.stop_token_ids,
+            bad_words_token_ids=state.new.bad_words_token_ids,
+        )
+        return rows_with_drafts(first, drafts)
+
+    def _collect(self, choosing: Sequence[tuple[ScheduledRequest, int]], sampled: Sampled) -> StepOutput:
+        token_ids: dict[str, tuple[int, ...]] = {}
+        logprobs: dict[str, tuple[TokenLogprobs, ...]] = {}
+        errors: dict[str, str] = {}
+        for request, first in choosing:
+            state = self._requests[request.request_id]
+            drafts = request.token_ids[len(request.token_ids) - request.num_drafts :]
+            chosen = verify(drafts, sampled.token_ids[first : first + 1 + len(drafts)])
+            failed = [sampled.errors[row] for row in range(first, first + len(chosen)) if row in sampled.errors]
+            if failed:
+                errors[request.request_id] = failed[0]
+                self._isolate(request.request_id, failed[0])
+                continue
+            state.output.extend(chosen)
+            token_ids[request.request_id] = tuple(chosen)
+            if state.new.params.logprobs is not None:
+                logprobs[request.request_id] = tuple(sampled.logprobs[first + i] for i in range(len(chosen)))
+        return StepOutput(token_ids, logprobs, errors)
+
+    def _isolate(self, request_id: str, message: str) -> None:
+        """A failed request may leave NaN in the blocks it gives back. A masked read multiplies by zero, and zero
+        times NaN is NaN, so from here on no request reads a slot that is not its own."""
+        log.error("request %s failed: %s", request_id, message)
+        if self._padded:
+            log.warning("from now on decodes run one by one, so that no other request reads the failed one's blocks")
+            self._padded = False

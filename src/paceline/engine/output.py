@@ -1,0 +1,141 @@
+"""From token ids to what the user sees: text, stop strings, log probabilities, times. One RequestState a request.
+
+It runs wherever the text is wanted: in process for `LLM`, beside the sockets for a server; the engine itself
+never sees text.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+from paceline.engine.step import RequestUpdate
+from paceline.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, decoded_logprobs
+from paceline.sampling.logprobs import TokenLogprobs
+from paceline.sampling.params import SamplingParams
+from paceline.tokens.detokenizer import IncrementalDetokenizer
+from paceline.tokens.tokenizer import Tokenizer
+
+
+class Answer:
+    """One of a request's answers, growing."""
+
+    def __init__(self, index: int, params: SamplingParams, tokenizer: Tokenizer | None, *, chat: bool) -> None:
+        self.index = index
+        self.params = params
+        self.tokenizer = tokenizer if params.detokenize else None
+        self.detokenizer = (
+            IncrementalDetokenizer(
+                self.tokenizer,
+                skip_special_tokens=params.skip_special_tokens,
+                spaces_between_special_tokens=params.spaces_between_special_tokens,
+                stop=tuple(params.stop),
+                include_stop_str_in_output=params.include_stop_str_in_output,
+                min_tokens=params.min_tokens,
+                continues_prompt=not chat,
+            )
+            if self.tokenizer is not None
+            else None
+        )
+        self.text: list[str] = []
+        self.token_ids: list[int] = []
+        self.logprobs: list[Mapping[int, Logprob]] = []
+        self.cumulative_logprob = 0.0
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+        self.error: str | None = None
+        self._shown = (0, 0)  # pieces of text and tokens that a delta has carried
+
+    def apply(self, update: RequestUpdate) -> str | None:
+        """Add a step's tokens; the stop string that they completed, if any, ends the answer there."""
+        token_ids = update.new_token_ids
+        kept, stop = len(token_ids), None
+        if self.detokenizer is not None:
+            hidden = update.finish_reason == "stop" and not self.params.include_stop_str_in_output
+            delta = self.detokenizer.append(token_ids[:-1] if hidden else token_ids)
+            self.text.append(delta.text)
+            stop = delta.stop
+            kept = kept if stop is None else delta.num_kept
+        self.token_ids += token_ids[:kept]
+        self._add_logprobs(update.logprobs[:kept])
+        if stop is not None:
+            self.finish_reason, self.stop_reason = "stop", stop
+        elif update.finish_reason is not None:
+            self.finish(update.finish_reason, update.stop_reason, update.error)
+        return stop
+
+    def finish(self, reason: str, stop_reason: int | str | None = None, error: str | None = None) -> None:
+        self.finish_reason, self.stop_reason, self.error = reason, stop_reason, error
+        if self.detokenizer is not None:
+            self.text.append(self.detokenizer.finish())
+
+    def _add_logprobs(self, entries: Sequence[TokenLogprobs]) -> None:
+        for entry in entries:
+            self.cumulative_logprob += entry.logprob
+            ids = {*entry.top, entry.token_id}
+            tokens = None if self.tokenizer is None else {i: self.tokenizer.decode([i], False) for i in ids}
+            self.logprobs.append(decoded_logprobs(entry, tokens))
+
+    def output(self, *, delta: bool) -> CompletionOutput:
+        """All of the answer so far, or with `delta` what no earlier delta has carried."""
+        pieces, tokens = self._shown if delta else (0, 0)
+        if delta:
+            self._shown = (len(self.text), len(self.token_ids))
+        wants_logprobs = self.params.logprobs is not None
+        return CompletionOutput(
+            self.index,
+            "".join(self.text[pieces:]),
+            tuple(self.token_ids[tokens:]),
+            self.cumulative_logprob if wants_logprobs else None,
+            tuple(self.logprobs[tokens:]) if wants_logprobs else None,
+            self.finish_reason,
+            self.stop_reason,
+            self.error,
+        )
+
+
+class RequestState:
+    """A request and its n answers. `chat`: the answer begins a text of its own; otherwise it continues the prompt."""
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt: str | None,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        tokenizer: Tokenizer | None,
+        *,
+        chat: bool,
+    ) -> None:
+        self.request_id = request_id
+        self.prompt = prompt
+        self.prompt_token_ids = prompt_token_ids
+        self.answers = [Answer(index, params, tokenizer, chat=chat) for index in range(params.n)]
+        self.num_cached_tokens = 0
+        self._arrival = time.perf_counter()
+        self._first: float | None = None
+        self._last: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        return all(answer.finish_reason is not None for answer in self.answers)
+
+    def apply(self, index: int, update: RequestUpdate) -> str | None:
+        """Add one answer's update; returns the stop string it completed, at which the engine must end it."""
+        if update.new_token_ids:
+            self._last = time.perf_counter()
+            self._first = self._first or self._last
+        if index == 0:
+            self.num_cached_tokens = update.num_cached_tokens
+        return self.answers[index].apply(update)
+
+    def output(self, *, delta: bool = False) -> RequestOutput:
+        return RequestOutput(
+            self.request_id,
+            self.prompt,
+            self.prompt_token_ids,
+            tuple(answer.output(delta=delta) for answer in self.answers),
+            self.finished,
+            RequestMetrics(self._arrival, self._first, self._last),
+            self.num_cached_tokens,
+        )

@@ -1,0 +1,355 @@
+"""`LLM`: a model and its engine in this process. The offline face, with vLLM's names where they mean the same."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.progress import Progress as ProgressBar
+
+from paceline.config import CacheConfig, SchedulerConfig, SpeculativeConfig
+from paceline.engine.build import LoadedModel, LoadOptions, load_model
+from paceline.engine.engine import EngineRequest, child_id
+from paceline.engine.output import RequestState
+from paceline.engine.prompts import Prompt, TokenPrompt, bad_word_ids, check_prompt, read_prompt
+from paceline.errors import UsageError
+from paceline.loading.aliases import DEFAULT_MODEL
+from paceline.loading.resolve import Progress
+from paceline.log import get_logger
+from paceline.outputs import RequestOutput
+from paceline.registry import refuse_unknown_keys
+from paceline.sampling.params import SamplingParams, with_defaults
+from paceline.tokens.chat_template import Messages
+from paceline.tokens.tokenizer import Tokenizer
+
+log = get_logger(__name__)
+
+Params = SamplingParams | Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a run moved and met. `step_weight_bytes`: weights that one decode step reads; `kv_bytes_per_token`:
+    cache that one token of context takes and a decode step reads."""
+
+    step_weight_bytes: int
+    kv_bytes_per_token: int
+    phases: Mapping[str, float]
+    scheduler: Any
+
+
+class LLM:
+    """A loaded model. Use it as a context manager, or `close()` it, to give its memory back.
+
+    `model`: a hub id (`org/name`, `org/name@revision`), a directory, a GGUF file or an alias. `dtype` "auto" keeps
+    the checkpoint's. `quantization`: None or "int8". `max_model_len` None takes the model's own. `kv_cache_gib` None
+    sizes the cache by the scheduler's limits within a share of free memory. `speculative_config`: a SpeculativeConfig or
+    its fields. `generation_config`: "auto" applies the model's sampling defaults where a request sets none.
+    `threads` sets torch's CPU threads, for the whole process. `trust_remote_code` is refused: no code of a
+    checkpoint is ever run.
+
+    Raises UsageError for an unknown or impossible option, and the errors of loading (ModelNotFoundError,
+    DownloadError, CheckpointError, UnsupportedModelError, OutOfMemoryError).
+    """
+
+    def __init__(
+        self,
+        model: str = DEFAULT_MODEL,
+        *,
+        tokenizer: str | None = None,
+        revision: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str = "auto",
+        quantization: str | None = None,
+        seed: int = 0,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 2048,
+        max_chunk: int | None = None,
+        scheduling_policy: str = "fcfs",
+        enable_prefix_caching: bool = True,
+        block_size: int = 16,
+        num_blocks: int | None = None,
+        kv_cache_gib: float | None = None,
+        speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None,
+        async_depth: int = 0,
+        skip_tokenizer_init: bool = False,
+        trust_remote_code: bool = False,
+        chat_template: str | None = None,
+        generation_config: str = "auto",
+        hf_token: str | None = None,
+        download_dir: str | None = None,
+        threads: int | None = None,
+        progress: Progress | None = None,
+        **unknown: Any,
+    ) -> None:
+        refuse_unknown_keys("LLM option", unknown, KNOWN_OPTIONS)
+        if trust_remote_code:
+            raise UsageError("trust_remote_code is refused: paceline runs no code from a checkpoint")
+        if threads is not None:
+            if threads < 1:
+                raise UsageError(f"threads must be at least 1, got {threads}")
+            torch.set_num_threads(threads)
+        options = LoadOptions(
+            model=model,
+            tokenizer=tokenizer,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            quantization=quantization,
+            max_model_len=max_model_len,
+            kv_cache_gib=kv_cache_gib,
+            seed=seed,
+            cache=CacheConfig(block_size, num_blocks, enable_prefix_caching),
+            scheduler=SchedulerConfig(
+                max_num_seqs,
+                max_num_batched_tokens,
+                max_chunk,
+                scheduling_policy,  # type: ignore[arg-type]  # checked there
+            ),
+            speculative=_speculative(speculative_config),
+            async_depth=async_depth,
+            skip_tokenizer_init=skip_tokenizer_init,
+            chat_template=chat_template,
+            generation_config=generation_config,
+            hf_token=hf_token,
+            download_dir=download_dir,
+        )
+        self._model: LoadedModel | None = load_model(options, progress)
+        self._ids = itertools.count()
+        self._states: dict[str, RequestState] = {}
+        self._answers: dict[str, tuple[RequestState, int]] = {}  # engine request id -> its request and index
+
+    # -------------------------------------------------------------------------------------------- generating
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: Params | Sequence[Params] = None,
+        *,
+        use_tqdm: bool = False,
+        priority: int | Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """The completions of one or many prompts, in their order. `sampling_params`: one for all, or one each.
+
+        None takes the model's own defaults (`get_default_sampling_params`); a mapping sets some fields over them; a
+        SamplingParams is used as it stands. `use_tqdm` shows a progress bar. `priority` overrides the parameters' own.
+        Raises UsageError before anything runs if any prompt or parameter is wrong.
+        """
+        many = [prompts] if _is_one_prompt(prompts) else list(prompts)  # type: ignore[arg-type]
+        read = [read_prompt(prompt, self.model.tokenizer) for prompt in many]  # type: ignore[arg-type]
+        return self._run(read, sampling_params, priority, show=use_tqdm, chat=False)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: Params | Sequence[Params] = None,
+        *,
+        use_tqdm: bool = False,
+        priority: int | Sequence[int] | None = None,
+        **template_options: Any,
+    ) -> list[RequestOutput]:
+        """The answers to one or many conversations, through the model's chat template. `template_options`:
+        `chat_template`, `add_generation_prompt`, `continue_final_message`, `tools`, `documents`, and the
+        template's own variables. Raises ChatTemplateError, or as `generate`."""
+        many: Sequence[Messages] = [messages] if _is_one_conversation(messages) else messages  # type: ignore[list-item, assignment]
+        read = [self._read_chat(conversation, template_options) for conversation in many]
+        return self._run(read, sampling_params, priority, show=use_tqdm, chat=True)
+
+    def stream(
+        self, prompt: Prompt | Messages, sampling_params: Params = None, **template_options: Any
+    ) -> Iterator[RequestOutput]:
+        """One prompt or conversation, token by token: each value's `outputs[i].text` is what is new. Leaving the
+        loop early aborts the request."""
+        chat = _is_one_conversation(prompt)
+        read = self._read_chat(prompt, template_options) if chat else read_prompt(prompt, self.model.tokenizer)  # type: ignore[arg-type]
+        params = self.effective_sampling_params(sampling_params)[0]
+        state = self._add(self._checked(read, params), params, None, chat=chat)
+        return self._stream(state)
+
+    def _stream(self, state: RequestState) -> Iterator[RequestOutput]:
+        try:
+            while not state.finished:
+                if state in self._step():
+                    yield state.output(delta=True)
+        finally:
+            self._forget(state)
+
+    def _run(
+        self,
+        prompts: Sequence[TokenPrompt],
+        sampling_params: Params | Sequence[Params],
+        priority: int | Sequence[int] | None,
+        *,
+        show: bool,
+        chat: bool,
+    ) -> list[RequestOutput]:
+        count = len(prompts)
+        given: list[Params] = _one_each("sampling_params", sampling_params, count, SamplingParams, Mapping)
+        priorities: list[int | None] = _one_each("priority", priority, count, int)
+        params = [self.effective_sampling_params(one)[0] for one in given]
+        checked = [self._checked(prompt, one) for prompt, one in zip(prompts, params, strict=True)]
+        states: list[RequestState] = []
+        try:
+            for prompt, one, rank in zip(checked, params, priorities, strict=True):
+                states.append(self._add(prompt, one, rank, chat=chat))
+            with ProgressBar(disable=not show) as bar:
+                task = bar.add_task("generating", total=count)
+                while not all(state.finished for state in states):
+                    self._step()
+                    bar.update(task, completed=sum(state.finished for state in states))
+            return [state.output() for state in states]
+        finally:
+            for state in states:
+                self._forget(state)
+
+    def _read_chat(self, messages: Any, options: Mapping[str, Any]) -> TokenPrompt:
+        options = dict(options)
+        if "chat_template" in options:
+            options["template"] = options.pop("chat_template")
+        text = self.get_tokenizer().apply_chat_template(messages, **options)
+        return read_prompt(text, self.model.tokenizer, add_special_tokens=False)
+
+    def _checked(self, prompt: TokenPrompt, params: SamplingParams) -> TokenPrompt:
+        vocab_size = self.model.config.vocab_size
+        params.check_vocabulary(vocab_size)
+        return check_prompt(prompt, params, vocab_size=vocab_size, max_model_len=self.model.engine.config.max_model_len)
+
+    # ---------------------------------------------------------------------------------------------- stepping
+
+    def _add(self, prompt: TokenPrompt, params: SamplingParams, priority: int | None, *, chat: bool) -> RequestState:
+        model = self.model
+        if priority is not None:
+            params = replace(params, priority=priority)
+        request_id = f"request-{next(self._ids)}"
+        state = RequestState(request_id, prompt.text, prompt.token_ids, params, model.tokenizer, chat=chat)
+        model.engine.add_request(
+            EngineRequest(
+                request_id,
+                prompt.token_ids,
+                params,
+                eos_token_ids=self._eos_token_ids(),
+                bad_words_token_ids=bad_word_ids(params, model.tokenizer),
+            )
+        )
+        self._states[request_id] = state
+        for index in range(params.n):
+            self._answers[child_id(request_id, index, params.n)] = (state, index)
+        return state
+
+    def _eos_token_ids(self) -> frozenset[int]:
+        tokenizer = self.model.tokenizer
+        return frozenset() if tokenizer is None else tokenizer.eos_token_ids
+
+    def _step(self) -> list[RequestState]:
+        """One engine step; the requests that it changed."""
+        engine = self.model.engine
+        changed: dict[str, RequestState] = {}
+        for update in engine.step():
+            if update.request_id not in self._answers:
+                continue  # forgotten between its step and its update
+            state, index = self._answers[update.request_id]
+            stop = state.apply(index, update)
+            if stop is not None:
+                engine.finish(update.request_id, "stop", stop)
+            changed[state.request_id] = state
+        return list(changed.values())
+
+    def _forget(self, state: RequestState) -> None:
+        for index in range(len(state.answers)):
+            request_id = child_id(state.request_id, index, len(state.answers))
+            if self._model is not None:
+                self._model.engine.abort(request_id)
+            self._answers.pop(request_id, None)
+        self._states.pop(state.request_id, None)
+
+    # ------------------------------------------------------------------------------------------------- about
+
+    @property
+    def model(self) -> LoadedModel:
+        """The loaded model. Raises UsageError after close()."""
+        if self._model is None:
+            raise UsageError("this LLM was closed: make a new one")
+        return self._model
+
+    def get_tokenizer(self) -> Tokenizer:
+        """Raises UsageError for an LLM made with skip_tokenizer_init."""
+        if self.model.tokenizer is None:
+            raise UsageError("this LLM has no tokenizer: it was made with skip_tokenizer_init")
+        return self.model.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """SamplingParams() with what the model's generation_config.json sets."""
+        return self.effective_sampling_params(None)[0]
+
+    def effective_sampling_params(self, given: Params) -> tuple[SamplingParams, list[str]]:
+        """The parameters that a request with `given` runs with, and which of them came from generation_config.json."""
+        return with_defaults(given, self.model.generation_config)
+
+    def stats(self) -> Stats:
+        model = self.model
+        return Stats(model.step_weight_bytes, model.kv_bytes_per_token, model.phases, model.engine.scheduler.stats)
+
+    def close(self) -> None:
+        """Give the weights and the cache back. Running streams end; later calls raise UsageError."""
+        if self._model is None:
+            return
+        device = self._model.device
+        self._model = None
+        self._states.clear()
+        self._answers.clear()
+        gc.collect()  # the engine holds cycles
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+KNOWN_OPTIONS = tuple(
+    name for name in LLM.__init__.__annotations__ if name not in ("self", "unknown", "return")
+)  # what an unknown option is compared with
+
+
+def _speculative(given: SpeculativeConfig | Mapping[str, Any] | None) -> SpeculativeConfig | None:
+    if given is None or isinstance(given, SpeculativeConfig):
+        return given
+    refuse_unknown_keys("speculative_config key", given, SpeculativeConfig.__dataclass_fields__)
+    return SpeculativeConfig(**given)
+
+
+def _is_one_prompt(prompts: Any) -> bool:
+    """A string, a mapping or a list of token ids is one prompt; any other list holds several."""
+    if isinstance(prompts, (str, Mapping)):
+        return True
+    return isinstance(prompts, Sequence) and bool(prompts) and all(isinstance(item, int) for item in prompts)
+
+
+def _is_one_conversation(messages: Any) -> bool:
+    """A list of messages, not of conversations. A mapping with a role is a message."""
+    return (
+        isinstance(messages, Sequence)
+        and not isinstance(messages, str)
+        and bool(messages)
+        and all(isinstance(item, Mapping) and "role" in item for item in messages)
+    )
+
+
+def _one_each(name: str, given: Any, count: int, *scalars: Callable[..., Any]) -> list[Any]:
+    """`given` once for each of `count` prompts, or as many values as prompts."""
+    if given is None or isinstance(given, scalars):  # type: ignore[arg-type]
+        return [given] * count
+    values = list(given)
+    if len(values) != count:
+        raise UsageError(f"{len(values)} {name} for {count} prompts: give one for all, or one each")
+    return values

@@ -1,0 +1,77 @@
+"""What a user gets back, shaped as vLLM's `RequestOutput`. Plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from paceline.sampling.logprobs import TokenLogprobs
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """One candidate token at one position. `rank` from 1; None where it was not computed."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str | None
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One of a request's n answers. `finish_reason`: "stop", "length", "abort", "error", or None while it runs.
+    `stop_reason`: the stop string or stop token id that ended it, None for the model's own end.
+    `logprobs`: a mapping a token, token id -> Logprob, the chosen token's included; None unless asked for."""
+
+    index: int
+    text: str
+    token_ids: Sequence[int]
+    cumulative_logprob: float | None = None
+    logprobs: Sequence[Mapping[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(frozen=True)
+class RequestMetrics:
+    """Wall-clock times in seconds, on time.perf_counter's clock."""
+
+    arrival_time: float
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        return None if self.first_token_time is None else self.first_token_time - self.arrival_time
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A request's prompt and answers. From `stream` each value carries only what is new in `outputs`."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: Sequence[int]
+    outputs: Sequence[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics
+    num_cached_tokens: int = 0
+
+
+def decoded_logprobs(entry: TokenLogprobs, tokens: Mapping[int, str] | None) -> dict[int, Logprob]:
+    """token id -> Logprob of one position: the likeliest ones in order, then the chosen token if it is not there."""
+
+    def decoded(token_id: int) -> str | None:
+        return None if tokens is None else tokens[token_id]
+
+    result = {
+        token_id: Logprob(value, rank, decoded(token_id))
+        for rank, (token_id, value) in enumerate(entry.top.items(), start=1)
+    }
+    result[entry.token_id] = Logprob(entry.logprob, entry.rank, decoded(entry.token_id))
+    return result
