@@ -74,6 +74,13 @@ class HFConfig:
             raise CheckpointError(f"config.json has no '{key}': it is incomplete, download the model again")
         return value
 
+    def size(self, key: str, default: int | None = None) -> int:
+        """The value of `key`, a positive whole number. Raises CheckpointError naming the key and what it holds."""
+        value = self.require(key) if default is None else self.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CheckpointError(f"config.json sets '{key}' to {value!r}: expected a positive whole number")
+        return value
+
     def get(self, key: str, default: T) -> T:
         """The value of `key`, or `default` where it is absent or null."""
         value = self.optional(key)

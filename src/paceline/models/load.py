@@ -5,6 +5,7 @@ Peak memory is the model plus one fused tensor in the model's dtype and the part
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Protocol
 
@@ -14,6 +15,7 @@ from paceline import formats
 from paceline.config import DecoderConfig
 from paceline.errors import CheckpointError
 from paceline.layers.linear import Linear
+from paceline.loading.progress import Progress, Silent
 from paceline.loading.rules import forward_names
 from paceline.log import get_logger
 from paceline.models.decoder import Decoder
@@ -32,15 +34,9 @@ class Tensors(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
+    def dtype(self, name: str) -> torch.dtype: ...
+
     def read(self, name: str) -> torch.Tensor: ...
-
-
-class Progress(Protocol):
-    def start(self, label: str, total: int) -> None: ...
-
-    def advance(self, amount: int) -> None: ...
-
-    def done(self) -> None: ...
 
 
 class CheckpointParts:
@@ -54,7 +50,7 @@ class CheckpointParts:
         dtype: torch.dtype,
         device: torch.device,
         format: str = "dense",
-        progress: Progress | None = None,
+        progress: Progress,
     ) -> None:
         self.checkpoint = checkpoint
         self.names = names
@@ -77,6 +73,11 @@ class CheckpointParts:
         """The output head over the embedding's values; shares their memory where the format keeps them as they are."""
         return Linear(self._pack(table_VD))
 
+    def num_bytes(self) -> int:
+        """Bytes of all the tensors that the names lead to, as read."""
+        wanted = (name for theirs in self.names.values() for name in theirs if name in self.stored)
+        return sum(math.prod(self.checkpoint.shape(name)) * self.checkpoint.dtype(name).itemsize for name in wanted)
+
     def _pack(self, values_NK: torch.Tensor) -> formats.Weight:
         return formats.pack(values_NK, self.format, dtype=self.dtype, device=self.device)
 
@@ -85,11 +86,11 @@ class CheckpointParts:
         start = 0
         for part, count in zip(self.names[name], rows, strict=True):
             self._check(part, (count, *rest))
-            fused[start : start + count].copy_(self.checkpoint.read(part))
+            values = self.checkpoint.read(part)
+            fused[start : start + count].copy_(values)
             start += count
             self.used.add(part)
-            if self.progress is not None:
-                self.progress.advance(1)
+            self.progress.advance(values.nbytes)
         return fused
 
     def _check(self, part: str, expected: tuple[int, ...]) -> None:
@@ -115,7 +116,7 @@ def load_decoder(
     progress: Progress | None = None,
 ) -> Decoder:
     """The model, in `dtype` on `device`; `quantize` names the weight format of every linear, the head included
-    (None: dense, lossless up to the cast to `dtype`). `progress` counts tensors.
+    (None: dense, lossless up to the cast to `dtype`). `progress` counts the bytes read.
 
     Raises CheckpointError for a tensor that is missing or of the wrong shape, UsageError for an unknown format.
     """
@@ -127,13 +128,13 @@ def load_decoder(
         dtype=dtype,
         device=torch.device(device),
         format=quantize or "dense",
-        progress=progress,
+        progress=progress or Silent(),
     )
-    if progress is not None:
-        progress.start("loading", sum(len(theirs) for theirs in names.values()))
-    decoder = Decoder(config, parts, family.block)
-    if progress is not None:
-        progress.done()
+    parts.progress.start("loading", parts.num_bytes())
+    try:
+        decoder = Decoder(config, parts, family.block)
+    finally:
+        parts.progress.done()
     _report_unused(parts, config)
     return decoder
 

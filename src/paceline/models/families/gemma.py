@@ -10,7 +10,7 @@ from paceline.models.hf_config import HFConfig, read_activation, read_rope, read
 def decoder_config(hf: HFConfig) -> DecoderConfig:
     gemma3 = "Gemma3ForCausalLM" in hf.require("architectures")
     hf.optional("hidden_act")  # stands beside hidden_activation in old files; transformers too goes by the latter
-    hidden, layers, head_dim = hf.require("hidden_size"), hf.require("num_hidden_layers"), hf.get("head_dim", 256)
+    hidden, layers, head_dim = hf.size("hidden_size"), hf.size("num_hidden_layers"), hf.size("head_dim", 256)
     bias = hf.get("attention_bias", False)
     pattern = hf.get("sliding_window_pattern", hf.get("_sliding_window_pattern", 6)) if gemma3 else 2
     kinds = ["sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(layers)]
@@ -23,15 +23,15 @@ def decoder_config(hf: HFConfig) -> DecoderConfig:
         rope, window_rope = read_rope(hf, head_dim), None
     return DecoderConfig(
         family="gemma",
-        vocab_size=hf.require("vocab_size"),
+        vocab_size=hf.size("vocab_size"),
         hidden_size=hidden,
         num_layers=layers,
-        max_position=hf.get("max_position_embeddings", 131072 if gemma3 else 8192),
+        max_position=hf.size("max_position_embeddings", 131072 if gemma3 else 8192),
         attention=AttentionConfig(
-            num_heads=hf.require("num_attention_heads"),
-            num_kv_heads=hf.require("num_key_value_heads"),
+            num_heads=hf.size("num_attention_heads"),
+            num_kv_heads=hf.size("num_key_value_heads"),
             head_dim=head_dim,
-            scale=hf.get("query_pre_attn_scalar", 256) ** -0.5,
+            scale=hf.size("query_pre_attn_scalar", 256) ** -0.5,
             qkv_bias=bias,
             out_bias=bias,
             qk_norm=gemma3,
@@ -40,7 +40,7 @@ def decoder_config(hf: HFConfig) -> DecoderConfig:
         ),
         rope=rope,
         window_rope=window_rope,
-        mlp=MlpConfig(hf.require("intermediate_size"), read_activation(hf, "hidden_activation", "gelu_pytorch_tanh")),
+        mlp=MlpConfig(hf.size("intermediate_size"), read_activation(hf, "hidden_activation", "gelu_pytorch_tanh")),
         norm=NormConfig(eps=hf.get("rms_norm_eps", 1e-6), unit_offset=True),
         residual=ResidualConfig(post_norms=True),
         windows=read_windows(hf, kinds, hf.optional("sliding_window", 4096)),

@@ -8,18 +8,18 @@ from paceline.models.hf_config import HFConfig, read_activation, read_rope
 
 
 def decoder_config(hf: HFConfig) -> DecoderConfig:
-    heads, hidden = hf.require("num_attention_heads"), hf.require("hidden_size")
-    head_dim = hf.get("head_dim", hidden // heads)
+    heads, hidden = hf.size("num_attention_heads"), hf.size("hidden_size")
+    head_dim = hf.size("head_dim", hidden // heads)
     bias = hf.get("attention_bias", False)
     return DecoderConfig(
         family="llama",
-        vocab_size=hf.require("vocab_size"),
+        vocab_size=hf.size("vocab_size"),
         hidden_size=hidden,
-        num_layers=hf.require("num_hidden_layers"),
-        max_position=hf.get("max_position_embeddings", 2048),
+        num_layers=hf.size("num_hidden_layers"),
+        max_position=hf.size("max_position_embeddings", 2048),
         attention=AttentionConfig(
             num_heads=heads,
-            num_kv_heads=hf.get("num_key_value_heads", heads),
+            num_kv_heads=hf.size("num_key_value_heads", heads),
             head_dim=head_dim,
             scale=head_dim**-0.5,
             qkv_bias=bias,
@@ -27,7 +27,7 @@ def decoder_config(hf: HFConfig) -> DecoderConfig:
         ),
         rope=read_rope(hf, head_dim),
         mlp=MlpConfig(
-            intermediate_size=hf.require("intermediate_size"),
+            intermediate_size=hf.size("intermediate_size"),
             activation=read_activation(hf, "hidden_act", "silu"),
             bias=hf.get("mlp_bias", False),
         ),

@@ -9,21 +9,21 @@ from paceline.models.hf_config import HFConfig, read_activation, read_rope, read
 
 def decoder_config(hf: HFConfig) -> DecoderConfig:
     qwen3 = "Qwen3ForCausalLM" in hf.require("architectures")
-    heads, hidden, layers = (hf.require(k) for k in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
-    head_dim = hf.get("head_dim", 128 if qwen3 else hidden // heads)
+    heads, hidden, layers = (hf.size(k) for k in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
+    head_dim = hf.size("head_dim", 128 if qwen3 else hidden // heads)
     bias = hf.get("attention_bias", False) if qwen3 else True
     window, full_layers = hf.optional("sliding_window", 4096), hf.get("max_window_layers", 28)
     kinds = ["full_attention" if layer < full_layers else "sliding_attention" for layer in range(layers)]
     windows = read_windows(hf, kinds, window if hf.get("use_sliding_window", False) else None)
     return DecoderConfig(
         family="qwen",
-        vocab_size=hf.require("vocab_size"),
+        vocab_size=hf.size("vocab_size"),
         hidden_size=hidden,
         num_layers=layers,
-        max_position=hf.get("max_position_embeddings", 32768),
+        max_position=hf.size("max_position_embeddings", 32768),
         attention=AttentionConfig(
             num_heads=heads,
-            num_kv_heads=hf.get("num_key_value_heads", heads),
+            num_kv_heads=hf.size("num_key_value_heads", heads),
             head_dim=head_dim,
             scale=head_dim**-0.5,
             qkv_bias=bias,
@@ -31,7 +31,7 @@ def decoder_config(hf: HFConfig) -> DecoderConfig:
             qk_norm=qwen3,
         ),
         rope=read_rope(hf, head_dim),
-        mlp=MlpConfig(hf.require("intermediate_size"), read_activation(hf, "hidden_act", "silu")),
+        mlp=MlpConfig(hf.size("intermediate_size"), read_activation(hf, "hidden_act", "silu")),
         norm=NormConfig(eps=hf.get("rms_norm_eps", 1e-6)),
         windows=windows,
         tie_embeddings=hf.get("tie_word_embeddings", False),

@@ -1,0 +1,49 @@
+"""What the small layers promise beyond the kernels they call. The whole of them is compared in tests/oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from paceline import formats
+from paceline.config import MlpConfig, NormConfig
+from paceline.layers.embedding import Embedding
+from paceline.layers.linear import Linear
+from paceline.layers.mlp import MLP
+from paceline.layers.norm import RMSNorm
+
+
+def linear(values_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> Linear:
+    return Linear(formats.pack(values_NK, "dense", dtype=values_NK.dtype, device="cpu"), bias_N)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_linear_adds_its_bias(rows):
+    x, weight, bias = torch.randn(rows, 32), torch.randn(48, 32), torch.randn(48)
+    assert torch.allclose(linear(weight, bias)(x), x @ weight.T + bias, atol=1e-4)
+    assert torch.allclose(linear(weight)(x), x @ weight.T, atol=1e-4)
+
+
+def test_unit_offset_adds_one_to_a_norms_weight():
+    x, weight = torch.randn(3, 16), torch.randn(16)
+    offset = RMSNorm(weight, NormConfig(1e-6, unit_offset=True))
+    assert torch.equal(offset(x), RMSNorm(weight + 1, NormConfig(1e-6))(x))
+    assert not torch.allclose(offset(x), RMSNorm(weight, NormConfig(1e-6))(x))
+
+
+def test_embedding_scale_is_rounded_to_the_models_dtype():
+    table = torch.eye(4)
+    assert Embedding(table, 3072**0.5)(torch.tensor([2]))[0, 2].item() == pytest.approx(55.4256, abs=1e-4)
+    assert Embedding(table.bfloat16(), 3072**0.5).scale == 55.5
+
+
+def test_embedding_rows_follow_the_tokens():
+    table = torch.randn(10, 4)
+    assert torch.equal(Embedding(table)(torch.tensor([7, 0, 7])), table[[7, 0, 7]])
+
+
+def test_mlp_gates_with_the_first_half():
+    x, gate, up, down = torch.randn(3, 32), torch.randn(48, 32), torch.randn(48, 32), torch.randn(32, 48)
+    found = MLP(MlpConfig(48, "silu"), linear(torch.cat((gate, up))), linear(down))(x)
+    expected = (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-2)

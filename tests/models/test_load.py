@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+
+from paceline.errors import CheckpointError, UsageError
+from paceline.layers.linear import Linear
+from paceline.models.load import load_decoder
+from paceline.models.registry import read_decoder_config
+
+
+@pytest.fixture
+def config(llama_config):
+    return read_decoder_config(llama_config)
+
+
+def test_fused_weights_hold_their_parts_in_order(llama_checkpoint, config):
+    checkpoint = llama_checkpoint()
+    decoder = load_decoder(checkpoint, config, dtype=torch.float32)
+    layer = "model.layers.1"
+    qkv = torch.cat([checkpoint.tensors[f"{layer}.self_attn.{p}_proj.weight"] for p in "qkv"])
+    gate_up = torch.cat([checkpoint.tensors[f"{layer}.mlp.{p}_proj.weight"] for p in ("gate", "up")])
+    assert torch.equal(decoder.blocks[1].attention.qkv.weight.unpack(), qkv)
+    assert torch.equal(decoder.blocks[1].mlp.gate_up.weight.unpack(), gate_up)
+
+
+def test_every_tensor_is_read_once(llama_checkpoint, config):
+    checkpoint = llama_checkpoint()
+    load_decoder(checkpoint, config, dtype=torch.float32)
+    assert sorted(checkpoint.reads) == sorted(checkpoint.tensors)
+
+
+def test_missing_tensor_is_named(llama_checkpoint, config):
+    checkpoint = llama_checkpoint()
+    del checkpoint.tensors["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(CheckpointError, match=r"'model\.layers\.1\.mlp\.up_proj\.weight' is missing.*\[48, 32\]"):
+        load_decoder(checkpoint, config, dtype=torch.float32)
+
+
+def test_wrong_shape_names_tensor_expected_and_found(llama_checkpoint, config):
+    checkpoint = llama_checkpoint()
+    # 24 + 24 rows would fill k and v's 16 + 16 beside a q of 16: each part is checked, not their sum.
+    checkpoint.tensors["model.layers.0.self_attn.k_proj.weight"] = torch.zeros(24, 32)
+    with pytest.raises(CheckpointError, match=r"'model\.layers\.0\.self_attn\.k_proj\.weight'.*\[24, 32\].*\[16, 32\]"):
+        load_decoder(checkpoint, config, dtype=torch.float32)
+
+
+def test_extra_tensors_are_logged_once_and_inert_ones_not(llama_checkpoint, config, caplog):
+    checkpoint = llama_checkpoint()
+    checkpoint.tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+    with caplog.at_level(logging.WARNING):
+        load_decoder(checkpoint, config, dtype=torch.float32)
+        assert not caplog.records
+        checkpoint.tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(48, 32)
+        load_decoder(checkpoint, config, dtype=torch.float32)
+    assert len(caplog.records) == 1
+    assert "model.layers.2.mlp.up_proj.weight" in caplog.text
+
+
+def test_tied_head_multiplies_by_the_embedding_and_ignores_a_stored_copy(llama_checkpoint, config, caplog):
+    checkpoint = llama_checkpoint()
+    with caplog.at_level(logging.WARNING):
+        decoder = load_decoder(checkpoint, dataclasses.replace(config, tie_embeddings=True), dtype=torch.float32)
+    assert torch.equal(decoder.head.weight.unpack(), checkpoint.tensors["model.embed_tokens.weight"])
+    assert not caplog.records
+
+
+def test_values_are_cast_and_owned(llama_checkpoint, config):
+    checkpoint = llama_checkpoint()
+    decoder = load_decoder(checkpoint, config, dtype=torch.bfloat16)
+    table = checkpoint.tensors["model.embed_tokens.weight"]
+    assert torch.equal(decoder.embedding.table_VD, table.bfloat16())
+    same = load_decoder(checkpoint, config, dtype=torch.float32)
+    table.zero_()  # as a mapped file that is replaced would
+    assert same.embedding.table_VD.abs().sum() > 0
+
+
+def test_quantize_names_the_format_of_every_linear(llama_checkpoint, config):
+    dense = load_decoder(llama_checkpoint(), config, dtype=torch.float32)
+    int8 = load_decoder(llama_checkpoint(), config, dtype=torch.float32, quantize="int8")
+    pairs = [
+        (module.weight, dict(int8.named_modules())[name].weight)
+        for name, module in dense.named_modules()
+        if isinstance(module, Linear)
+    ]
+    assert len(pairs) == 4 * config.num_layers + 1
+    for kept, packed in pairs:
+        assert packed.nbytes < kept.nbytes / 2
+        assert torch.allclose(packed.unpack(), kept.unpack(), atol=0.02)
+    with pytest.raises(UsageError, match="int9"):
+        load_decoder(llama_checkpoint(), config, dtype=torch.float32, quantize="int9")
+
+
+class Count:
+    """A Progress that adds up."""
+
+    total = seen = 0
+    done_at: int | None = None
+
+    def start(self, label: str, total_bytes: int) -> None:
+        self.total = total_bytes
+
+    def advance(self, n: int) -> None:
+        self.seen += n
+
+    def done(self) -> None:
+        self.done_at = self.seen
+
+
+def test_progress_counts_every_byte(llama_checkpoint, config):
+    progress, checkpoint = Count(), llama_checkpoint()
+    load_decoder(checkpoint, config, dtype=torch.float32, progress=progress)
+    assert progress.total == progress.seen == progress.done_at == sum(t.nbytes for t in checkpoint.tensors.values())
+
+
+def test_progress_is_done_also_after_a_failure(llama_checkpoint, config):
+    progress, checkpoint = Count(), llama_checkpoint()
+    del checkpoint.tensors["model.norm.weight"]
+    with pytest.raises(CheckpointError):
+        load_decoder(checkpoint, config, dtype=torch.float32, progress=progress)
+    assert progress.done_at is not None
+
+
+def test_logits_are_float32_in_every_dtype(llama_checkpoint, config):
+    decoder = load_decoder(llama_checkpoint(), config, dtype=torch.bfloat16)
+    assert decoder.logits(torch.randn(2, 32, dtype=torch.bfloat16)).dtype == torch.float32
