@@ -1,0 +1,145 @@
+"""One generation in the engine: what was asked, the tokens so far, and how many of them are computed. No torch."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from paceline.engine.step import FinishReason, NewRequest
+from paceline.sampling.params import SamplingParams
+
+
+class Status(enum.Enum):
+    WAITING = "waiting"  # not started
+    RUNNING = "running"
+    PREEMPTED = "preempted"  # started, lost its blocks, waits to be computed again
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class RequestSpec:
+    """What is asked, and never changes. Token ids throughout.
+
+    `seed` is the one that sampling uses (params.seed, or one drawn by the engine). `namespace` separates prefix caches
+    (an adapter's id, a tenant's salt). `fork_of`: the id of a request with the same prompt, added before, whose prompt
+    blocks this one may share once they are computed (n > 1).
+    """
+
+    request_id: str
+    prompt_token_ids: Sequence[int]
+    params: SamplingParams
+    seed: int = 0
+    eos_token_ids: frozenset[int] = frozenset()
+    bad_words_token_ids: Sequence[Sequence[int]] = ()
+    namespace: str = ""
+    fork_of: str | None = None
+
+
+class Request:
+    """The state that the scheduler keeps; everything else about a request is a property of it.
+
+    `num_computed_tokens` counts tokens whose keys and values are computed, or will be by a step in flight.
+    `num_placeholders`: tokens that steps in flight are going to append. `num_in_flight`: steps that hold the request.
+    `epoch` counts preemptions: results of an older epoch still bring tokens, but their blocks are gone.
+    """
+
+    __slots__ = (
+        "arrival",
+        "drafts",
+        "drafts_in_flight",
+        "epoch",
+        "finish_reason",
+        "id",
+        "max_total_tokens",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_in_flight",
+        "num_placeholders",
+        "num_prompt_tokens",
+        "sent",
+        "spec",
+        "status",
+        "stop_reason",
+        "token_ids",
+    )
+
+    def __init__(self, spec: RequestSpec) -> None:
+        self.spec = spec
+        self.id = spec.request_id
+        self.token_ids: list[int] = list(spec.prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.num_computed_tokens = 0
+        self.num_placeholders = 0
+        self.num_in_flight = 0
+        self.drafts: tuple[int, ...] = ()
+        self.drafts_in_flight = False
+        self.status = Status.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None  # the user's stop id or string that ended it
+        self.epoch = 0
+        self.num_cached_tokens = 0  # prompt tokens found in the prefix cache when first admitted
+        self.sent = False  # the runner knows the request
+        self.arrival = -1  # order of Scheduler.add
+        self.max_total_tokens = 0  # prompt + output tokens at which it stops for length; set by Scheduler.add
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens, those still to be chosen in flight included, that no step computes yet."""
+        return len(self.token_ids) + self.num_placeholders - self.num_computed_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is Status.FINISHED
+
+    @property
+    def can_step(self) -> bool:
+        """Whether the next step may hold the request: its position is certain, and more tokens are wanted of it."""
+        return not self.drafts_in_flight and len(self.token_ids) + self.num_placeholders < self.max_total_tokens
+
+    @property
+    def stop_token_ids(self) -> frozenset[int]:
+        """Ids that end the output: the model's ends, unless ignored, and the user's."""
+        eos = frozenset() if self.spec.params.ignore_eos else self.spec.eos_token_ids
+        return eos | frozenset(self.spec.params.stop_token_ids)
+
+    def announcement(self) -> NewRequest:
+        """What the runner is told, once."""
+        spec = self.spec
+        return NewRequest(
+            request_id=spec.request_id,
+            prompt_token_ids=spec.prompt_token_ids,
+            params=spec.params,
+            seed=spec.seed,
+            stop_token_ids=self.stop_token_ids,
+            bad_words_token_ids=spec.bad_words_token_ids,
+        )
+
+    def append(self, new_token_ids: Sequence[int]) -> tuple[int, FinishReason | None, int | None]:
+        """Append tokens up to the first that ends the request; return (how many, finish reason, stop reason).
+
+        Stop ids do not stop among the first `min_tokens`. The stop reason is the user's stop id, None for the model's.
+        """
+        params = self.spec.params
+        for count, token in enumerate(new_token_ids, start=1):
+            self.token_ids.append(token)
+            if self.num_output_tokens > params.min_tokens:
+                if token in self.spec.eos_token_ids and not params.ignore_eos:
+                    return count, "stop", None
+                if token in params.stop_token_ids:
+                    return count, "stop", token
+            if len(self.token_ids) >= self.max_total_tokens:
+                return count, "length", None
+        return len(new_token_ids), None, None

@@ -1,0 +1,403 @@
+"""Continuous batching under one token budget: who computes which tokens in the next step. No torch.
+
+There is no prefill and no decode phase: each request's num_computed_tokens catches up with its tokens. A chunk of a
+prompt, a decode, a decode that verifies drafts and the recomputation after a preemption are the same thing, with other
+numbers.
+
+Asynchrony: schedule() may be called up to `async_depth` steps ahead of update(). Tokens not yet chosen are
+PLACEHOLDER. A request that ends, or loses its blocks, while steps of it are in flight gives its blocks back at once;
+that is safe because the device runs steps in order (cache/manager.py says why). A request whose drafts are in flight
+is not scheduled again before their fate is known, and a preempted one not before its last step in flight came back.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from paceline.cache.manager import CacheManager, CacheStats
+from paceline.config import EngineConfig, KVGroup
+from paceline.engine.queue import RequestQueue
+from paceline.engine.request import Request, Status
+from paceline.engine.step import (
+    PLACEHOLDER,
+    BlockCopy,
+    FinishReason,
+    NewRequest,
+    RequestUpdate,
+    ScheduledRequest,
+    SchedulerOutput,
+    StepOutput,
+)
+from paceline.errors import EngineError, PromptTooLongError, UsageError
+
+
+@dataclass(frozen=True)
+class SchedulerStats:
+    num_running: int
+    num_waiting: int
+    num_preemptions: int
+    cache: CacheStats
+
+
+class _Step:
+    """A step being put together: what is left of the budget, and what was scheduled."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.scheduled: list[ScheduledRequest] = []
+        self.held: list[tuple[Request, int]] = []  # parallel to `scheduled`: the request and its epoch
+        self.new: list[NewRequest] = []
+        self.copies: list[BlockCopy] = []
+        self.preempted = False
+
+
+class Scheduler:
+    """`num_blocks[g]`: blocks of KV group g, the null block not counted. Not thread-safe: one engine loop owns it.
+
+    Outputs of schedule() come back to update() in order. One in which nothing is scheduled is no step in flight: it need
+    not wait for those before it.
+    """
+
+    def __init__(self, config: EngineConfig, groups: tuple[KVGroup, ...], num_blocks: tuple[int, ...]) -> None:
+        self.config = config
+        self.cache = CacheManager(groups, num_blocks, config.cache)
+        self._requests: dict[str, Request] = {}  # unfinished ones
+        self._waiting = RequestQueue(config.scheduler.policy)
+        self._running = RequestQueue(config.scheduler.policy)
+        self._in_flight: deque[tuple[SchedulerOutput, list[tuple[Request, int]]]] = deque()
+        self._finished_ids: list[str] = []  # known to the runner, which is told with the next output
+        self._failures: list[RequestUpdate] = []  # reported by the next update()
+        self._arrivals = itertools.count()
+        self._num_preemptions = 0
+
+    # --------------------------------------------------------------------------------- requests come and go
+
+    def add(self, request: Request) -> None:
+        """Queue a request. UsageError: no tokens, or an id in use; PromptTooLongError: it and one token cannot fit."""
+        length, limit = request.num_prompt_tokens, self.config.max_model_len
+        if request.id in self._requests:
+            raise UsageError(f"request id '{request.id}' is in use by an unfinished request: choose another")
+        if length == 0:
+            raise UsageError(f"request '{request.id}' has an empty prompt: give at least one token")
+        if length + 1 > limit:
+            raise PromptTooLongError(
+                f"the prompt has {length} tokens, and with one more it exceeds max_model_len {limit}: shorten it, set "
+                f"truncate_prompt_tokens, or raise max_model_len"
+            )
+        group = self.cache.too_small_group(length + 1)
+        if group is not None:
+            raise PromptTooLongError(
+                f"the prompt has {length} tokens, and the KV cache holds {self.cache.describe_group(group)}: "
+                f"shorten it, or raise num_blocks"
+            )
+        max_tokens = request.spec.params.max_tokens
+        request.max_total_tokens = limit if max_tokens is None else min(limit, length + max_tokens)
+        request.arrival = next(self._arrivals)
+        self._requests[request.id] = request
+        self._waiting.add(request)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request at any time, steps in flight or not. False if no unfinished request has the id."""
+        return self.finish(request_id, "abort")
+
+    def finish(self, request_id: str, reason: FinishReason, stop_reason: int | str | None = None) -> bool:
+        """End a request for a reason found elsewhere (a stop string, a disconnected client). No RequestUpdate follows:
+        the caller knows. False if no unfinished request has the id."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        self._end(request, reason, stop_reason)
+        return True
+
+    def set_drafts(self, request_id: str, token_ids: Sequence[int]) -> None:
+        """Propose tokens to verify in the request's next step. Ignored where they could not be: the request has ended,
+        is not at its last token, or has a step in flight, which may choose something else."""
+        request = self._requests.get(request_id)
+        if request is None or request.status is not Status.RUNNING or request.num_in_flight:
+            return
+        if request.num_uncomputed_tokens == 1:
+            request.drafts = tuple(token_ids)
+
+    def _end(self, request: Request, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        if request.status is Status.RUNNING:
+            self._running.remove(request)
+            self.cache.free(request.id)
+        else:
+            self._waiting.remove(request)
+        request.status = Status.FINISHED
+        request.finish_reason, request.stop_reason = reason, stop_reason
+        del self._requests[request.id]
+        if request.sent:
+            self._finished_ids.append(request.id)
+
+    # ------------------------------------------------------------------------------------------- schedule
+
+    def schedule(self) -> SchedulerOutput:
+        """The next step. Nothing is scheduled when nothing can run before an update(), or nothing is left; `finished`
+        carries each ended request that the runner knows, once. EngineError: more than async_depth steps in flight."""
+        if len(self._in_flight) > self.config.async_depth:
+            raise EngineError(
+                f"{len(self._in_flight)} steps are in flight and async_depth is {self.config.async_depth}: "
+                f"call update() first"
+            )
+        step = _Step(self.config.scheduler.max_num_batched_tokens)
+        self._schedule_running(step)
+        if not step.preempted:  # blocks ran out: what is free now belongs to those who run
+            self._schedule_waiting(step)
+        output = SchedulerOutput(tuple(step.scheduled), tuple(step.new), tuple(step.copies), tuple(self._finished_ids))
+        self._finished_ids.clear()
+        if output.scheduled:
+            self._in_flight.append((output, step.held))
+        return output
+
+    def _schedule_running(self, step: _Step) -> None:
+        index = 0
+        while index < len(self._running):
+            request = self._running[index]
+            # One token is kept for each request further back, so that a long prompt never stops others' decoding.
+            budget = step.budget - (len(self._running) - index - 1)
+            if request.can_step and request.num_uncomputed_tokens > 0 and not self._compute(step, request, budget):
+                victim = self._running.last()
+                if victim is request and len(self._running) == 1:
+                    self._fail_for_room(request)
+                else:
+                    self._preempt(victim)
+                    step.preempted = True
+                continue  # the same request again, or, if it is the one that went, the end of the list
+            index += 1
+
+    def _schedule_waiting(self, step: _Step) -> None:
+        limit = self.config.scheduler.max_num_seqs
+        index = 0
+        while step.budget > 0 and len(self._running) < limit and index < len(self._waiting):
+            request = self._waiting[index]
+            if request.num_in_flight or not request.can_step or self._waits_for_leader(request):
+                index += 1
+                continue
+            if not self._admit(step, request):
+                if self._running:
+                    return
+                self._fail_for_room(request)  # nobody holds a block, and still it does not fit
+
+    def _admit(self, step: _Step, request: Request) -> bool:
+        """Start or resume a waiting request; False, and nothing changed, if blocks are lacking."""
+        leader = self._requests.get(request.spec.fork_of or "")
+        start = request.num_prompt_tokens - 1
+        forked = (
+            leader is not None
+            and leader.status is Status.RUNNING
+            and request.status is Status.WAITING
+            and self.cache.fork(leader.id, request.id, start)
+        )
+        if not forked:
+            start = self.cache.begin(request.id, request.spec.namespace, request.token_ids)
+        request.num_computed_tokens = start
+        # All its tokens must fit, not just the first chunk: else it would be preempted half-way, for nothing.
+        if not self.cache.has_room_for_all(request.id, request.num_tokens) or not self._compute(
+            step, request, step.budget
+        ):
+            self.cache.free(request.id)
+            request.num_computed_tokens = 0
+            return False
+        if request.status is Status.WAITING:
+            request.num_cached_tokens = start
+            self.cache.count_prefix(request.num_tokens, start)
+        if not request.sent:
+            request.sent = True
+            step.new.append(request.announcement())
+        self._waiting.remove(request)
+        request.status = Status.RUNNING
+        self._running.add(request)
+        return True
+
+    def _waits_for_leader(self, request: Request) -> bool:
+        """Whether sharing the leader's prompt is still to be expected. Not of one that was preempted: that would only
+        delay the request."""
+        leader = self._requests.get(request.spec.fork_of or "")
+        if leader is None or request.status is Status.PREEMPTED:
+            return False
+        if leader.status is Status.RUNNING:
+            return leader.num_computed_tokens < leader.num_prompt_tokens
+        return leader.status is Status.WAITING
+
+    def _compute(self, step: _Step, request: Request, budget: int) -> bool:
+        """Put the request into the step with as many tokens as budget, chunk and blocks allow; False if no block."""
+        start = request.num_computed_tokens
+        uncomputed = request.num_uncomputed_tokens
+        drafts = request.drafts[: request.max_total_tokens - request.num_tokens - 1]
+        chunk = self.config.scheduler.max_chunk
+        stop = start + min(uncomputed, budget, chunk or uncomputed)
+        if drafts and stop == start + uncomputed:
+            stop = min(stop + len(drafts), start + budget)
+        copies = self.cache.allocate(request.id, start, stop)
+        if copies is None:
+            stop = self.cache.room(request.id, start, stop)
+            copies = self.cache.allocate(request.id, start, stop) if stop > start else None
+            if copies is None:
+                return False
+        num_drafts = max(0, stop - start - uncomputed)
+        samples = stop >= start + uncomputed
+        step.scheduled.append(
+            ScheduledRequest(
+                request_id=request.id,
+                start=start,
+                token_ids=_tokens_of(request, start, stop, drafts[:num_drafts]),
+                num_drafts=num_drafts,
+                samples=samples,
+                block_tables=self.cache.block_tables(request.id),
+            )
+        )
+        step.held.append((request, request.epoch))
+        step.copies.extend([BlockCopy(*copy) for copy in copies])
+        step.budget -= stop - start
+        request.num_computed_tokens = stop
+        request.num_in_flight += 1
+        request.drafts = ()
+        request.drafts_in_flight = num_drafts > 0
+        request.num_placeholders += samples
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        """Take all its blocks; its tokens stay, and are computed again when it is resumed."""
+        self._running.remove(request)
+        self.cache.free(request.id)
+        request.status = Status.PREEMPTED
+        request.num_computed_tokens = 0
+        request.drafts = ()
+        request.epoch += 1
+        self._num_preemptions += 1
+        self._waiting.add(request)
+
+    def _fail_for_room(self, request: Request) -> None:
+        group = self.cache.too_small_group(request.num_tokens + request.num_placeholders + 1) or 0
+        message = (
+            f"request '{request.id}' has {request.num_tokens} tokens and the KV cache holds no more: "
+            f"{self.cache.describe_group(group)}; raise num_blocks, or lower max_tokens"
+        )
+        self._failures.append(_failure(request, message))
+        self._end(request, "error")
+
+    # --------------------------------------------------------------------------------------------- update
+
+    def update(self, output: SchedulerOutput, step: StepOutput) -> list[RequestUpdate]:
+        """Take in the results of the oldest step in flight; say what changed for which request.
+
+        Prefill chunks that choose no token are not reported, nor are results of requests that have ended meanwhile.
+        EngineError if `output` is not the oldest step in flight, or a request that samples got no token.
+        """
+        updates = self._failures
+        self._failures = []
+        if not output.scheduled:
+            return updates
+        if not self._in_flight or self._in_flight[0][0] is not output:
+            raise EngineError("update() must get the outputs of schedule() in order, each once")
+        _, held = self._in_flight.popleft()
+        for scheduled, (request, epoch) in zip(output.scheduled, held, strict=True):
+            request.num_in_flight -= 1
+            if request.status is not Status.FINISHED:
+                update = self._update_request(request, scheduled, epoch, step)
+                if update is not None:
+                    updates.append(update)
+        return updates
+
+    def _update_request(
+        self, request: Request, scheduled: ScheduledRequest, epoch: int, step: StepOutput
+    ) -> RequestUpdate | None:
+        if request.id in step.errors:
+            self._end(request, "error")
+            return _failure(request, step.errors[request.id])
+        new: tuple[int, ...] = ()
+        count, reason, stop_reason = 0, None, None
+        num_computed = scheduled.start + len(scheduled.token_ids)
+        if scheduled.samples:
+            new = step.token_ids.get(request.id, ())
+            if not 1 <= len(new) <= 1 + scheduled.num_drafts:
+                raise EngineError(f"request '{request.id}' got {len(new)} tokens for {scheduled.num_drafts} drafts")
+            rejected = scheduled.num_drafts + 1 - len(new)
+            num_computed -= rejected
+            request.num_placeholders -= 1
+            request.drafts_in_flight = False
+            if epoch == request.epoch:
+                request.num_computed_tokens -= rejected
+            count, reason, stop_reason = request.append(new)
+        if epoch == request.epoch and request.status is Status.RUNNING:
+            self.cache.commit(request.id, request.token_ids, min(num_computed, len(request.token_ids)))
+        if reason is not None:
+            self._end(request, reason, stop_reason)
+        if not scheduled.samples:
+            return None
+        return RequestUpdate(
+            request_id=request.id,
+            new_token_ids=new[:count],
+            logprobs=step.logprobs[request.id][:count] if request.id in step.logprobs else (),
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            num_cached_tokens=request.num_cached_tokens,
+        )
+
+    # ------------------------------------------------------------------------------------------ questions
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether some request has not ended, or ended with an error that the next update() reports."""
+        return bool(self._requests or self._failures)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether schedule() and update() have anything left to do: requests, steps in flight, or ended requests of
+        which the runner does not know yet (one more schedule() then gives an output that carries only `finished`)."""
+        return bool(self._requests or self._failures or self._in_flight or self._finished_ids)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps scheduled and not yet updated."""
+        return len(self._in_flight)
+
+    @property
+    def stats(self) -> SchedulerStats:
+        return SchedulerStats(len(self._running), len(self._waiting), self._num_preemptions, self.cache.stats)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached prefix, for when the weights change."""
+        self.cache.reset_prefix_cache()
+
+    def check_invariants(self) -> None:
+        """AssertionError unless the books agree; meant for tests, O(everything)."""
+        self.cache.check_invariants()
+        assert len(self._running) + len(self._waiting) == len(self._requests), "a request is in no queue, or in two"
+        assert set(self.cache.request_ids) == {r.id for r in self._running}, "others than the running hold blocks"
+        assert len(self._running) <= self.config.scheduler.max_num_seqs, "more requests run than max_num_seqs"
+        for request in self._requests.values():
+            assert request.num_computed_tokens >= 0, "negative progress"
+            assert request.num_placeholders <= request.num_in_flight, "a placeholder that no step will fill"
+            assert request.num_tokens < request.max_total_tokens, "a request outlived its limit"
+            if request.status is Status.RUNNING and not request.drafts_in_flight:
+                assert request.num_uncomputed_tokens >= 0, "computed more tokens than there are"
+
+
+def _tokens_of(request: Request, start: int, stop: int, drafts: tuple[int, ...]) -> tuple[int, ...]:
+    """The tokens at start..stop-1: known ones, then placeholders, then drafts."""
+    known = tuple(request.token_ids[start:stop])
+    missing = stop - start - len(known) - len(drafts)
+    return known + (PLACEHOLDER,) * missing + drafts if missing or drafts else known
+
+
+def _failure(request: Request, message: str) -> RequestUpdate:
+    return RequestUpdate(
+        request_id=request.id,
+        new_token_ids=(),
+        finish_reason="error",
+        error=message,
+        num_cached_tokens=request.num_cached_tokens,
+    )
