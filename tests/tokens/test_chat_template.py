@@ -169,6 +169,11 @@ def test_raise_exception_is_said_in_its_own_words() -> None:
         render_chat(GEMMA, [SYSTEM, USER])
 
 
+def test_a_generation_block_is_a_scope() -> None:
+    template = "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}"
+    assert render_chat(template, [USER]) == transformers_render(template, [USER]) == "21"
+
+
 def test_strftime_now() -> None:
     assert render_chat("{{ strftime_now('%Y') }}", [USER]) == str(datetime.now().year)
 

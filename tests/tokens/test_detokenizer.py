@@ -170,6 +170,19 @@ def test_min_tokens_lets_early_stops_pass(load: Load) -> None:
         assert (delta.text, delta.num_kept) == (text, kept)
 
 
+def test_a_stop_let_pass_is_not_found_again_in_the_text_held_back(load: Load) -> None:
+    tokenizer = load("llama3")
+    ids = [i for piece in ("a", "b", "x") for i in ids_of(tokenizer, piece)]
+    detokenizer = IncrementalDetokenizer(tokenizer, stop=("abc", "b"), min_tokens=2)
+    assert [detokenizer.append([i]) for i in ids] == [Delta("", None, 1), Delta("", None, 1), Delta("abx", None, 1)]
+
+
+def test_of_two_stops_in_one_token_the_first_complete_one_wins(load: Load) -> None:
+    tokenizer = load("llama3")
+    (the,) = ids_of(tokenizer, " the")
+    assert IncrementalDetokenizer(tokenizer, stop=("the", "h")).append([the]) == Delta(" t", "h", 1)
+
+
 def test_the_cost_of_a_token_does_not_grow_with_the_text(load: Load) -> None:
     tokenizer = load("gemma")
     ids = [i for i in range(300) if i not in tokenizer.special_token_ids] * 10  # byte tokens, mostly broken

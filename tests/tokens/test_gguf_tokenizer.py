@@ -40,7 +40,9 @@ def gguf_metadata(directory: Path, kind: str, **changes: Any) -> dict[str, Any]:
     else:
         types[vocab["<unk>"]] = UNKNOWN
         metadata["unknown_token_id"] = vocab["<unk>"]
-        metadata["scores"] = [-float(i) for i in range(len(tokens))]  # as SentencePiece's: the earlier the better
+        # As SentencePiece's, the earlier the better; Gemma's say nothing, so here they say the opposite.
+        sign = 1.0 if "<bos>" in vocab else -1.0
+        metadata["scores"] = [sign * i for i in range(len(tokens))]
     for name in ("bos", "eos"):
         for token in {"bos": ("<s>", "<bos>", "<|begin_of_text|>"), "eos": ("</s>", "<eos>", "<|eot_id|>")}[name]:
             if token in vocab:
@@ -88,13 +90,38 @@ def test_flags_decide_bos_eos_and_the_space_prefix(tokenizer_dirs: dict[str, Pat
 def test_token_types(tokenizer_dirs: dict[str, Path]) -> None:
     metadata = gguf_metadata(tokenizer_dirs["llama3"], "gpt2", pre="llama-bpe")
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    tokens += ["<think>", "<|turn|>"]
-    types += [USER_DEFINED, CONTROL]
+    tokens += ["a\u3000b", "<think>", "<|turn|>"]  # the first is not spelled in the byte alphabet
+    types += [USER_DEFINED, USER_DEFINED, CONTROL]
     tokenizer = Tokenizer(tokenizer_from_metadata(metadata))
     ids = tokenizer.encode("a<think>b<|turn|>c", add_special_tokens=False)
     assert {len(tokens) - 2, len(tokens) - 1} < set(ids)
     assert tokenizer.decode(ids) == "a<think>bc"
+    assert tokenizer.decode(tokenizer.encode("xa\u3000by")) == "xa\u3000by"
     assert tokenizer.decode(ids, skip_special_tokens=False) == "a<think>b<|turn|>c"
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("gpt-2", ["it", "'", "S", "Ġ12345", "?!", "Ċ", "x"]),
+        ("smollm", ["it", "'", "S", "Ġ", "1", "2", "3", "4", "5", "?!", "Ċ", "x"]),
+        ("llama-bpe", ["it", "'S", "Ġ", "123", "45", "?!Ċ", "x"]),
+        ("qwen2", ["it", "'S", "Ġ", "1", "2", "3", "4", "5", "?!Ċ", "x"]),
+        ("tekken", ["it", "'S", "Ġ", "1", "2", "3", "4", "5", "?!Ċ", "x"]),
+    ],
+)
+def test_how_text_is_cut_before_merging(pre: str, pieces: list[str], tokenizer_dirs: dict[str, Path]) -> None:
+    parts = tokenizer_from_metadata(gguf_metadata(tokenizer_dirs["llama3"], "gpt2", pre=pre))
+    assert [piece for piece, _ in parts.backend.pre_tokenizer.pre_tokenize_str("it'S 12345?!\nx")] == pieces
+
+
+def test_a_whole_word_needs_no_merges_where_the_vocabulary_says_so(tokenizer_dirs: dict[str, Path]) -> None:
+    for pre, whole in (("llama-bpe", True), ("gpt-2", False)):
+        metadata = gguf_metadata(tokenizer_dirs["llama3"], "gpt2", pre=pre)
+        metadata["tokenizer.ggml.tokens"].append("zqzq")
+        metadata["tokenizer.ggml.token_type"].append(NORMAL)
+        ids = tokenizer_from_metadata(metadata).backend.encode("zqzq", add_special_tokens=False).ids
+        assert (ids == [len(metadata["tokenizer.ggml.tokens"]) - 1]) is whole
 
 
 def test_end_ids_and_templates(tokenizer_dirs: dict[str, Path]) -> None:
