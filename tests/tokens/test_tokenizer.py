@@ -83,7 +83,7 @@ def test_end_ids_are_the_union_of_all_that_name_one(load: Load) -> None:
     tokenizer = load("llama3", generation_config={"eos_token_id": [7, 8]}, config={"eos_token_id": 9})
     assert tokenizer.eos_token_ids == {7, 8, 9, tokenizer.token_id("<|eot_id|>")}
     assert load("qwen2").eos_token_ids == {load("qwen2").token_id("<|im_end|>")}
-    with pytest.raises(UsageError, match=r"generation_config\.json: eos_token_id"):
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: eos_token_id"):
         load("llama3", generation_config={"eos_token_id": "</s>"})
 
 

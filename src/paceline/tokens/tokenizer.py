@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paceline.errors import ChatTemplateError, UsageError
+from paceline.errors import ChatTemplateError, CheckpointError, UsageError
 from paceline.loading.gguf import read_gguf
 from paceline.tokens.chat_template import Messages, render_chat
 from paceline.tokens.directory import read_directory
@@ -202,7 +202,7 @@ def listed_eos(settings: Mapping[str, Any], where: str) -> frozenset[int]:
     value = settings.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(not isinstance(i, int) or isinstance(i, bool) for i in ids):
-        raise UsageError(f"{where}: eos_token_id must be an integer or a list of integers, got {value!r}")
+        raise CheckpointError(f"{where}: eos_token_id must be an integer or a list of integers, got {value!r}")
     return frozenset(ids)
 
 
