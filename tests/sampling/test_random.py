@@ -47,6 +47,9 @@ def test_neighbouring_seeds_do_not_replay_each_other_shifted() -> None:
     for seed in (4, 6, 5 + 2**32, -5):
         other = {uniform(seed, position) for position in range(400)}
         assert not other & set(base)
+    for stream in (1, 2):
+        other = {uniform(5 - stream, position, stream) for position in range(400)}
+        assert not other & set(base)
 
 
 def test_each_input_bit_flips_half_the_output() -> None:

@@ -167,6 +167,11 @@ def test_widening_gives_what_a_full_sort_gives(monkeypatch: pytest.MonkeyPatch, 
     assert torch.equal(steps.filter_top_p(logits_RV, values), wide)
 
 
+def test_a_mass_that_is_met_exactly_takes_no_further_token() -> None:
+    keys, probs = torch.tensor([[1.0, 3.0, 2.0]] * 4), torch.tensor([[0.25, 0.5, 0.25]] * 4)
+    assert steps.prefix_threshold(keys, probs, [0.5, 0.51, 0.75, 0.76]).tolist() == [3.0, 2.0, 2.0, 1.0]
+
+
 @pytest.mark.parametrize("own", [steps.filter_top_k, steps.filter_top_p, steps.filter_min_p, steps.filter_typical_p])
 def test_a_nan_row_changes_no_other(own, logits_RV: torch.Tensor) -> None:  # type: ignore[no-untyped-def]
     values = [3] * R if own is steps.filter_top_k else [0.5] * R
@@ -191,7 +196,7 @@ def test_draw_is_the_inverse_of_the_cumulative_distribution() -> None:
 
 
 def test_draw_never_leaves_the_distribution_however_it_rounds() -> None:
-    """uniform * total rounds up to total for some totals; the last token of positive mass must be drawn then."""
+    """The highest uniform there is, for totals of every size: the last token of positive mass."""
     generator = torch.Generator().manual_seed(3)
     probs = torch.rand(2000, 8, generator=generator)
     probs[:, 5:] = 0
@@ -199,14 +204,16 @@ def test_draw_never_leaves_the_distribution_however_it_rounds() -> None:
     assert set(ids.tolist()) == {4}
 
 
-def test_draw_is_right_over_a_vocabulary_of_150_thousand() -> None:
-    """Equal probabilities: the token is floor(uniform * V), which a float32 running sum misses by many tokens."""
+def test_draw_is_right_in_the_tail_of_150_thousand_tokens() -> None:
+    """After a head of 0.999 each token has 6.6e-9: a float32 running sum cannot tell nine neighbours apart."""
     vocab = 151_936
-    uniforms = [uniform(0, position) for position in range(32)]
-    probs = torch.zeros(1, vocab).softmax(dim=1).expand(32, vocab)
-    ids, _ = steps.draw(probs, torch.tensor(uniforms, dtype=torch.float64))
-    misses = [abs(token - number * vocab) for token, number in zip(ids.tolist(), uniforms, strict=True)]
-    assert max(misses) <= 1.0
+    probs = torch.full((1, vocab), 1e-3 / (vocab - 1))
+    probs[0, 0] = 0.999
+    uniforms = torch.linspace(0.9991, 0.9999, 32, dtype=torch.float64)
+    ids, _ = steps.draw(probs.expand(32, vocab), uniforms)
+    cumulative = np.cumsum(probs[0].numpy().astype(np.float64))
+    expected = np.searchsorted(cumulative, uniforms.numpy() * cumulative[-1], side="right")
+    assert np.abs(ids.numpy() - expected).max() <= 1
 
 
 def test_draw_says_when_there_is_nothing_to_draw() -> None:

@@ -139,15 +139,16 @@ def draw(probs_RV: torch.Tensor, uniform_R: torch.Tensor) -> tuple[torch.Tensor,
 
     `probs_RV` float32, `uniform_R` float64 in [0, 1). The sum runs over the vocabulary in order of id, not of
     probability: a rounding error in a logit then moves each border by as little, where in sorted order it could
-    exchange two near-tied tokens' whole intervals. It runs in float64: in float32 the rounding of 150,000 additions
-    (about 1e-5 of the whole) would swallow tail tokens and shift the rest. Scaling by the total rather than assuming
-    1 takes the rounding of the softmax out, and a token of probability 0 is never drawn.
+    exchange two near-tied tokens' whole intervals. It runs in float64: near 1 float32's spacing is 6e-8, more than a
+    tail token's share of a vocabulary of 150,000, so that some tokens would get their neighbours' draws. Scaling by
+    the total rather than assuming 1 takes the rounding of the softmax out, and a token of probability 0 is never
+    drawn: for a uniform of at most 1 - 2**-53 the product rounds below the total, in every binade.
     """
     cumulative_RV = probs_RV.cumsum(dim=1, dtype=torch.float64)
     total_R1 = cumulative_RV[:, -1:]
-    # uniform * total may round up to total, past the last token of positive probability.
-    target_R1 = torch.minimum(uniform_R.unsqueeze(1) * total_R1, torch.nextafter(total_R1, -total_R1))
-    ids_R = torch.searchsorted(cumulative_RV, target_R1.contiguous(), right=True).squeeze(1)
+    target_R1 = uniform_R.unsqueeze(1) * total_R1
+    ids_R = torch.searchsorted(cumulative_RV, target_R1, right=True).squeeze(1)
+    # Past the end only where the total is NaN or 0; the id must still be one that can be looked up.
     return ids_R.clamp(max=probs_RV.shape[1] - 1), total_R1.squeeze(1)
 
 
