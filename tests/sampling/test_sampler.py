@@ -256,6 +256,18 @@ def test_masks_that_leave_nothing_are_an_error_of_the_row(temperature: int) -> N
     assert 0 <= result.token_ids[1] < 5
 
 
+@pytest.mark.gpu
+def test_a_gpu_chooses_what_the_cpu_chooses(logits_RV: torch.Tensor) -> None:
+    rows = mixed_rows()
+    logits_RV[9, 3] = torch.nan
+    host, device = sample(logits_RV, rows), sample(logits_RV.cuda(), rows)
+    assert device.token_ids == host.token_ids
+    assert device.errors == host.errors
+    assert {r: (e.rank, list(e.top)) for r, e in device.logprobs.items()} == {
+        r: (e.rank, list(e.top)) for r, e in host.logprobs.items()
+    }
+
+
 # ---------------------------------------------------------------------------------------- log probabilities
 
 

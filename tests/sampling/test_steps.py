@@ -10,7 +10,6 @@ import torch
 from transformers.generation import logits_process as hf
 
 from paceline.sampling import steps
-from paceline.sampling.random import uniform
 
 R, V = 6, 700  # V > FIRST_WIDTH, so that filters do widen
 
