@@ -1,0 +1,115 @@
+"""The default model's real weights: transformers' tokens, and the same tokens in every company."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from paceline.llm import LLM
+from paceline.sampling.params import SamplingParams
+
+pytestmark = pytest.mark.default_model
+
+PROMPTS = {
+    "question": "Why is the sky blue?",
+    "fact": "The capital of France is",
+    "code": "def fibonacci(n):\n    ",
+    "list": "Shopping list:\n1. Milk\n2. Eggs\n3.",
+    "arithmetic": "12 + 35 = 47, 20 + 22 = 42, 31 + 11 =",
+    "story": "Once upon a time, in a village by the sea, there lived",
+    "dialogue": "Alice: How are you?\nBob: Fine, thanks. And you?\nAlice:",
+    "markup": '<html>\n<head><title>Hello</title></head>\n<body>\n<h1 class="',
+    "repetition": "one two three one two three one two three one two",
+    "unicode": "Les élèves français étudient à l'école; 東京は日本の",
+}
+
+
+@pytest.fixture(scope="module")
+def llm(default_model_gguf: Path) -> Iterator[LLM]:
+    with LLM(str(default_model_gguf), device="cpu", max_model_len=1024) as made:
+        yield made
+
+
+def greedy(max_tokens: int, **options: object) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def transformers_model(default_model_gguf: Path):
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        default_model_gguf.parent, gguf_file=default_model_gguf.name, dtype=torch.float32
+    ).eval()
+
+
+def test_greedy_tokens_are_those_of_transformers(llm, transformers_model):
+    """float32, 64 tokens, ten prompts of different kinds, in one batch here and one by one there."""
+    outputs = llm.generate(list(PROMPTS.values()), greedy(64, ignore_eos=True))
+    for name, output in zip(PROMPTS, outputs, strict=True):
+        ids = torch.tensor([output.prompt_token_ids])
+        with torch.inference_mode():
+            expected = transformers_model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=64, min_new_tokens=64,
+                eos_token_id=None, pad_token_id=0,
+            )[0, ids.shape[1] :]  # fmt: skip
+        assert list(output.outputs[0].token_ids) == expected.tolist(), name
+
+
+def test_64_requests_give_what_they_give_alone(default_model_gguf, llm):
+    """Mixed lengths in one batch, a pool that forces preemption, prefix cache and proposer on."""
+    texts = [f"{text} {index % 7}" * (1 + index % 5) for index, text in enumerate(list(PROMPTS.values()) * 7)][:64]
+    params = [greedy(4 + index % 9, ignore_eos=True) for index in range(64)]
+    alone = [llm.generate(text, one)[0].outputs[0].token_ids for text, one in zip(texts, params, strict=True)]
+    crowded = {"num_blocks": 48, "max_model_len": 512, "max_num_batched_tokens": 128, "device": "cpu"}
+    for options in (
+        {"enable_prefix_caching": True, "speculative_config": {"method": "ngram"}},
+        {"enable_prefix_caching": False},
+    ):
+        with LLM(str(default_model_gguf), **crowded, **options) as small:
+            outputs = small.generate(texts, params)
+            assert small.stats().scheduler.num_preemptions > 0
+        assert [output.outputs[0].token_ids for output in outputs] == alone
+
+
+def test_a_chat_answer_streams_and_ends_by_itself(llm):
+    messages = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
+    parts = list(llm.stream(messages, {"temperature": 0, "max_tokens": 200}))
+    text = "".join(part.outputs[0].text for part in parts)
+    assert parts[-1].finished
+    assert parts[-1].outputs[0].finish_reason == "stop"
+    assert "Paris" in text
+    whole = llm.chat(messages, {"temperature": 0, "max_tokens": 200})[0].outputs[0]
+    assert whole.text == text
+    assert list(whole.token_ids) == [token for part in parts for token in part.outputs[0].token_ids]
+
+
+def test_stop_string_across_token_borders(llm):
+    whole = llm.generate("Count: one, two, three,", greedy(24))[0].outputs[0].text
+    cut = whole[5:12]
+    output = llm.generate("Count: one, two, three,", greedy(24, stop=[cut]))[0].outputs[0]
+    assert output.text == whole[: whole.index(cut)]
+    assert (output.finish_reason, output.stop_reason) == ("stop", cut)
+    kept = llm.generate("Count: one, two, three,", greedy(24, stop=[cut], include_stop_str_in_output=True))
+    assert kept[0].outputs[0].text == whole[: whole.index(cut) + len(cut)]
+
+
+def test_bad_words_are_not_said(llm):
+    plain = llm.generate(PROMPTS["fact"], greedy(8))[0].outputs[0].text
+    assert "Paris" in plain
+    assert "Paris" not in llm.generate(PROMPTS["fact"], greedy(8, bad_words=["Paris"]))[0].outputs[0].text
+
+
+def test_int8_stays_close(default_model_gguf, llm):
+    """Round-to-nearest int8 keeps the likeliest next token on most positions of plain text."""
+    text = "The sun rises in the east and sets in the west. Water boils at one hundred degrees. " * 2
+    ids = llm.get_tokenizer().encode(text)
+    prompts = [ids[:end] for end in range(8, len(ids), 3)]
+    exact = llm.generate(prompts, greedy(1))
+    with LLM(str(default_model_gguf), quantization="int8", device="cpu", max_model_len=1024) as quantized:
+        found = quantized.generate(prompts, greedy(1))
+    same = [a.outputs[0].token_ids == b.outputs[0].token_ids for a, b in zip(exact, found, strict=True)]
+    assert sum(same) >= 0.8 * len(same)
