@@ -41,7 +41,7 @@ class BlockType:
     nbytes: int
 
 
-# Every type that llama.cpp writes today, so that a file's size can be checked; dequantize.py says which we can read.
+# Every type that llama.cpp writes to files, so that a file's size can be checked; dequantize.py says which we can read.
 BLOCK_TYPES = {
     0: BlockType("F32", 1, 4),
     1: BlockType("F16", 1, 2),
@@ -50,13 +50,11 @@ BLOCK_TYPES = {
     6: BlockType("Q5_0", 32, 22),
     7: BlockType("Q5_1", 32, 24),
     8: BlockType("Q8_0", 32, 34),
-    9: BlockType("Q8_1", 32, 36),
     10: BlockType("Q2_K", 256, 84),
     11: BlockType("Q3_K", 256, 110),
     12: BlockType("Q4_K", 256, 144),
     13: BlockType("Q5_K", 256, 176),
     14: BlockType("Q6_K", 256, 210),
-    15: BlockType("Q8_K", 256, 292),
     16: BlockType("IQ2_XXS", 256, 66),
     17: BlockType("IQ2_XS", 256, 74),
     18: BlockType("IQ3_XXS", 256, 98),

@@ -21,6 +21,7 @@ class GGUFCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self._file = read_gguf(path)
+        _refuse_split(self._file)
         metadata = Metadata(path, self._file.metadata)
         self._architecture: str = metadata.architecture
         self._tensors = _by_hf_name(self._file, self._architecture)
@@ -105,6 +106,17 @@ def half_split(rows: torch.Tensor, heads: int, path: Path, name: str) -> torch.T
         raise CheckpointError(f"{path}: tensor '{name}' has {rows.shape[0]} rows, not a multiple of 2 x {heads} heads")
     pairs = rows.view(heads, rows.shape[0] // heads // 2, 2, -1)
     return pairs.transpose(1, 2).reshape(rows.shape)
+
+
+def _refuse_split(file: GGUFFile) -> None:
+    parts = file.metadata.get("split.count", 1)
+    if parts not in (0, 1):
+        part = file.metadata.get("split.no", 0)
+        shown = part + 1 if isinstance(part, int) else part
+        raise UnsupportedModelError(
+            f"{file.path}: part {shown} of {parts} of a split GGUF file, which this version cannot read: "
+            "merge it with llama.cpp's llama-gguf-split --merge"
+        )
 
 
 def _by_hf_name(file: GGUFFile, architecture: str) -> dict[str, TensorInfo]:

@@ -67,6 +67,8 @@ def resolve(
 
 def _local(model: str) -> ModelSource | None:
     path = Path(model).expanduser()
+    if not model:  # Path("") is the current directory
+        return None
     if path.is_dir():
         ggufs = sorted(path.glob("*.gguf"))
         if (path / "config.json").exists() or not ggufs:

@@ -1,0 +1,167 @@
+"""The hub's road, against a small server of the hub's protocol on this machine, in processes of their own (the hub
+library reads its environment once, at import)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paceline.loading.hub import reachable
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+FILES = {
+    "config.json": b'{"model_type": "llama"}',
+    "model.safetensors": b"weights" * 1000,
+    "tokenizer.json": b"{}",
+    "pytorch_model.bin": b"pickle",
+    "original/consolidated.safetensors": b"again",
+}
+RESOLVE = """
+import json, sys
+from paceline.errors import PacelineError
+from paceline.loading.resolve import resolve
+class Watch:
+    def __init__(self): self.log = []
+    def start(self, label, total_bytes): self.log.append([label, total_bytes])
+    def advance(self, n): pass
+    def done(self): self.log.append("done")
+watch = Watch()
+try:
+    source = resolve(sys.argv[1], progress=watch)
+    print(json.dumps([str(source.path), source.revision, source.note, watch.log]))
+except PacelineError as error:
+    print(json.dumps([type(error).__name__, str(error)]))
+"""
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What the hub answers for 'org/tiny' (branch main), 'org/gated' (403) and any other name (404)."""
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def answer(self, body: bool) -> None:
+        path = self.path.partition("?")[0]
+        if "org/gated" in path:
+            self.reply(403, b"{}", {"X-Error-Code": "GatedRepo"}, body)
+        elif path.startswith("/api/models/org/tiny/tree/"):
+            listing = [{"type": "file", "path": n, "size": len(d), "oid": "0" * 40} for n, d in FILES.items()]
+            self.reply(200, json.dumps(listing).encode(), {}, body)
+        elif path in ("/api/models/org/tiny", *(f"/api/models/org/tiny/revision/{r}" for r in ("main", COMMIT))):
+            siblings = [{"rfilename": name, "size": len(data)} for name, data in FILES.items()]
+            info = {"id": "org/tiny", "sha": COMMIT, "siblings": siblings, "private": False, "tags": [], "downloads": 0}
+            self.reply(200, json.dumps(info).encode(), {}, body)
+        elif path.startswith(f"/org/tiny/resolve/{COMMIT}/"):
+            data = FILES[path.removeprefix(f"/org/tiny/resolve/{COMMIT}/")]
+            tag = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
+            self.reply(200, data, tag, body)
+        elif path.startswith("/api/models/org/tiny/revision/"):
+            self.reply(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
+        else:
+            self.reply(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
+
+    def reply(self, status: int, data: bytes, headers: dict[str, str], body: bool) -> None:
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(data))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def run_resolve(name: str, home: Path, **environment: str) -> list[Any]:
+    clean = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
+    settings = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", RESOLVE, name], env={**clean, **settings}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""  # no bars or warnings of the hub's own
+    answer: list[Any] = json.loads(done.stdout)
+    return answer
+
+
+def test_download_then_the_cache_without_a_hub(hub: str, tmp_path: Path) -> None:
+    path, revision, note, progress = run_resolve("org/tiny@main", tmp_path, HF_ENDPOINT=hub)
+    assert (revision, note) == (COMMIT, f"commit {COMMIT[:12]}")
+    taken = {"config.json", "model.safetensors", "tokenizer.json"}
+    assert {str(file.relative_to(path)) for file in Path(path).rglob("*") if file.is_file()} == taken
+    assert (Path(path) / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+    assert progress == [["org/tiny", sum(len(FILES[name]) for name in taken)], "done"]
+
+    dead = "http://127.0.0.1:9"
+    for environment in ({"HF_ENDPOINT": dead}, {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "1"}):
+        again, revision, note, progress = run_resolve(f"org/tiny@{COMMIT}", tmp_path, **environment)
+        assert (again, revision, progress) == (path, COMMIT, [])
+        assert "from the cache" in note
+    (Path(path) / "model.safetensors").unlink()
+    kind, message = run_resolve(f"org/tiny@{COMMIT}", tmp_path, HF_ENDPOINT=dead)
+    assert kind == "DownloadError"
+    assert "org/tiny" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "said"),
+    [
+        ("org/none", "ModelNotFoundError", "'org/none' is not on the hub, or is private"),
+        ("org/tiny@v9", "ModelNotFoundError", "'org/tiny' at revision 'v9' is not on the hub"),
+        ("org/gated", "DownloadError", "is gated: accept its licence"),
+    ],
+)
+def test_what_the_hub_refuses(name: str, kind: str, said: str, hub: str, tmp_path: Path) -> None:
+    got, message = run_resolve(name, tmp_path, HF_ENDPOINT=hub)
+    assert got == kind
+    assert said in message
+    assert "\n" not in message
+
+
+def test_out_of_reach_is_known_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        assert reachable(endpoint)
+    assert not reachable(endpoint)
+    # A resolver without a network, as libc's: no answer for many seconds, and no way to interrupt it.
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(3))
+    started = time.monotonic()
+    assert not reachable("http://huggingface.co", seconds=0.3)
+    assert time.monotonic() - started < 1.5
+
+
+def test_a_proxy_is_asked_in_the_hubs_place(hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", hub)
+    assert reachable("http://name.invalid", seconds=1.0)
+    monkeypatch.setenv("http_proxy", "127.0.0.1:9")
+    assert not reachable(hub, seconds=1.0)
