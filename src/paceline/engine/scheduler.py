@@ -49,6 +49,7 @@ class _Step:
         self.budget = budget
         self.scheduled: list[ScheduledRequest] = []
         self.held: list[tuple[Request, int]] = []  # parallel to `scheduled`: the request and its epoch
+        self.starts: dict[str, int] = {}  # the first position that a request computes in this step
         self.new: list[NewRequest] = []
         self.copies: list[BlockCopy] = []
         self.preempted = False
@@ -57,8 +58,8 @@ class _Step:
 class Scheduler:
     """`num_blocks[g]`: blocks of KV group g, the null block not counted. Not thread-safe: one engine loop owns it.
 
-    Outputs of schedule() come back to update() in order. One in which nothing is scheduled is no step in flight: it need
-    not wait for those before it.
+    Outputs of schedule() come back to update() in order. One in which nothing is scheduled is no step in flight: it
+    need not wait for those before it.
     """
 
     def __init__(self, config: EngineConfig, groups: tuple[KVGroup, ...], num_blocks: tuple[int, ...]) -> None:
@@ -160,13 +161,13 @@ class Scheduler:
             # One token is kept for each request further back, so that a long prompt never stops others' decoding.
             budget = step.budget - (len(self._running) - index - 1)
             if request.can_step and request.num_uncomputed_tokens > 0 and not self._compute(step, request, budget):
-                victim = self._running.last()
-                if victim is request and len(self._running) == 1:
-                    self._fail_for_room(request)
-                else:
-                    self._preempt(victim)
+                if len(self._running) > 1:
+                    self._preempt(self._running.last())
                     step.preempted = True
-                continue  # the same request again, or, if it is the one that went, the end of the list
+                    continue  # the same request again, or, if it is the one that went, the end of the list
+                if request.num_in_flight == 0:  # else what is in flight may yet end it
+                    self._fail_for_room(request)
+                    return
             index += 1
 
     def _schedule_waiting(self, step: _Step) -> None:
@@ -174,7 +175,7 @@ class Scheduler:
         index = 0
         while step.budget > 0 and len(self._running) < limit and index < len(self._waiting):
             request = self._waiting[index]
-            if request.num_in_flight or not request.can_step or self._waits_for_leader(request):
+            if request.num_in_flight or not request.can_step or self._waits_for_leader(step, request):
                 index += 1
                 continue
             if not self._admit(step, request):
@@ -213,14 +214,14 @@ class Scheduler:
         self._running.add(request)
         return True
 
-    def _waits_for_leader(self, request: Request) -> bool:
+    def _waits_for_leader(self, step: _Step, request: Request) -> bool:
         """Whether sharing the leader's prompt is still to be expected. Not of one that was preempted: that would only
-        delay the request."""
+        delay the request. What this very step computes cannot be shared yet: copies are made before it runs."""
         leader = self._requests.get(request.spec.fork_of or "")
         if leader is None or request.status is Status.PREEMPTED:
             return False
         if leader.status is Status.RUNNING:
-            return leader.num_computed_tokens < leader.num_prompt_tokens
+            return step.starts.get(leader.id, leader.num_computed_tokens) < leader.num_prompt_tokens - 1
         return leader.status is Status.WAITING
 
     def _compute(self, step: _Step, request: Request, budget: int) -> bool:
@@ -251,6 +252,7 @@ class Scheduler:
             )
         )
         step.held.append((request, request.epoch))
+        step.starts[request.id] = start
         step.copies.extend([BlockCopy(*copy) for copy in copies])
         step.budget -= stop - start
         request.num_computed_tokens = stop

@@ -1,0 +1,250 @@
+"""A world in which every mistake of the scheduler or the cache is seen: a fake device whose slots remember what was
+written to them, and a fake model whose next token is a hash of the whole history."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+
+from paceline.config import CacheConfig, EngineConfig, KVGroup, SchedulerConfig, SpeculativeConfig
+from paceline.engine.request import Request, RequestSpec
+from paceline.engine.scheduler import Scheduler
+from paceline.engine.step import PLACEHOLDER, ScheduledRequest, SchedulerOutput, StepOutput
+
+VOCAB = 4  # few tokens, so that prefixes meet, drafts are sometimes right and stop ids come up
+
+
+def history(namespace: str, token_ids: Sequence[int]) -> list[int]:
+    """A hash of tokens 0..p for each p: what position p's key would depend on."""
+    hashes, state = [], sum(namespace.encode())
+    for token in token_ids:
+        state = hash((state, token))
+        hashes.append(state)
+    return hashes
+
+
+def next_token(state: int, seed: int) -> int:
+    return (hash((state, seed)) >> 7) % VOCAB
+
+
+def alone(spec: RequestSpec, max_model_len: int) -> tuple[list[int], str]:
+    """The output tokens and finish reason that the request gets by itself, straight from the definition."""
+    tokens, params, output = list(spec.prompt_token_ids), spec.params, []
+    stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(spec.eos_token_ids))
+    while True:
+        output.append(next_token(history(spec.namespace, tokens + output)[-1], spec.seed))
+        if output[-1] in stops and len(output) > params.min_tokens:
+            return output, "stop"
+        if len(output) == params.max_tokens or len(tokens) + len(output) == max_model_len:
+            return output, "length"
+
+
+class Device:
+    """Slots by (group, slot); requests by id, as a model runner would know them."""
+
+    def __init__(self, groups: Sequence[KVGroup], num_blocks: Sequence[int], block_size: int) -> None:
+        self.groups, self.num_blocks, self.block_size = groups, num_blocks, block_size
+        self.slots: dict[tuple[int, int], int] = {}
+        self.known: dict[str, list[int]] = {}
+        self.specs: dict[str, RequestSpec] = {}
+        self.forgotten = 0
+
+    def run(self, output: SchedulerOutput, specs: dict[str, RequestSpec]) -> StepOutput:
+        for request_id in output.finished:
+            del self.known[request_id]  # KeyError: told twice, or of one it never knew
+            self.forgotten += 1
+        for new in output.new_requests:
+            assert new.request_id not in self.known, "a request was announced twice"
+            self.known[new.request_id] = list(new.prompt_token_ids)
+            self.specs[new.request_id] = specs[new.request_id]
+        self._copy(output)
+        ids = [r.request_id for r in output.scheduled]
+        assert len(ids) == len(set(ids)), "a request is scheduled twice in a step"
+        rows = [self._write(r) for r in output.scheduled]
+        for scheduled, hashes in zip(output.scheduled, rows, strict=True):
+            self._read(scheduled, hashes)
+        return StepOutput(
+            {r.request_id: self._sample(r, h) for r, h in zip(output.scheduled, rows, strict=True) if r.samples}
+        )
+
+    def _copy(self, output: SchedulerOutput) -> None:
+        size = self.block_size
+        targets = {(c.group, c.target) for c in output.copies}
+        assert len(targets) == len(output.copies), "two copies go to one block"
+        read = [[self.slots.get((c.group, c.source * size + i)) for i in range(size)] for c in output.copies]
+        for copy, values in zip(output.copies, read, strict=True):
+            for i, value in enumerate(values):  # all reads came first; in order must give the same
+                assert self.slots.get((copy.group, copy.source * size + i)) == value or copy.source == copy.target
+            for i, value in enumerate(values):
+                self.slots[copy.group, copy.target * size + i] = value
+
+    def _slot(self, scheduled: ScheduledRequest, group: int, position: int) -> tuple[int, int]:
+        block = scheduled.block_tables[group][position // self.block_size]
+        assert 1 <= block <= self.num_blocks[group], "the null block is used"
+        return group, block * self.block_size + position % self.block_size
+
+    def _write(self, scheduled: ScheduledRequest) -> list[int]:
+        """Write the step's slots; return the history hashes up to its last token."""
+        known, tokens = self.known[scheduled.request_id], []
+        assert scheduled.token_ids, "nothing to compute"
+        num_known = len(scheduled.token_ids) - scheduled.num_drafts
+        assert scheduled.samples == (scheduled.start + num_known == len(known)), "`samples` is wrong"
+        for i, token in enumerate(scheduled.token_ids):
+            position = scheduled.start + i
+            if i < num_known:
+                assert token in (PLACEHOLDER, known[position]), "a wrong token for this position"
+                token = known[position]
+            tokens.append(token)
+        spec = self.specs[scheduled.request_id]
+        hashes = history(spec.namespace, known[: scheduled.start] + tokens)
+        for position in range(scheduled.start, len(hashes)):
+            for group in range(len(self.groups)):
+                self.slots[self._slot(scheduled, group, position)] = hashes[position]
+        return hashes
+
+    def _read(self, scheduled: ScheduledRequest, hashes: list[int]) -> None:
+        for group, kv in enumerate(self.groups):
+            first = 0 if kv.window is None else max(0, scheduled.start - kv.window + 1)
+            for position in range(first, len(hashes)):
+                content = self.slots.get(self._slot(scheduled, group, position))
+                assert content == hashes[position], f"group {kv.name}: position {position} holds something else"
+
+    def _sample(self, scheduled: ScheduledRequest, hashes: list[int]) -> tuple[int, ...]:
+        drafts = scheduled.token_ids[len(scheduled.token_ids) - scheduled.num_drafts :]
+        chosen, base = [], len(hashes) - 1 - len(drafts)
+        for i in range(len(drafts) + 1):
+            chosen.append(next_token(hashes[base + i], self.specs[scheduled.request_id].seed))
+            if i == len(drafts) or drafts[i] != chosen[-1]:
+                break
+        self.known[scheduled.request_id].extend(chosen)
+        return tuple(chosen)
+
+
+@dataclass(frozen=True)
+class Script:
+    """`arrivals[i]`: the step at which specs[i] comes; `aborts[i]`: the step at which it is aborted, or None.
+    `drafts`: how many tokens are proposed; `draft_errors`: one in so many is made wrong, 0 for never."""
+
+    specs: tuple[RequestSpec, ...]
+    arrivals: tuple[int, ...]
+    aborts: tuple[int | None, ...]
+    groups: tuple[KVGroup, ...]
+    num_blocks: tuple[int, ...]
+    block_size: int
+    scheduler: SchedulerConfig
+    prefix_caching: bool
+    depth: int
+    drafts: int = 0
+    draft_errors: int = 0
+    reset_at: int | None = None
+    max_model_len: int = 64
+
+
+class World:
+    """Plays a script to its end and checks everything on the way."""
+
+    def __init__(self, script: Script) -> None:
+        self.script = script
+        config = EngineConfig(
+            max_model_len=script.max_model_len,
+            cache=CacheConfig(block_size=script.block_size, enable_prefix_caching=script.prefix_caching),
+            scheduler=script.scheduler,
+            speculative=SpeculativeConfig(num_speculative_tokens=script.drafts) if script.drafts else None,
+            async_depth=script.depth,
+        )
+        self.scheduler = Scheduler(config, script.groups, script.num_blocks)
+        self.device = Device(script.groups, script.num_blocks, script.block_size)
+        self.specs = {spec.request_id: spec for spec in script.specs}
+        self.outputs: dict[str, list[int]] = {spec.request_id: [] for spec in script.specs}
+        self.reasons: dict[str, str] = {}
+        self.cached: dict[str, int] = {}
+        self.known_to_device: set[str] = set()
+        self.queue: deque[tuple[SchedulerOutput, StepOutput]] = deque()
+
+    def play(self) -> World:
+        script, step = self.script, 0
+        while self.scheduler.has_work or step <= max((*script.arrivals, 0)):
+            self._events(step)
+            output = self.scheduler.schedule()
+            self._check_output(output)
+            self.scheduler.check_invariants()
+            result = self.device.run(output, self.specs)
+            if output.scheduled:
+                self.queue.append((output, result))
+            elif output.finished or not self.queue:
+                self._take(output, result)
+            if len(self.queue) > script.depth or (self.queue and not output.scheduled):
+                self._take(*self.queue.popleft())
+            self.scheduler.check_invariants()
+            step += 1
+            assert step < 3000, "no end in sight: a deadlock or a livelock"
+        self._check_end()
+        return self
+
+    def _events(self, step: int) -> None:
+        script = self.script
+        for spec, arrival, abort in zip(script.specs, script.arrivals, script.aborts, strict=True):
+            if arrival == step:
+                self.scheduler.add(Request(spec))
+            if abort == step and self.scheduler.abort(spec.request_id):
+                self.reasons[spec.request_id] = "abort"
+        if script.reset_at == step:
+            self.scheduler.reset_prefix_cache()
+        self.scheduler.check_invariants()
+
+    def _check_output(self, output: SchedulerOutput) -> None:
+        limits = self.script.scheduler
+        assert output.num_tokens <= limits.max_num_batched_tokens, "over the token budget"
+        for request in output.scheduled:
+            if limits.max_chunk is not None:
+                assert len(request.token_ids) - request.num_drafts <= limits.max_chunk, "over the chunk"
+        self.known_to_device |= {new.request_id for new in output.new_requests}
+
+    def _take(self, output: SchedulerOutput, result: StepOutput) -> None:
+        for update in self.scheduler.update(output, result):
+            request_id = update.request_id
+            assert request_id not in self.reasons, "a finished request is reported again"
+            self.outputs[request_id] += update.new_token_ids
+            self.cached[request_id] = update.num_cached_tokens
+            if update.finish_reason is not None:
+                self.reasons[request_id] = update.finish_reason
+            elif self.script.drafts:
+                self.scheduler.set_drafts(request_id, self._drafts(request_id))
+
+    def _drafts(self, request_id: str) -> list[int]:
+        spec = self.specs[request_id]
+        tokens = [*spec.prompt_token_ids, *self.outputs[request_id]]
+        drafts: list[int] = []
+        for _ in range(self.script.drafts):
+            state = history(spec.namespace, tokens + drafts)[-1]
+            wrong = self.script.draft_errors and state % self.script.draft_errors == 0
+            drafts.append((next_token(state, spec.seed) + bool(wrong)) % VOCAB)
+        return drafts
+
+    def _check_end(self) -> None:
+        script = self.script
+        assert not self.device.known, "the device was not told that requests ended"
+        assert self.device.forgotten == len(self.known_to_device)
+        for spec in script.specs:
+            tokens, reason = alone(spec, script.max_model_len)
+            got, why = self.outputs[spec.request_id], self.reasons[spec.request_id]
+            if why in ("abort", "error"):
+                assert got == tokens[: len(got)], "wrong tokens before the end"
+                if why == "error":  # only for a request that fills a pool by itself
+                    assert len(spec.prompt_token_ids) + len(got) + 1 > min(script.num_blocks) * script.block_size
+            else:
+                assert (got, why) == (tokens, reason), "not the tokens it gets alone"
+        assert set(self.scheduler.stats.cache.used_blocks) == {0}, "blocks were never given back"
+
+
+@pytest.fixture(scope="session")
+def play():
+    """play(**script fields) -> World, at its end."""
+
+    def run(**fields: object) -> World:
+        return World(Script(**fields)).play()  # type: ignore[arg-type]
+
+    return run
