@@ -15,7 +15,7 @@ from paceline.models.load import load_decoder
 from paceline.models.registry import read_decoder_config
 
 # "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n" in SmolLM2's tokens.
-PROMPT = [1, 4093, 198, 9690, 314, 260, 6376, 4461, 47, 2, 198, 1, 520, 9531, 198]
+PROMPT = [1, 4093, 198, 4898, 314, 260, 6376, 4461, 47, 2, 198, 1, 520, 9531, 198]
 
 
 @pytest.mark.default_model
