@@ -224,6 +224,20 @@ class World:
             drafts.append((next_token(state, spec.seed) + bool(wrong)) % VOCAB)
         return drafts
 
+    def _overflows(self, num_tokens: int) -> bool:
+        """Whether a request of so many tokens is too long for some pool, even alone."""
+        size = self.script.block_size
+        for group, blocks in zip(self.script.groups, self.script.num_blocks, strict=True):
+            touched = {position // size for position in range(num_tokens)}
+            if group.window is not None:  # the most blocks that one query's window touches
+                touched = max(
+                    ({p // size for p in range(max(0, q - group.window + 1), q + 1)} for q in range(num_tokens)),
+                    key=len,
+                )
+            if len(touched) > blocks:
+                return True
+        return False
+
     def _check_end(self) -> None:
         script = self.script
         assert not self.device.known, "the device was not told that requests ended"
@@ -233,8 +247,8 @@ class World:
             got, why = self.outputs[spec.request_id], self.reasons[spec.request_id]
             if why in ("abort", "error"):
                 assert got == tokens[: len(got)], "wrong tokens before the end"
-                if why == "error":  # only for a request that fills a pool by itself
-                    assert len(spec.prompt_token_ids) + len(got) + 1 > min(script.num_blocks) * script.block_size
+                if why == "error":
+                    assert self._overflows(len(spec.prompt_token_ids) + len(got) + 1), "failed without need"
             else:
                 assert (got, why) == (tokens, reason), "not the tokens it gets alone"
         assert set(self.scheduler.stats.cache.used_blocks) == {0}, "blocks were never given back"
