@@ -1,0 +1,48 @@
+"""What pyproject.toml asks for is what the code imports, and the README gives a reason for each."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[2]
+
+
+def declared() -> set[str]:
+    (block,) = re.findall(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
+    return {Requirement(text).name for text in re.findall(r'"(.+?)"', block)}
+
+
+def imported() -> set[str]:
+    """The third-party packages that src imports, anywhere in a file; not those under `if TYPE_CHECKING` alone."""
+    names: set[str] = set()
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                names.add(node.module.split(".")[0])
+    return names - set(sys.stdlib_module_names) - {"paceline"}
+
+
+def test_every_import_is_declared_and_every_dependency_imported():
+    assert imported() == declared()
+
+
+def test_the_readme_gives_a_reason_for_each():
+    section = (ROOT / "README.md").read_text().split("## Dependencies")[1].split("\n## ")[0]
+    reasons = dict(re.findall(r"^\| (\w+) \| (.+?) \|$", section, re.MULTILINE))
+    reasons.pop("package")
+    assert set(reasons) == declared()
+
+
+@pytest.mark.parametrize("name", sorted(declared()))
+def test_the_constraints_hold_it_to_one_version(name):
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {line.split("==")[0] for line in lines if "==" in line and not line.startswith("#")}
+    assert name.replace("_", "-") in pinned
