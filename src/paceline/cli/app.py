@@ -10,14 +10,10 @@ from collections.abc import Sequence
 import click
 
 from paceline import __version__
+from paceline.cli.exit_codes import EXIT_CLOSED_PIPE, EXIT_FAILURE, EXIT_INTERRUPTED
 from paceline.cli.generate import generate
 from paceline.errors import PacelineError
 from paceline.registry import nearest, unknown
-
-EXIT_FAILURE = 1
-EXIT_USAGE = 2
-EXIT_INTERRUPTED = 128 + 2  # as a shell reports SIGINT
-EXIT_CLOSED_PIPE = 128 + 13  # as a shell reports SIGPIPE: `paceline generate ... | head -1` is no failure
 
 
 class _Commands(click.Group):

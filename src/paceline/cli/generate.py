@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from paceline.cli.exit_codes import EXIT_INTERRUPTED
 from paceline.cli.prompt import read_prompt
 from paceline.cli.report import Answer, Report, final_line, json_report
 from paceline.errors import EngineError, UsageError
@@ -159,7 +164,8 @@ def _effective(llm: LLM, given: dict[str, Any]) -> tuple[SamplingParams, dict[st
 
 
 def _load(options: dict[str, Any]) -> LLM:
-    from paceline.llm import LLM
+    with _interrupt_ends_at_once():
+        from paceline.llm import LLM
 
     progress = None
     if sys.stderr is not None and sys.stderr.isatty() and not options["quiet"]:
@@ -173,6 +179,20 @@ def _load(options: dict[str, Any]) -> LLM:
         max_num_seqs=1,
         progress=progress,
     )
+
+
+@contextmanager
+def _interrupt_ends_at_once() -> Iterator[None]:
+    """Ctrl-C while torch is imported: a KeyboardInterrupt raised there is swallowed (one sent 0.6 s after the start was
+    lost, and the answer came anyway). Nothing is there to clean up yet, so the process ends."""
+    if threading.current_thread() is not threading.main_thread():  # only the main one may set handlers
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, lambda *_: os._exit(EXIT_INTERRUPTED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _messages(text: str, system: str | None) -> list[dict[str, str]]:
