@@ -204,7 +204,8 @@ class Pages:
         group_of = {layer: g for g, group in enumerate(self.groups) for layer in group.layers}
         self.kv = []
         for layer in range(config.num_layers):
-            k_HSD, v_HSD = torch.randn(shape, generator=generator) * 100
+            stale = torch.randn(shape, generator=generator) * 100
+            k_HSD, v_HSD = stale.to(decoder.device, decoder.dtype)
             self.kv.append(KVLayer(k_HSD, v_HSD, group_of[layer]))
 
     def step(self, counts: Sequence[int]) -> None:
@@ -226,8 +227,10 @@ class Pages:
             tables,
             [group.window for group in self.groups],
             block_size=BLOCK_SIZE,
+            device=self.decoder.device,
         )
-        inputs = ModelInputs(torch.tensor(tokens), torch.tensor(positions), attention)
+        device = self.decoder.device
+        inputs = ModelInputs(torch.tensor(tokens, device=device), torch.tensor(positions, device=device), attention)
         with torch.inference_mode():
             logits_TV = self.decoder.logits(self.decoder(inputs, self.kv))
         for i, r in enumerate(rows):

@@ -181,7 +181,7 @@ def test_n_answers_share_a_prompt_and_nothing_else(oracle, name, length, prefix_
     """Copy-on-write: each of n answers equals the request that its own seed would make alone."""
     decoder, _ = oracle(name)
     prompt = make_prompts(96)[-1][:length]
-    (first, second, third), engine = run_engine(decoder, [(prompt, sampled(5, n=3))], prefix_cache=prefix_cache)
+    (first, second, third), _ = run_engine(decoder, [(prompt, sampled(5, n=3))], prefix_cache=prefix_cache)
     seeds = [engine_seed(5, index) for index in range(3)]
     for seed, answer in zip(seeds, (first, second, third), strict=True):
         alone, _ = run_engine(decoder, [(prompt, sampled(seed))], prefix_cache=False)
