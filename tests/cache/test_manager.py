@@ -145,3 +145,40 @@ def test_the_smallest_pool_for_a_length(make):
     assert cache.too_small_group(4) is None
     assert cache.too_small_group(5) == 1  # a window of 4 tokens can touch 3 blocks of 2
     assert CacheManager((FULL, WINDOW), (8, 3), CacheConfig(block_size=2)).too_small_group(17) == 0
+
+
+def test_the_end_of_a_freed_path_is_evicted_first(make):
+    cache = make(num_blocks=3)
+    fill(cache, "a", [1, 2, 3, 4, 5, 6])
+    cache.free("a")
+    fill(cache, "b", [7, 8])
+    assert cache.begin("c", "", [1, 2, 3, 4, 5, 6, 7]) == 4
+
+
+def test_room_leaves_a_block_for_the_copy(make):
+    cache = make(num_blocks=3)
+    fill(cache, "a", [1, 2, 3, 4])
+    cache.fork("a", "b", 3)
+    assert cache.room("b", 3, 6) == 4
+    assert cache.allocate("b", 3, 4) == [(0, 2, 3)]
+
+
+def test_a_late_fork_does_not_take_the_parents_output_for_its_own_prefix(make):
+    cache = make(num_blocks=20)
+    fill(cache, "a", [1, 2, 3, 4, 5, 6])  # the prompt is 1, 2, 3
+    cache.fork("a", "b", 2)
+    cache.allocate("b", 2, 8)
+    cache.commit("b", [1, 2, 3, 9, 9, 9, 7, 7], 8)
+    cache.check_invariants()
+    assert cache.begin("c", "", [1, 2, 3, 4, 5, 6, 7, 7, 0]) == 6
+    assert cache.begin("d", "", [1, 2, 3, 9, 9, 9, 7, 7, 0]) == 8
+
+
+def test_what_was_computed_before_a_reset_stays_forgotten_after_its_prefix_returns(make):
+    cache = make(num_blocks=20)
+    fill(cache, "a", [1, 2, 3, 4])
+    cache.reset_prefix_cache()
+    cache.allocate("a", 4, 6)
+    cache.commit("a", [1, 2, 3, 4, 5, 6], 6)
+    fill(cache, "b", [1, 2, 3, 4])
+    assert cache.begin("c", "", [1, 2, 3, 4, 5, 6, 7]) == 4

@@ -110,6 +110,59 @@ def test_the_least_important_is_preempted_and_comes_back_first(policy, victim):
     assert ids == ([victim, "c"] if policy == "fcfs" else ["c", victim])
 
 
+def test_blocks_freed_by_a_preemption_are_left_to_those_who_run():
+    scheduler = make(num_blocks=4, policy="priority", max_num_seqs=2)
+    for name, length, priority in (("a", 7, 0), ("b", 7, 2)):
+        add(scheduler, name, range(length), priority=priority)
+    step(scheduler)
+    add(scheduler, "c", [1], priority=1)
+    while scheduler.stats.num_preemptions == 0:
+        shared = step(scheduler)[0]
+    assert [share[0] for share in shared] == ["a"]
+    assert [share[0] for share in step(scheduler)[0]] == ["a", "c"]
+
+
+def test_a_prompt_is_started_only_if_all_of_it_fits_now():
+    scheduler = make(num_blocks=4, max_chunk=4)
+    add(scheduler, "a", range(4), max_tokens=4)
+    add(scheduler, "b", range(10, 24), max_tokens=1)
+    while "a" in scheduler._requests:
+        assert [share[0] for share in step(scheduler)[0]] == ["a"]
+    assert step(scheduler)[0] == [("b", 0, 4)]
+    assert scheduler.stats.num_preemptions == 0
+
+
+def test_a_request_preempted_with_steps_in_flight_keeps_their_tokens_and_waits_for_them():
+    scheduler = make(num_blocks=4, depth=1)
+    add(scheduler, "a", range(7))
+    add(scheduler, "b", range(10, 17))
+    first, second = scheduler.schedule(), scheduler.schedule()
+    answer(scheduler, first, tokens={"b": (3,)})
+    third = scheduler.schedule()  # "a" needs a third block
+    assert shares(third) == [("a", 8, 1)]
+    answer(scheduler, second, tokens={"b": (4,)})
+    answer(scheduler, third)
+    scheduler.abort("a")
+    resumed = scheduler.schedule().scheduled[0]
+    assert (resumed.request_id, resumed.start + len(resumed.token_ids)) == ("b", 9)
+    assert resumed.token_ids[-2:] == (3, 4)
+
+
+def test_a_request_preempted_with_drafts_in_flight_resumes_from_the_accepted_ones():
+    scheduler = make(num_blocks=5, depth=2)
+    add(scheduler, "a", range(6))
+    add(scheduler, "b", range(10, 16))
+    answer(scheduler, scheduler.schedule())
+    scheduler.set_drafts("b", [5, 6, 7])
+    outputs = [scheduler.schedule() for _ in range(3)]
+    assert [shares(output) for output in outputs] == [[("a", 6, 1), ("b", 6, 4)], [("a", 7, 1)], [("a", 8, 1)]]
+    answer(scheduler, outputs[0], tokens={"b": (5, 9)})
+    scheduler.abort("a")
+    resumed = scheduler.schedule().scheduled[0]
+    assert (resumed.request_id, resumed.start + len(resumed.token_ids)) == ("b", 9)
+    assert resumed.token_ids[-3:] == (1, 5, 9)
+
+
 def test_a_prefix_hit_skips_its_blocks_and_is_reported():
     scheduler = make()
     add(scheduler, "a", range(9), max_tokens=1)

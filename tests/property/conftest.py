@@ -96,6 +96,7 @@ class Device:
             position = scheduled.start + i
             if i < num_known:
                 assert token in (PLACEHOLDER, known[position]), "a wrong token for this position"
+                assert token != PLACEHOLDER or len(scheduled.token_ids) == 1, "a placeholder beside other tokens"
                 token = known[position]
             tokens.append(token)
         spec = self.specs[scheduled.request_id]

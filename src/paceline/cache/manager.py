@@ -240,4 +240,4 @@ class CacheManager:
             [block for table in self._tables.values() for block in table.blocks[group] if block != NULL_BLOCK]
             for group in range(len(self.groups))
         ]
-        self._tree.check_invariants(holders)
+        self._tree.check_invariants(holders, [table.node for table in self._tables.values() if table.node is not None])

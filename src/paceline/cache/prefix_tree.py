@@ -10,6 +10,7 @@ Nothing here recurses: a prompt of 100,000 tokens is a path of thousands of node
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -155,11 +156,15 @@ class PrefixTree:
             yield node
             stack.extend(node.children.values())
 
-    def check_invariants(self, holders: Sequence[list[int]]) -> None:
-        """AssertionError unless tree, owners and pools agree. `holders[g]`: group g's blocks, once a reference."""
+    def check_invariants(self, holders: Sequence[list[int]], ends: Sequence[Node] = ()) -> None:
+        """AssertionError unless tree, owners and pools agree. `holders[g]`: group g's blocks, once a reference;
+        `ends`: where the requests' committed tokens end, once a request."""
+        pins = Counter(ends)
+        assert sum(node.pins for node in self.nodes()) == len(ends), "a pin was lost, or its node"
         kept: list[list[int]] = [[] for _ in self.pools]
         for node in self.nodes():
             assert node.children or node.pins or any(b is not None for b in node.blocks), "a useless node was left"
+            assert node.pins == pins[node], "a node is pinned by others than end there"
             assert node.parent is None or len(node.key) == self.block_size, "a node is not a full block"
             for key, child in node.children.items():
                 assert child.parent is node, "a child points at another parent"

@@ -41,14 +41,12 @@ class Request:
 
     `num_computed_tokens` counts tokens whose keys and values are computed, or will be by a step in flight.
     `num_placeholders`: tokens that steps in flight are going to append. `num_in_flight`: steps that hold the request.
-    `epoch` counts preemptions: results of an older epoch still bring tokens, but their blocks are gone.
     """
 
     __slots__ = (
         "arrival",
         "drafts",
         "drafts_in_flight",
-        "epoch",
         "finish_reason",
         "id",
         "max_total_tokens",
@@ -77,7 +75,6 @@ class Request:
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None  # the user's stop id or string that ended it
-        self.epoch = 0
         self.num_cached_tokens = 0  # prompt tokens found in the prefix cache when first admitted
         self.sent = False  # the runner knows the request
         self.arrival = -1  # order of Scheduler.add

@@ -48,7 +48,7 @@ class _Step:
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.scheduled: list[ScheduledRequest] = []
-        self.held: list[tuple[Request, int]] = []  # parallel to `scheduled`: the request and its epoch
+        self.held: list[Request] = []  # parallel to `scheduled`
         self.starts: dict[str, int] = {}  # the first position that a request computes in this step
         self.new: list[NewRequest] = []
         self.copies: list[BlockCopy] = []
@@ -68,7 +68,7 @@ class Scheduler:
         self._requests: dict[str, Request] = {}  # unfinished ones
         self._waiting = RequestQueue(config.scheduler.policy)
         self._running = RequestQueue(config.scheduler.policy)
-        self._in_flight: deque[tuple[SchedulerOutput, list[tuple[Request, int]]]] = deque()
+        self._in_flight: deque[tuple[SchedulerOutput, list[Request]]] = deque()
         self._finished_ids: list[str] = []  # known to the runner, which is told with the next output
         self._failures: list[RequestUpdate] = []  # reported by the next update()
         self._arrivals = itertools.count()
@@ -137,8 +137,11 @@ class Scheduler:
     # ------------------------------------------------------------------------------------------- schedule
 
     def schedule(self) -> SchedulerOutput:
-        """The next step. Nothing is scheduled when nothing can run before an update(), or nothing is left; `finished`
-        carries each ended request that the runner knows, once. EngineError: more than async_depth steps in flight."""
+        """The next step. A PLACEHOLDER is always its request's only token.
+
+        Nothing is scheduled when nothing can run before an update(), or nothing is left; `finished` carries each ended
+        request that the runner knows, once. EngineError: more than async_depth steps in flight.
+        """
         if len(self._in_flight) > self.config.async_depth:
             raise EngineError(
                 f"{len(self._in_flight)} steps are in flight and async_depth is {self.config.async_depth}: "
@@ -251,7 +254,7 @@ class Scheduler:
                 block_tables=self.cache.block_tables(request.id),
             )
         )
-        step.held.append((request, request.epoch))
+        step.held.append(request)
         step.starts[request.id] = start
         step.copies.extend([BlockCopy(*copy) for copy in copies])
         step.budget -= stop - start
@@ -269,7 +272,6 @@ class Scheduler:
         request.status = Status.PREEMPTED
         request.num_computed_tokens = 0
         request.drafts = ()
-        request.epoch += 1
         self._num_preemptions += 1
         self._waiting.add(request)
 
@@ -297,17 +299,15 @@ class Scheduler:
         if not self._in_flight or self._in_flight[0][0] is not output:
             raise EngineError("update() must get the outputs of schedule() in order, each once")
         _, held = self._in_flight.popleft()
-        for scheduled, (request, epoch) in zip(output.scheduled, held, strict=True):
+        for scheduled, request in zip(output.scheduled, held, strict=True):
             request.num_in_flight -= 1
             if request.status is not Status.FINISHED:
-                update = self._update_request(request, scheduled, epoch, step)
+                update = self._update_request(request, scheduled, step)
                 if update is not None:
                     updates.append(update)
         return updates
 
-    def _update_request(
-        self, request: Request, scheduled: ScheduledRequest, epoch: int, step: StepOutput
-    ) -> RequestUpdate | None:
+    def _update_request(self, request: Request, scheduled: ScheduledRequest, step: StepOutput) -> RequestUpdate | None:
         if request.id in step.errors:
             self._end(request, "error")
             return _failure(request, step.errors[request.id])
@@ -322,10 +322,10 @@ class Scheduler:
             num_computed -= rejected
             request.num_placeholders -= 1
             request.drafts_in_flight = False
-            if epoch == request.epoch:
+            if request.status is Status.RUNNING:  # else it was preempted: its tokens count, its blocks are gone
                 request.num_computed_tokens -= rejected
             count, reason, stop_reason = request.append(new)
-        if epoch == request.epoch and request.status is Status.RUNNING:
+        if request.status is Status.RUNNING:
             self.cache.commit(request.id, request.token_ids, min(num_computed, len(request.token_ids)))
         if reason is not None:
             self._end(request, reason, stop_reason)
