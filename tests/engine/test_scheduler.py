@@ -133,16 +133,15 @@ def test_a_prompt_is_started_only_if_all_of_it_fits_now():
 
 
 def test_a_request_preempted_with_steps_in_flight_keeps_their_tokens_and_waits_for_them():
-    scheduler = make(num_blocks=4, depth=1)
+    scheduler = make(num_blocks=4, depth=2)
     add(scheduler, "a", range(7))
     add(scheduler, "b", range(10, 17))
-    first, second = scheduler.schedule(), scheduler.schedule()
+    first, second, third = (scheduler.schedule() for _ in range(3))
+    assert [shares(output)[-1] for output in (second, third)] == [("b", 7, 1), ("a", 8, 1)]  # "a" needs a third block
     answer(scheduler, first, tokens={"b": (3,)})
-    third = scheduler.schedule()  # "a" needs a third block
-    assert shares(third) == [("a", 8, 1)]
-    answer(scheduler, second, tokens={"b": (4,)})
-    answer(scheduler, third)
     scheduler.abort("a")
+    assert shares(scheduler.schedule()) == []
+    answer(scheduler, second, tokens={"b": (4,)})
     resumed = scheduler.schedule().scheduled[0]
     assert (resumed.request_id, resumed.start + len(resumed.token_ids)) == ("b", 9)
     assert resumed.token_ids[-2:] == (3, 4)
