@@ -109,7 +109,7 @@ def test_close_gives_the_memory_back(tiny_model: Callable[[str], Any]):
     with LLM(directory, device="cuda", skip_tokenizer_init=True, kv_cache_gib=0.25) as llm:
         output = llm.generate({"prompt_token_ids": [1, 2, 3]}, SamplingParams(temperature=0, max_tokens=4))[0]
         assert len(output.outputs[0].token_ids) == 4
-        assert torch.cuda.memory_allocated() - before >= 0.2 * 2**30
+        assert torch.cuda.memory_allocated() - before >= 2**23  # 64 contexts of 512 tokens: 9.4 MB
         del output
     gc.collect()
     assert torch.cuda.memory_allocated() == before
