@@ -87,8 +87,8 @@ BAD: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "not a GGUF file"),
     "too new": (header(bytes(9), version=4), "version 4"),
     "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
-    "tensors beyond the file": (header(tensors=2**60), "truncated or corrupt"),
-    "pairs beyond the file": (header(pairs=2**60), "truncated or corrupt"),
+    "tensors beyond the file": (header(tensors=2**60), "table of tensors and keys needs"),
+    "pairs beyond the file": (header(pairs=2**60), "table of tensors and keys needs"),
     "long key": (header(struct.pack("<Q", 2**63) + bytes(30), pairs=1), "truncated or corrupt"),
     "array beyond the file": (
         header(text(b"k") + ARRAY_OF + struct.pack("<IQ", 10, 2**61) + bytes(40), pairs=1),
@@ -96,6 +96,10 @@ BAD: dict[str, tuple[bytes, str]] = {
     ),
     "strings beyond the file": (
         header(text(b"k") + ARRAY_OF + struct.pack("<IQ", 8, 3) + struct.pack("<Q", 2**62) + bytes(40), pairs=1),
+        "'k' needs",
+    ),
+    "last string beyond the file": (
+        header(text(b"k") + ARRAY_OF + struct.pack("<IQ", 8, 1) + struct.pack("<Q", 99) + bytes(40), pairs=1),
         "'k' needs",
     ),
     "arrays in arrays without end": (

@@ -119,10 +119,14 @@ def test_download_then_the_cache_without_a_hub(hub: str, tmp_path: Path) -> None
     assert progress == [["org/tiny", sum(len(FILES[name]) for name in taken)], "done"]
 
     dead = "http://127.0.0.1:9"
-    for environment in ({"HF_ENDPOINT": dead}, {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "1"}):
+    for environment, why in (
+        ({"HF_ENDPOINT": dead}, f"{dead} does not answer"),
+        ({"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "1"}, "switched off by HF_HUB_OFFLINE"),
+    ):
         again, revision, note, progress = run_resolve(f"org/tiny@{COMMIT}", tmp_path, **environment)
         assert (again, revision, progress) == (path, COMMIT, [])
         assert "from the cache" in note
+        assert why in note
     (Path(path) / "model.safetensors").unlink()
     kind, message = run_resolve(f"org/tiny@{COMMIT}", tmp_path, HF_ENDPOINT=dead)
     assert kind == "DownloadError"

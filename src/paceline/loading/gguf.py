@@ -131,7 +131,7 @@ class _Parser:
                 raise CheckpointError(f"{self.path}: a big-endian GGUF file; convert it to little-endian")
             raise CheckpointError(f"{self.path}: GGUF version {version} is not one of {VERSIONS}; convert it again")
         num_tensors, num_pairs = self.scalar("Q"), self.scalar("Q")
-        self.need(num_tensors * SMALLEST_TENSOR_INFO + num_pairs * SMALLEST_PAIR, "its counts of tensors and keys")
+        self.need(num_tensors * SMALLEST_TENSOR_INFO + num_pairs * SMALLEST_PAIR, "the table of tensors and keys")
         metadata = self.pairs(num_pairs)
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 8 or alignment > 1 << 20 or alignment & (alignment - 1):

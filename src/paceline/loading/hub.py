@@ -105,6 +105,7 @@ def _cached(repo: str, revision: str | None, download_dir: str | None, why: str)
     except Exception as error:  # several types, which differ between versions of huggingface_hub
         raise DownloadError(f"'{repo}' is not in the cache and {why}; {LOCAL_WAYS}") from error
     path = Path(found)
+    # Older versions of huggingface_hub give a snapshot that holds only some of the files; newer ones raise above.
     if not any(path.glob("*.safetensors")) or not (path / "config.json").exists():
         raise DownloadError(f"the cache holds only a part of '{repo}' and {why}; {LOCAL_WAYS}")
     return Snapshot(path, path.name, f"commit {path.name[:12]} from the cache, as {why}")
