@@ -130,6 +130,7 @@ def test_a_closed_pipe_is_quiet():
         [sys.executable, "-m", "paceline", "generate", "--help"],
         stdout=writer,
         stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},  # buffered, or nothing would be left for the interpreter's end
         timeout=60,
         check=False,
     )
