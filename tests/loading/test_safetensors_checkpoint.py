@@ -78,6 +78,14 @@ def test_every_truncation_is_named_with_both_sizes(tmp_path: Path) -> None:
         read_header(file)
 
 
+def test_offsets_that_do_not_fit_the_shape(tmp_path: Path) -> None:
+    header = json.dumps({"t": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}).encode()
+    file = tmp_path / SINGLE
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(CheckpointError, match=r"'t' of shape \[3\] and dtype F32 needs 12 bytes, its header gives 8"):
+        read_header(file)
+
+
 @settings(max_examples=200, deadline=None)
 @given(choice=st.data())
 def test_flipped_header_bytes_raise_nothing_but_our_errors(
