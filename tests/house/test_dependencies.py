@@ -14,7 +14,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def declared() -> set[str]:
-    (block,) = re.findall(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
+    (block,) = re.findall(
+        r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE
+    )
     return {Requirement(text).name for text in re.findall(r'"(.+?)"', block)}
 
 
