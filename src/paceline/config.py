@@ -28,7 +28,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding (Su et al., 2021), the half-split ("NeoX") arrangement over the first `dim` of a head."""
+    """Rotary position embedding (Su et al., 2021), half-split ("NeoX"), over the first `dim` elements of a head."""
 
     theta: float
     dim: int
@@ -49,7 +49,8 @@ class AttentionConfig:
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise UsageError(
-                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}: config.json is inconsistent"
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}: "
+                "config.json is inconsistent"
             )
 
 
@@ -106,7 +107,9 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         if self.windows and len(self.windows) != self.num_layers:
-            raise UsageError(f"{len(self.windows)} layer windows for {self.num_layers} layers: config.json is inconsistent")
+            raise UsageError(
+                f"{len(self.windows)} layer windows for {self.num_layers} layers: config.json is inconsistent"
+            )
         if len({w for w in self.windows if w is not None}) > 1:
             raise UsageError("layers with sliding windows of different lengths are not supported")
 
@@ -174,7 +177,7 @@ class SchedulerConfig:
 
 @dataclass(frozen=True)
 class SpeculativeConfig:
-    """n-gram prompt lookup: the longest suffix of `prompt_lookup_min..max` tokens seen before proposes what followed it."""
+    """n-gram prompt lookup: the longest suffix of `prompt_lookup_min..max` tokens seen before proposes what followed."""
 
     method: Literal["ngram"] = "ngram"
     num_speculative_tokens: int = 4
@@ -188,7 +191,8 @@ class SpeculativeConfig:
             raise UsageError(f"num_speculative_tokens must be at least 1, got {self.num_speculative_tokens}")
         if not 1 <= self.prompt_lookup_min <= self.prompt_lookup_max:
             raise UsageError(
-                f"need 1 <= prompt_lookup_min <= prompt_lookup_max, got {self.prompt_lookup_min} and {self.prompt_lookup_max}"
+                "need 1 <= prompt_lookup_min <= prompt_lookup_max, "
+                f"got {self.prompt_lookup_min} and {self.prompt_lookup_max}"
             )
 
 

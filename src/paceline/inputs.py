@@ -16,16 +16,17 @@ class Segment:
     """Requests of one step that attend together (kernels/attention_plan.py). L keys each.
 
     `queries`: their rows of T. `keys`: a slice of slots (one request, consecutive blocks) or the block ids to gather,
-    R * L / block_size of them. `mask`: True where a query sees a key, [queries, L] for one request, [R, L] for a
-    batch of decodes, None where every query sees every key or `causal` says it all.
+    R * L / block_size of them. Which key a query sees: for one request `causal`, or else `mask` [queries, L], True
+    where it does (None: all); for a batch of decodes `bias` [R, L], float32, -inf where it does not.
     """
 
     queries: slice | torch.Tensor
     num_requests: int
     keys: slice | torch.Tensor
     num_keys: int
-    mask: torch.Tensor | None
-    causal: bool
+    mask: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    causal: bool = False
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from paceline.engine.output import RequestState
 from paceline.engine.prompts import Prompt, TokenPrompt, bad_word_ids, check_prompt, read_prompt
 from paceline.errors import UsageError
 from paceline.loading.aliases import DEFAULT_MODEL
-from paceline.loading.resolve import Progress
+from paceline.loading.progress import Progress
 from paceline.log import get_logger
 from paceline.outputs import RequestOutput
 from paceline.registry import refuse_unknown_keys
@@ -48,8 +48,8 @@ class LLM:
 
     `model`: a hub id (`org/name`, `org/name@revision`), a directory, a GGUF file or an alias. `dtype` "auto" keeps
     the checkpoint's. `quantization`: None or "int8". `max_model_len` None takes the model's own. `kv_cache_gib` None
-    sizes the cache by the scheduler's limits within a share of free memory. `speculative_config`: a SpeculativeConfig or
-    its fields. `generation_config`: "auto" applies the model's sampling defaults where a request sets none.
+    sizes the cache by the scheduler's limits within a share of free memory. `speculative_config`: a SpeculativeConfig
+    or its fields. `generation_config`: "auto" applies the model's sampling defaults where a request sets none.
     `threads` sets torch's CPU threads, for the whole process. `trust_remote_code` is refused: no code of a
     checkpoint is ever run.
 
@@ -141,7 +141,7 @@ class LLM:
         SamplingParams is used as it stands. `use_tqdm` shows a progress bar. `priority` overrides the parameters' own.
         Raises UsageError before anything runs if any prompt or parameter is wrong.
         """
-        many = [prompts] if _is_one_prompt(prompts) else list(prompts)  # type: ignore[arg-type]
+        many = [prompts] if _is_one_prompt(prompts) else list(prompts)
         read = [read_prompt(prompt, self.model.tokenizer) for prompt in many]  # type: ignore[arg-type]
         return self._run(read, sampling_params, priority, show=use_tqdm, chat=False)
 

@@ -38,7 +38,7 @@ def count_weights(config: DecoderConfig) -> WeightCount:
 def weight_bytes(
     config: DecoderConfig, bytes_per_value: int, *, bytes_per_linear: float, tied_head_shares: bool
 ) -> int:
-    """Bytes resident after loading. `tied_head_shares`: a tied head is the embedding's own memory, not a packed copy."""
+    """Bytes resident after loading. `tied_head_shares`: a tied head is the embedding's own memory, not a copy."""
     count = count_weights(config)
     head = 0 if config.tie_embeddings and tied_head_shares else count.head
     return int((count.linear + head) * bytes_per_linear + (count.embedding + count.small) * bytes_per_value)

@@ -18,7 +18,8 @@ from paceline.engine.model_runner import ModelRunner
 from paceline.errors import OutOfMemoryError, UsageError
 from paceline.formats import FORMATS
 from paceline.loading.checkpoint import Checkpoint, open_checkpoint
-from paceline.loading.resolve import ModelSource, Progress, resolve
+from paceline.loading.progress import Progress
+from paceline.loading.resolve import ModelSource, resolve
 from paceline.log import get_logger
 from paceline.models.decoder import Decoder
 from paceline.models.load import load_decoder
@@ -204,7 +205,7 @@ def _build_engine(decoder: Decoder, options: LoadOptions, free: int) -> Engine:
             budget = int(options.kv_cache_gib * sizing.GIB)
             if budget > free:
                 raise OutOfMemoryError(
-                    f"a cache of {options.kv_cache_gib:g} GiB does not fit: {sizing.gib(free)} are free beside the weights"
+                    f"a cache of {options.kv_cache_gib:g} GiB does not fit: {sizing.gib(free)} are left by the weights"
                 )
         plan = sizing.plan_cache(
             config,
@@ -232,13 +233,13 @@ def _build_engine(decoder: Decoder, options: LoadOptions, free: int) -> Engine:
 
 
 def _fit_context(options: LoadOptions, wanted: int, plan: sizing.CachePlan, budget: int) -> int:
-    """The context that the cache holds: an error where the user asked for more, a line in the log where the model did."""
+    """The context that the cache holds: an error where the user asked for more, a warning where the model did."""
     if plan.num_tokens >= wanted:
         return wanted
     if options.max_model_len is not None or plan.nbytes > budget:
         raise OutOfMemoryError(
-            f"one context of {wanted} tokens does not fit the cache: {sizing.gib(budget)} hold {plan.num_tokens} tokens; "
-            f"lower max_model_len or raise kv_cache_gib"
+            f"one context of {wanted} tokens does not fit the cache: {sizing.gib(budget)} hold {plan.num_tokens}; "
+            "lower max_model_len or raise kv_cache_gib"
         )
     log.warning(
         "max_model_len lowered from the model's %d to %d, which is what %s of cache hold; set kv_cache_gib for more",

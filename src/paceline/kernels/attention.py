@@ -77,8 +77,11 @@ def _read(cache_KSD: torch.Tensor, segment: Segment, block_size: int) -> torch.T
     if isinstance(segment.keys, slice):
         return cache_KSD[:, segment.keys]
     heads, slots, dim = cache_KSD.shape
-    blocks = cache_KSD.view(heads, slots // block_size, block_size, dim).index_select(1, segment.keys)
-    read_KLD = blocks.view(heads, -1, dim)
+    blocks = slots // block_size
+    # Each head's block is a row: an embedding look-up copies rows on all threads, index_select over the middle
+    # dimension one by one (16 requests of 144 tokens, keys and values: 310 us a layer against 540).
+    rows = segment.keys + blocks * torch.arange(heads, device=segment.keys.device)[:, None]
+    read_KLD = F.embedding(rows, cache_KSD.view(heads * blocks, block_size * dim)).view(heads, -1, dim)
     return read_KLD if segment.num_requests > 1 else read_KLD[:, : segment.num_keys]
 
 
@@ -106,8 +109,8 @@ def _decode_batch(
     scores_KRGL = torch.matmul(q_KRGD * scale, k_KRLD.transpose(2, 3))
     if soft_cap is not None:
         scores_KRGL = soft_cap * torch.tanh(scores_KRGL / soft_cap)
-    if segment.mask is not None:
-        scores_KRGL = scores_KRGL.masked_fill(~segment.mask[None, :, None, :], float("-inf"))
+    if segment.bias is not None:
+        scores_KRGL.add_(segment.bias[None, :, None, :])
     probs_KRGL = torch.softmax(scores_KRGL, dim=-1, dtype=torch.float32).to(q_RHD.dtype)
     return torch.matmul(probs_KRGL, v_KRLD).transpose(0, 1).reshape(q_RHD.shape)
 

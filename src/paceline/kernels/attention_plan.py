@@ -147,9 +147,9 @@ def _decode_batch(members: Sequence[_Request], device: torch.device) -> Segment:
     low = torch.tensor([request.low % size for request in members], device=device)[:, None]
     high = torch.tensor([r.length - r.low // size * size for r in members], device=device)[:, None]
     offsets = torch.arange(width * size, device=device)[None, :]
-    mask_RL = (offsets >= low) & (offsets < high)
+    bias_RL = torch.zeros(offsets.shape, device=device).where((offsets >= low) & (offsets < high), float("-inf"))
     rows = [request.first for request in members]
     queries: slice | torch.Tensor = torch.tensor(rows, dtype=torch.int64, device=device)
     if rows == list(range(rows[0], rows[0] + len(rows))):
         queries = slice(rows[0], rows[0] + len(rows))
-    return Segment(queries, len(members), keys, width * size, mask_RL, causal=False)
+    return Segment(queries, len(members), keys, width * size, bias=bias_RL)

@@ -22,7 +22,7 @@ def onednn_refusal(weight_NK: torch.Tensor) -> str | None:
     """Why oneDNN's packed linear cannot take this weight; None when it can."""
     if weight_NK.device.type != "cpu":
         return f"device is {weight_NK.device.type}"
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return "this torch was built without oneDNN"
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise") or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return "this torch has no packed oneDNN linear"

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from paceline.engine import device as module
+from paceline.engine.device import available_bytes, pick_device, pick_dtype
+from paceline.errors import UsageError
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(("name", "message"), [("gpu", "unknown device 'gpu'"), ("mps", "not supported")])
+def test_an_unknown_device_is_refused(name, message):
+    with pytest.raises(UsageError, match=message):
+        pick_device(name)
+
+
+def test_a_device_that_is_not_there_is_named():
+    count = torch.cuda.device_count()
+    with pytest.raises(UsageError, match=f"'cuda:{count}' is not there"):
+        pick_device(f"cuda:{count}")
+
+
+def test_auto_is_cuda_where_there_is_one():
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_auto_keeps_what_is_stored_on_cpu(stored):
+    assert pick_dtype("auto", stored, CPU) == stored
+
+
+def test_float16_runs_as_float32_on_cpu_and_says_so(caplog):
+    with caplog.at_level("INFO", "paceline"):
+        assert pick_dtype("auto", torch.float16, CPU) == torch.float32
+    assert "float16" in caplog.text
+
+
+def test_an_asked_dtype_is_taken_by_any_of_its_names():
+    assert pick_dtype("bf16", torch.float32, CPU) == pick_dtype(torch.bfloat16, torch.float32, CUDA) == torch.bfloat16
+    with pytest.raises(UsageError, match="did you mean 'float32'"):
+        pick_dtype("float23", torch.float32, CPU)
+
+
+def test_a_control_groups_limit_counts(monkeypatch):
+    monkeypatch.setattr(module, "_meminfo_available", lambda: 1000)
+    monkeypatch.setattr(module, "_cgroup_bytes", lambda name: {"memory.max": 700, "memory.current": 300}[name])
+    assert available_bytes(CPU) == 400
+    monkeypatch.setattr(module, "_cgroup_bytes", lambda name: None)
+    assert available_bytes(CPU) == 1000
