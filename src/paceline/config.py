@@ -177,7 +177,7 @@ class SchedulerConfig:
 
 @dataclass(frozen=True)
 class SpeculativeConfig:
-    """n-gram prompt lookup: the longest suffix of `prompt_lookup_min..max` tokens seen before proposes what followed."""
+    """n-gram prompt lookup: the longest suffix of `prompt_lookup_min..max` tokens seen before proposes the next."""
 
     method: Literal["ngram"] = "ngram"
     num_speculative_tokens: int = 4
