@@ -17,7 +17,7 @@ class Segment:
 
     `queries`: their rows of T. `keys`: a slice of slots (one request, consecutive blocks) or the block ids to gather,
     R * L / block_size of them. Which key a query sees: for one request `causal`, or else `mask` [queries, L], True
-    where it does (None: all); for a batch of decodes `bias` [R, L], float32, -inf where it does not.
+    where it does (None: all); for a batch, of as many queries each, `bias` [R, queries, L], float32, -inf where not.
     """
 
     queries: slice | torch.Tensor

@@ -12,6 +12,7 @@ BATCHES = {
     "chunk after a prefix": [(13, 6)],
     "decodes": [(5, 1), (12, 1), (1, 1), (300, 1)],
     "mixed": [(7, 7), (20, 1), (11, 3), (33, 1), (8, 8), (2, 1)],
+    "drafts": [(9, 5), (30, 5), (5, 5), (140, 5), (12, 1), (7, 1), (20, 3)],
     "idle request": [(6, 0), (9, 2)],
 }
 
@@ -58,3 +59,8 @@ def test_a_view_is_read_without_copying(make_batch):
 def test_decodes_are_batched_by_length(make_batch):
     batch = make_batch([(5, 1), (100, 1), (900, 1), (1000, 1)])
     assert sorted(s.num_requests for s in batch.metadata.groups[0].segments) == [2, 2]
+
+
+def test_decodes_with_as_many_drafts_are_one_batch(make_batch):
+    batch = make_batch([(9, 5), (30, 5), (12, 1), (7, 1), (8, 5), (40, 20)])
+    assert sorted(s.num_requests for s in batch.metadata.groups[0].segments) == [1, 2, 3]

@@ -54,7 +54,7 @@ def _attend(
     v_KLD = _read(kv.v_HSD, segment, block_size)
     lone_decode = q_QHD.shape[0] == 1 and segment.mask is None
     if segment.num_requests > 1 or (lone_decode and q_QHD.is_cuda):
-        return _decode_batch(q_QHD, k_KLD, v_KLD, segment, scale, soft_cap)
+        return _batch(q_QHD, k_KLD, v_KLD, segment, scale, soft_cap)
     if soft_cap is not None:
         return _capped(q_QHD, k_KLD, v_KLD, segment, scale, soft_cap)
     if lone_decode:
@@ -92,27 +92,30 @@ def _decode_one(q_1HD: torch.Tensor, k_KLD: torch.Tensor, v_KLD: torch.Tensor, s
     return out_KGD.reshape(q_1HD.shape)
 
 
-def _decode_batch(
-    q_RHD: torch.Tensor,
+def _batch(
+    q_THD: torch.Tensor,
     k_KLD: torch.Tensor,
     v_KLD: torch.Tensor,
     segment: Segment,
     scale: float,
     soft_cap: float | None,
 ) -> torch.Tensor:
-    # Plain products: at 16 requests of 128 tokens on 2 CPU threads 210 us a layer against 290 us through SDPA.
+    """R requests with Q queries each; the queries that share a key head go in as Q * G rows of it."""
+    # Plain products: at 16 decodes of 128 tokens on 2 CPU threads 210 us a layer against 290 us through SDPA.
     kv_heads, _, dim = k_KLD.shape
     num = segment.num_requests
-    q_KRGD = q_RHD.view(num, kv_heads, -1, dim).transpose(0, 1)
+    queries, group = q_THD.shape[0] // num, q_THD.shape[1] // kv_heads
+    q_KRQGD = q_THD.view(num, queries, kv_heads, group, dim).permute(2, 0, 1, 3, 4)
     k_KRLD = k_KLD.view(kv_heads, num, -1, dim)
     v_KRLD = v_KLD.view(kv_heads, num, -1, dim)
-    scores_KRGL = torch.matmul(q_KRGD * scale, k_KRLD.transpose(2, 3))
+    scores_KRXL = torch.matmul((q_KRQGD * scale).flatten(2, 3), k_KRLD.transpose(2, 3))
     if soft_cap is not None:
-        scores_KRGL = soft_cap * torch.tanh(scores_KRGL / soft_cap)
+        scores_KRXL = soft_cap * torch.tanh(scores_KRXL / soft_cap)
     if segment.bias is not None:
-        scores_KRGL.add_(segment.bias[None, :, None, :])
-    probs_KRGL = torch.softmax(scores_KRGL, dim=-1, dtype=torch.float32).to(q_RHD.dtype)
-    return torch.matmul(probs_KRGL, v_KRLD).transpose(0, 1).reshape(q_RHD.shape)
+        scores_KRXL.view(kv_heads, num, queries, group, -1).add_(segment.bias[None, :, :, None, :])
+    probs_KRXL = torch.softmax(scores_KRXL, dim=-1, dtype=torch.float32).to(q_THD.dtype)
+    out_KRQGD = torch.matmul(probs_KRXL, v_KRLD).view(kv_heads, num, queries, group, dim)
+    return out_KRQGD.permute(1, 2, 0, 3, 4).reshape(q_THD.shape)
 
 
 def _capped(

@@ -3,9 +3,10 @@
 Legend: T tokens of the step, R requests of a segment, L key positions of a segment.
 
 A step is a ragged batch. Its requests fall into segments:
-- decodes (one query each) whose contexts are of similar length are gathered into one padded batch;
-- a lone decode, or a request with several queries (prefill chunk, drafts), is a segment of its own and reads
-  its keys without padding; when its blocks are consecutive the keys are a view of the cache, and nothing is copied.
+- requests with the same few queries each (a decode has one, a decode with drafts some more) and contexts of similar
+  length are gathered into one padded batch;
+- any other request is a segment of its own and reads its keys without padding; when its blocks are consecutive the
+  keys are a view of the cache, and nothing is copied.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ import torch
 
 from paceline.inputs import AttentionMetadata, GroupMetadata, Segment
 
-# A padded batch of decodes holds contexts within one power of two, so at most half of what it gathers is padding.
+# Up to here a request's queries cost less in a batch than the calls of a segment of its own.
+MAX_BATCHED_QUERIES = 8
+
+# A padded batch holds contexts within one power of two, so at most half of what it gathers is padding.
 SMALLEST_BUCKET = 128
 
 
@@ -101,16 +105,17 @@ def _slot_mapping(requests: Sequence[_Request], device: torch.device | str) -> t
 
 
 def _segments(requests: Sequence[_Request], device: torch.device, padded: bool) -> list[Segment]:
-    buckets: dict[int, list[_Request]] = {}
+    batches: dict[tuple[int, int], list[_Request]] = {}
     segments = []
     for request in requests:
-        if request.count == 1 and padded:
+        if padded and 1 <= request.count <= MAX_BATCHED_QUERIES:
             visible = request.length - request.low
-            buckets.setdefault(max(SMALLEST_BUCKET, 1 << (visible - 1).bit_length()), []).append(request)
+            bucket = max(SMALLEST_BUCKET, 1 << (visible - 1).bit_length())
+            batches.setdefault((request.count, bucket), []).append(request)
         elif request.count:
             segments.append(_single(request, device))
-    for members in buckets.values():
-        segments.append(_single(members[0], device) if len(members) == 1 else _decode_batch(members, device))
+    for members in batches.values():
+        segments.append(_single(members[0], device) if len(members) == 1 else _batch(members, device))
     return segments
 
 
@@ -139,17 +144,23 @@ def _single(request: _Request, device: torch.device) -> Segment:
     return Segment(queries, 1, keys, num_keys, mask, causal=causal and not sees_all)
 
 
-def _decode_batch(members: Sequence[_Request], device: torch.device) -> Segment:
-    size = members[0].block_size
+def _batch(members: Sequence[_Request], device: torch.device) -> Segment:
+    size, count = members[0].block_size, members[0].count
     tables = [request.visible_blocks for request in members]
     width = max(len(table) for table in tables)
     keys = torch.tensor([b for table in tables for b in (*table, *([0] * (width - len(table))))], device=device)
-    low = torch.tensor([request.low % size for request in members], device=device)[:, None]
-    high = torch.tensor([r.length - r.low // size * size for r in members], device=device)[:, None]
-    offsets = torch.arange(width * size, device=device)[None, :]
-    bias_RL = torch.zeros(offsets.shape, device=device).where((offsets >= low) & (offsets < high), float("-inf"))
-    rows = [request.first for request in members]
-    queries: slice | torch.Tensor = torch.tensor(rows, dtype=torch.int64, device=device)
-    if rows == list(range(rows[0], rows[0] + len(rows))):
-        queries = slice(rows[0], rows[0] + len(rows))
-    return Segment(queries, len(members), keys, width * size, bias=bias_RL)
+    # Positions of queries and keys, counted from each request's first key read.
+    last_RQ1 = torch.tensor(
+        [[r.start + i - r.low // size * size for i in range(count)] for r in members], device=device
+    )
+    last_RQ1 = last_RQ1[:, :, None]
+    keys_L = torch.arange(width * size, device=device)
+    visible_RQL = keys_L <= last_RQ1
+    if members[0].window is not None:
+        visible_RQL &= keys_L > last_RQ1 - members[0].window
+    bias_RQL = torch.zeros(visible_RQL.shape, device=device).masked_fill_(~visible_RQL, float("-inf"))
+    rows = [row for request in members for row in range(request.first, request.first + count)]
+    queries: slice | torch.Tensor = slice(rows[0], rows[0] + len(rows))
+    if rows != list(range(rows[0], rows[0] + len(rows))):
+        queries = torch.tensor(rows, dtype=torch.int64, device=device)
+    return Segment(queries, len(members), keys, width * size, bias=bias_RQL)
