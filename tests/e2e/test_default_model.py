@@ -64,7 +64,7 @@ def test_64_requests_give_what_they_give_alone(default_model_gguf, llm):
     texts = [f"{text} {index % 7}" * (1 + index % 5) for index, text in enumerate(list(PROMPTS.values()) * 7)][:64]
     params = [greedy(4 + index % 9, ignore_eos=True) for index in range(64)]
     alone = [llm.generate(text, one)[0].outputs[0].token_ids for text, one in zip(texts, params, strict=True)]
-    crowded = {"num_blocks": 20, "max_model_len": 256, "max_num_batched_tokens": 128, "device": "cpu"}
+    crowded = {"block_size": 4, "num_blocks": 60, "max_model_len": 230, "max_num_batched_tokens": 128, "device": "cpu"}
     for options in (
         {"enable_prefix_caching": True, "speculative_config": {"method": "ngram"}},
         {"enable_prefix_caching": False},
