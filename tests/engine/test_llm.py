@@ -81,9 +81,12 @@ def test_generation_config_applies_where_nothing_is_given(llm):
     assert llm.effective_sampling_params(given) == (given, [])
 
 
-def test_generation_config_can_be_refused(tiny_directory):
+def test_generation_config_is_said_or_refused(tiny_directory, caplog):
     with make(tiny_directory, generation_config="none") as llm:
         assert llm.get_default_sampling_params() == SamplingParams()
+    assert not caplog.text
+    with make(tiny_directory):
+        assert "sets temperature=0.5, top_k=5 where a request sets nothing" in caplog.text
 
 
 def test_every_listed_end_token_ends(llm):

@@ -25,6 +25,7 @@ from paceline.models.decoder import Decoder
 from paceline.models.load import load_decoder
 from paceline.models.registry import read_decoder_config
 from paceline.registry import lookup
+from paceline.sampling.params import generation_defaults
 from paceline.tokens.tokenizer import Tokenizer, load_tokenizer
 
 log = get_logger(__name__)
@@ -119,7 +120,7 @@ def load_model(options: LoadOptions, progress: Progress | None = None) -> Loaded
             decoder = load_decoder(
                 checkpoint, config, dtype=dtype, device=device, quantize=options.quantization, progress=progress
             )
-        generation_config = dict(checkpoint.generation_config) if options.generation_config == "auto" else {}
+        generation_config = _read_generation_config(options, checkpoint)
     with phases.time("cache"):
         engine = _build_engine(decoder, options, free)
     return LoadedModel(
@@ -136,6 +137,17 @@ def load_model(options: LoadOptions, progress: Progress | None = None) -> Loaded
         kv_bytes_per_token=sum(sizing.kv_bytes_per_token(config, g, dtype.itemsize) for g in config.kv_groups),
         phases=phases.seconds,
     )
+
+
+def _read_generation_config(options: LoadOptions, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The model's sampling defaults, said once: they decide wherever a request is silent."""
+    if options.generation_config == "none":
+        return {}
+    defaults = generation_defaults(checkpoint.generation_config)
+    if defaults:
+        listed = ", ".join(f"{name}={value}" for name, value in defaults.items())
+        log.warning("the model's generation_config.json sets %s where a request sets nothing", listed)
+    return dict(checkpoint.generation_config)
 
 
 def _load_tokenizer(options: LoadOptions, source: ModelSource, checkpoint: Checkpoint) -> Tokenizer | None:

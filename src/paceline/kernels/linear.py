@@ -42,5 +42,5 @@ def pack_onednn(weight_NK: torch.Tensor) -> torch.Tensor:
 
 
 def linear_onednn(x_TK: torch.Tensor, packed_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
-    y_TN: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x_TK, packed_NK, bias_N, "none", [], "")
+    y_TN: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(x_TK, packed_NK, bias_N, "none", [], "")
     return y_TN
