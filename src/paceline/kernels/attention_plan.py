@@ -22,7 +22,7 @@ from paceline.inputs import AttentionMetadata, GroupMetadata, Segment
 MAX_BATCHED_QUERIES = 8
 
 # A padded batch holds contexts within one power of two, so at most half of what it gathers is padding.
-SMALLEST_BUCKET = 128
+SMALLEST_BUCKET = 256
 
 
 @dataclass(frozen=True)
