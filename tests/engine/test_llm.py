@@ -249,3 +249,10 @@ def test_running_ahead_gives_the_same_text(llm, tiny_directory, depth):
     with make(tiny_directory, async_depth=depth, max_num_seqs=2) as ahead:
         found = ahead.generate(["abc", "hello", "x"], params)
     assert [output.outputs[0].text for output in found] == expected
+
+
+def test_a_slower_product_is_said(tiny_directory, monkeypatch, caplog):
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
+    with make(tiny_directory) as llm:
+        llm.generate("a", GREEDY)
+    assert "matrices run through plain torch: this torch was built without oneDNN" in caplog.text

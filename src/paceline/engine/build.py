@@ -16,7 +16,7 @@ from paceline.engine.device import available_bytes, pick_device, pick_dtype
 from paceline.engine.engine import Engine
 from paceline.engine.model_runner import ModelRunner
 from paceline.errors import OutOfMemoryError, UsageError
-from paceline.formats import FORMATS
+from paceline.formats import BYTES_PER_VALUE, FORMATS
 from paceline.loading.checkpoint import Checkpoint, open_checkpoint
 from paceline.loading.progress import Progress
 from paceline.loading.resolve import ModelSource, resolve
@@ -30,7 +30,6 @@ from paceline.tokens.tokenizer import Tokenizer, load_tokenizer
 
 log = get_logger(__name__)
 
-BYTES_PER_LINEAR = {"int8": 1.0}  # weight formats whose values are narrower than the model's dtype
 CPU_CACHE_SHARE = 0.25  # of the memory left after the weights; a host has other work than this cache
 CUDA_MEMORY_SHARE = 0.9  # of the memory free before loading, for weights, cache and activations together
 
@@ -176,7 +175,7 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _bytes_per_linear(options: LoadOptions, dtype: torch.dtype) -> float:
-    return BYTES_PER_LINEAR.get(options.quantization or "dense", dtype.itemsize)
+    return BYTES_PER_VALUE.get(options.quantization or "dense", dtype.itemsize)
 
 
 def _check_weights_fit(config: DecoderConfig, options: LoadOptions, dtype: torch.dtype, device: torch.device) -> int:

@@ -34,6 +34,9 @@ class Weight(Protocol):
 
 FORMATS: Mapping[str, Callable[[torch.Tensor], Weight]] = MappingProxyType({"dense": dense.pack, "int8": int8.pack})
 
+# Bytes a value of the formats that do not keep the model's dtype, for the memory formula; scales are left out.
+BYTES_PER_VALUE: Mapping[str, float] = MappingProxyType({"int8": 1.0})
+
 
 def pack(values_NK: torch.Tensor, format: str, *, dtype: torch.dtype, device: torch.device | str) -> Weight:
     """Pack values for matmuls in `dtype` on `device`. `format`: a key of FORMATS."""

@@ -2,7 +2,7 @@
 
 Measured on 2 threads (AMD EPYC, AVX-512), all linears of SmolLM2-135M in float32: one row 52 ms through F.linear,
 25 ms packed; 16 rows 119 ms against 33 ms; 512 rows 829 ms against 560 ms. This file is the only one that touches
-torch.ops.mkldnn, which is private: where an op is missing, F.linear takes over and `explain` says so.
+torch.ops.mkldnn, which is private: where an op is missing, F.linear takes over and the log says so (models/load.py).
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 # The row count the layout is chosen for. 1 to 16 pick layouts 1.3 to 1.7x slower at every row count than 64 and up.
 PACK_ROWS = 64
+
+TOO_SMALL = "the weight is too small to gain"
 
 
 def linear_ref(x_TK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
@@ -31,7 +33,7 @@ def onednn_refusal(weight_NK: torch.Tensor) -> str | None:
     if weight_NK.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "this CPU has no bf16 instructions"
     if min(weight_NK.shape) < 16:
-        return "the weight is too small to gain"
+        return TOO_SMALL
     return None
 
 

@@ -6,7 +6,9 @@ Peak memory is the model plus one fused tensor in the model's dtype and the part
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping
+from logging import INFO, WARNING
 from typing import Protocol
 
 import torch
@@ -14,6 +16,7 @@ import torch
 from paceline import formats
 from paceline.config import DecoderConfig
 from paceline.errors import CheckpointError
+from paceline.kernels.linear import TOO_SMALL, onednn_refusal
 from paceline.layers.linear import Linear
 from paceline.loading.progress import Progress, Silent
 from paceline.loading.rules import forward_names
@@ -60,6 +63,7 @@ class CheckpointParts:
         self.progress = progress
         self.stored = frozenset(checkpoint.names())
         self.used: set[str] = set()
+        self.plain: Counter[str] = Counter()  # why matrices on the CPU are not packed for oneDNN
 
     def tensor(self, name: str, *shape: int) -> torch.Tensor:
         """A tensor of its own memory, never a view of the checkpoint's file."""
@@ -79,6 +83,10 @@ class CheckpointParts:
         return sum(math.prod(self.checkpoint.shape(name)) * self.checkpoint.dtype(name).itemsize for name in wanted)
 
     def _pack(self, values_NK: torch.Tensor) -> formats.Weight:
+        if self.format == "dense" and self.device.type == "cpu":
+            reason = onednn_refusal(values_NK)
+            if reason is not None:
+                self.plain[reason] += 1
         return formats.pack(values_NK, self.format, dtype=self.dtype, device=self.device)
 
     def _read(self, name: str, rows: tuple[int, ...], rest: tuple[int, ...]) -> torch.Tensor:
@@ -136,6 +144,8 @@ def load_decoder(
     finally:
         parts.progress.done()
     _report_unused(parts, config)
+    for reason, count in parts.plain.items():
+        log.log(INFO if reason == TOO_SMALL else WARNING, "%d matrices run through plain torch: %s", count, reason)
     return decoder
 
 
