@@ -256,3 +256,19 @@ def test_a_slower_product_is_said(tiny_directory, monkeypatch, caplog):
     with make(tiny_directory) as llm:
         llm.generate("a", GREEDY)
     assert "matrices run through plain torch: this torch was built without oneDNN" in caplog.text
+
+
+def test_a_stopped_answer_computes_no_further_beside_a_longer_one(llm):
+    short = SamplingParams(allowed_token_ids=[3], stop=["aaa"], max_tokens=30)
+    long = SamplingParams(allowed_token_ids=[3], max_tokens=30)
+    stopped, other = (output.outputs[0] for output in llm.generate(["hello", "hello"], [short, long]))
+    assert (stopped.token_ids, len(other.token_ids)) == ((3, 3, 3), 30)
+
+
+def test_a_stop_string_inside_accepted_drafts_cuts_the_tokens(tiny_directory):
+    """Every token is an accepted draft or follows one; those after the stop string are not the answer's."""
+    params = SamplingParams(allowed_token_ids=[3], stop=["aaaa"], max_tokens=30, logprobs=1)
+    with make(tiny_directory, speculative_config={"method": "ngram", "num_speculative_tokens": 4}) as llm:
+        answer = llm.generate("aaaaaaaa", params)[0].outputs[0]
+    assert (answer.text, answer.token_ids, answer.stop_reason) == ("", (3,) * 4, "aaaa")
+    assert len(answer.logprobs) == 4
