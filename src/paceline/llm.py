@@ -122,7 +122,6 @@ class LLM:
         )
         self._model: LoadedModel | None = load_model(options, progress)
         self._ids = itertools.count()
-        self._states: dict[str, RequestState] = {}
         self._answers: dict[str, tuple[RequestState, int]] = {}  # engine request id -> its request and index
 
     # -------------------------------------------------------------------------------------------- generating
@@ -237,7 +236,6 @@ class LLM:
                 bad_words_token_ids=bad_word_ids(params, model.tokenizer),
             )
         )
-        self._states[request_id] = state
         for index in range(params.n):
             self._answers[child_id(request_id, index, params.n)] = (state, index)
         return state
@@ -266,7 +264,6 @@ class LLM:
             if self._model is not None:
                 self._model.engine.abort(request_id)
             self._answers.pop(request_id, None)
-        self._states.pop(state.request_id, None)
 
     # ------------------------------------------------------------------------------------------------- about
 
@@ -301,7 +298,6 @@ class LLM:
             return
         device = self._model.device
         self._model = None
-        self._states.clear()
         self._answers.clear()
         gc.collect()  # the engine holds cycles
         if device.type == "cuda":

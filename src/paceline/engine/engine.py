@@ -69,9 +69,7 @@ class Engine:
             )
             self.scheduler.add(Request(spec))
             if self.config.speculative is not None:
-                proposer = NgramIndex(self.config.speculative)
-                proposer.extend(request.prompt_token_ids)
-                self._proposers[spec.request_id] = proposer
+                self._proposers[spec.request_id] = NgramIndex(self.config.speculative, request.prompt_token_ids)
 
     def abort(self, request_id: str) -> None:
         """Forget a request and give its blocks back; unknown and finished ids are ignored."""

@@ -107,7 +107,6 @@ class ModelRunner:
 
     def _rows(self, request: ScheduledRequest) -> list[SamplingRow]:
         state = self._requests[request.request_id]
-        drafts = request.token_ids[len(request.token_ids) - request.num_drafts :]
         first = SamplingRow(
             params=state.new.params,
             seed=state.new.seed,
@@ -117,7 +116,7 @@ class ModelRunner:
             stop_token_ids=state.new.stop_token_ids,
             bad_words_token_ids=state.new.bad_words_token_ids,
         )
-        return rows_with_drafts(first, drafts)
+        return rows_with_drafts(first, request.drafts)
 
     def _collect(self, choosing: Sequence[tuple[ScheduledRequest, int]], sampled: Sampled) -> StepOutput:
         token_ids: dict[str, tuple[int, ...]] = {}
@@ -125,8 +124,7 @@ class ModelRunner:
         errors: dict[str, str] = {}
         for request, first in choosing:
             state = self._requests[request.request_id]
-            drafts = request.token_ids[len(request.token_ids) - request.num_drafts :]
-            chosen = verify(drafts, sampled.token_ids[first : first + 1 + len(drafts)])
+            chosen = verify(request.drafts, sampled.token_ids[first : first + 1 + request.num_drafts])
             failed = [sampled.errors[row] for row in range(first, first + len(chosen)) if row in sampled.errors]
             if failed:
                 errors[request.request_id] = failed[0]

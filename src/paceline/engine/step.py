@@ -45,6 +45,10 @@ class ScheduledRequest:
     samples: bool
     block_tables: tuple[tuple[int, ...], ...]
 
+    @property
+    def drafts(self) -> tuple[int, ...]:
+        return self.token_ids[len(self.token_ids) - self.num_drafts :]
+
 
 @dataclass(frozen=True)
 class BlockCopy:
