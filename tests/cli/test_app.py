@@ -48,6 +48,7 @@ def test_version(paceline):
         (["generate", "--dtype", "float31", "Hi"], "float32"),
         (["generate", "--quantize", "int3", "Hi"], "int8"),
         (["generate", "--raw", "--system", "Be brief.", "Hi"], "--system needs the chat template"),
+        (["generate", "--raw", "--chat-template", "t.jinja", "Hi"], "--chat-template and --raw contradict each other"),
         (["generate", "--ignore-eos", "Hi"], "--ignore-eos needs --max-tokens"),
         (["generate", "--max-tokens"], "requires an argument"),
     ],

@@ -9,9 +9,9 @@ from paceline.cli.app import commands
 
 FLAGS = {
     "generate": """
-        --debug --device --dtype --help --ignore-eos --json --max-model-len --max-tokens --min-p --min-tokens --model
-        --quantize --quiet --raw --repetition-penalty --revision --seed --speculative --stop --system --temperature
-        --threads --top-k --top-p
+        --chat-template --debug --device --dtype --help --ignore-eos --json --max-model-len --max-tokens --min-p
+        --min-tokens --model --quantize --quiet --raw --repetition-penalty --revision --seed --speculative --stop
+        --system --temperature --threads --top-k --top-p
     """,
 }
 

@@ -1,0 +1,87 @@
+"""The options that commands which run a model share: sampling, engine, logging."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from paceline.errors import UsageError
+from paceline.loading.aliases import DEFAULT_MODEL
+
+# Options whose names are SamplingParams' own: whatever is given goes there, and its checks are the only ones.
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "min_tokens", "max_tokens")
+
+
+def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that fill SamplingParams."""
+    options = [
+        click.option("--max-tokens", type=int, metavar="N", help="Stop after N tokens [default: the model's own end]."),
+        click.option("--min-tokens", type=int, metavar="N", help="Do not stop before N tokens."),
+        click.option("--temperature", type=float, metavar="T", help="0 is greedy [default: the model's, else 0.2]."),
+        click.option("--top-k", type=int, metavar="K", help="Choose among the K likeliest tokens."),
+        click.option("--top-p", type=float, metavar="P", help="Choose among the likeliest tokens that make up P."),
+        click.option("--min-p", type=float, metavar="P", help="Drop tokens less likely than P times the likeliest."),
+        click.option("--repetition-penalty", type=float, metavar="R", help="Above 1: tokens already seen less likely."),
+        click.option("--seed", type=int, metavar="N", help="The same seed gives the same text."),
+        click.option("--stop", multiple=True, metavar="TEXT", help="Stop before TEXT; may be given several times."),
+        click.option("--ignore-eos", is_flag=True, help="Go on past the model's own end (needs --max-tokens)."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def engine_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say which model runs and how."""
+    options = [
+        click.option(
+            "--model",
+            default=DEFAULT_MODEL,
+            show_default=True,
+            metavar="NAME",
+            help="A hub id (org/name or org/name@revision), a directory, a GGUF file or an alias.",
+        ),
+        click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."),
+        click.option(
+            "--dtype",
+            type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+            default="auto",
+            show_default=True,
+            help="What the weights are computed in.",
+        ),
+        click.option("--device", default="auto", show_default=True, metavar="NAME", help="cpu, cuda or cuda:N."),
+        click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads [default: every core]."),
+        click.option("--quantize", type=click.Choice(["int8"]), help="Store weights in 8 bits: faster, not lossless."),
+        click.option("--max-model-len", type=int, metavar="N", help="Longest context [default: the model's own]."),
+        click.option("--chat-template", metavar="FILE", help="A Jinja chat template in place of the model's own."),
+        click.option("--speculative", type=click.Choice(["ngram"]), help="Draft tokens ahead; the text is the same."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def given_sampling(options: dict[str, Any]) -> dict[str, Any]:
+    """The sampling parameters that the user typed, as SamplingParams names them."""
+    given = {name: options[name] for name in SAMPLING if options[name] is not None}
+    if options["stop"]:
+        given["stop"] = options["stop"]
+    if options["ignore_eos"]:
+        if options["max_tokens"] is None:
+            raise UsageError("--ignore-eos needs --max-tokens: without either the answer would fill the whole context")
+        given["ignore_eos"] = True
+    return given
+
+
+def configure_logging(debug: bool) -> None:
+    """Warnings on stderr, one line each; with `debug` everything that paceline logs."""
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.WARNING, format="%(levelname)s: %(message)s", style="%", force=True
+    )
+    logging.addLevelName(logging.WARNING, "warning")
+    if debug:
+        logging.getLogger("paceline").setLevel(logging.DEBUG)
