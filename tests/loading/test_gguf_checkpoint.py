@@ -152,9 +152,9 @@ def test_what_we_cannot_run_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     with pytest.raises(UnsupportedModelError, match="architecture 'mamba' is not supported"):
         open_checkpoint(write_raw(path, {"architecture": "mamba"}, EMBEDDING))
-    q6 = {"blk.0.attn_v.weight": (np.zeros((2, 210), np.uint8), "Q6_K")}
-    with pytest.raises(UnsupportedModelError, match=r"'blk\.0\.attn_v\.weight' is stored as Q6_K"):
-        open_checkpoint(write_raw(path, {}, {**EMBEDDING, **q6}))
+    ternary = {"blk.0.attn_v.weight": (np.zeros((2, 54), np.uint8), "TQ1_0")}
+    with pytest.raises(UnsupportedModelError, match=r"'blk\.0\.attn_v\.weight' is stored as TQ1_0.* use a file.* Q4_K"):
+        open_checkpoint(write_raw(path, {}, {**EMBEDDING, **ternary}))
     experts = {"blk.0.ffn_gate_exps.weight": (np.zeros((2, 4, 8), np.float32), "F32")}
     with pytest.raises(UnsupportedModelError, match=r"ffn_gate_exps\.weight' has no place"):
         open_checkpoint(write_raw(path, {}, {**EMBEDDING, **experts}))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from paceline.errors import CheckpointError, UnsupportedModelError
-from paceline.loading.dequantize import dequantize, value_dtype
+from paceline.loading.dequantize import DENSE, QUANTIZED, dequantize, value_dtype
 from paceline.loading.gguf import GGUFFile, TensorInfo, read_gguf
 from paceline.loading.gguf_config import Metadata, generation_config, hf_config
 from paceline.loading.gguf_names import ROPE_FACTORS, has_unit_offset, rope_heads, to_hf
@@ -80,7 +80,7 @@ class GGUFCheckpoint:
 
     def _values(self, info: TensorInfo) -> torch.Tensor:
         _value_dtype(self._file.path, info)
-        return dequantize(self._rows(info), info.type.name).view(info.shape)
+        return dequantize(self._rows(info), info.type).view(info.shape)
 
     def _rows(self, info: TensorInfo) -> torch.Tensor:
         if self._raw is None:
@@ -139,7 +139,7 @@ def _value_dtype(path: Path, info: TensorInfo) -> torch.dtype:
     if dtype is None:
         raise UnsupportedModelError(
             f"{path}: tensor '{info.name}' is stored as {info.type.name}, which this version cannot read; "
-            "use a file of type F32, F16, BF16, Q8_0, Q4_0 or Q4_1"
+            f"use a file of one of the types {', '.join([*DENSE, *QUANTIZED])}"
         )
     return dtype
 
