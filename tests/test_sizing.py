@@ -9,7 +9,7 @@ from paceline import sizing
 from paceline.cache.kv_cache import allocate_kv
 from paceline.config import AttentionConfig, DecoderConfig, MlpConfig, NormConfig, ResidualConfig, RopeConfig
 from paceline.layers.linear import Linear
-from paceline.layers.norm import RMSNorm
+from paceline.layers.norm import Norm
 from paceline.models.decoder import Decoder
 
 
@@ -59,7 +59,7 @@ CONFIGS = {
     "biased": make_config(attention=AttentionConfig(4, 4, 16, 0.25, qkv_bias=True, out_bias=True)),
     "mlp bias": make_config(mlp=MlpConfig(96, bias=True)),
     "normed": make_config(
-        attention=AttentionConfig(4, 1, 32, 0.25, qk_norm=True), residual=ResidualConfig(post_norms=True)
+        attention=AttentionConfig(4, 1, 32, 0.25, qk_norm="head"), residual=ResidualConfig(post_norms=True)
     ),
 }
 
@@ -68,7 +68,7 @@ def counted_bytes(decoder: Decoder) -> tuple[int, int]:
     """Bytes of everything the decoder holds, and of what one decode step reads of it."""
     linears = [module for module in decoder.modules() if isinstance(module, Linear)]
     read = sum(linear.weight.nbytes + (0 if linear.bias_N is None else linear.bias_N.nbytes) for linear in linears)
-    read += sum(module.weight_C.nbytes for module in decoder.modules() if isinstance(module, RMSNorm))
+    read += sum(module.weight_C.nbytes for module in decoder.modules() if isinstance(module, Norm))
     return read + decoder.embedding.table_VD.nbytes, read
 
 
@@ -99,25 +99,43 @@ WINDOWED = make_config(windows=(None, 8, 8, 8))
 @pytest.mark.parametrize("budget", [40_000, 100_000, 10**9])
 def test_the_cache_is_as_large_as_planned(config, budget):
     plan = sizing.plan_cache(
-        config, block_size=4, bytes_per_value=4, budget_bytes=budget, max_model_len=64, max_num_seqs=4, step_tokens=16
+        config.kv_groups,
+        block_size=4,
+        bytes_per_value=4,
+        budget_bytes=budget,
+        max_model_len=64,
+        max_num_seqs=4,
+        step_tokens=16,
     )
-    layers = allocate_kv(config, plan.num_blocks, 4, dtype=torch.float32, device="cpu")
+    layers = allocate_kv(config.kv_groups, plan.num_blocks, 4, dtype=torch.float32, device="cpu")
     assert sum(layer.k_HSD.nbytes + layer.v_HSD.nbytes for layer in layers) == plan.nbytes <= budget
-    one_block = sum(4 * sizing.kv_bytes_per_token(config, group, 4) for group in config.kv_groups)
+    one_block = sum(4 * sizing.kv_bytes_per_token(group, 4) for group in config.kv_groups)
     full = 4 * 64 // 4
     assert plan.num_blocks[0] == full or plan.nbytes + one_block > budget
 
 
 def test_a_window_group_needs_no_more_than_windows():
     plan = sizing.plan_cache(
-        WINDOWED, block_size=4, bytes_per_value=4, budget_bytes=10**9, max_model_len=64, max_num_seqs=4, step_tokens=16
+        WINDOWED.kv_groups,
+        block_size=4,
+        bytes_per_value=4,
+        budget_bytes=10**9,
+        max_model_len=64,
+        max_num_seqs=4,
+        step_tokens=16,
     )
     assert plan.num_blocks == (64, (4 * (8 + 8) + 16) // 4)
 
 
 def test_an_impossible_budget_still_plans_a_block_and_says_its_bytes():
     plan = sizing.plan_cache(
-        WINDOWED, block_size=4, bytes_per_value=4, budget_bytes=1, max_model_len=64, max_num_seqs=4, step_tokens=16
+        WINDOWED.kv_groups,
+        block_size=4,
+        bytes_per_value=4,
+        budget_bytes=1,
+        max_model_len=64,
+        max_num_seqs=4,
+        step_tokens=16,
     )
     assert plan.num_blocks == (1, 1)
     assert plan.nbytes > 1

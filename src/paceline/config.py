@@ -6,7 +6,7 @@ decoder (models/decoder.py) executes it. EngineConfig and its parts are what a u
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from paceline.errors import UsageError
@@ -14,16 +14,34 @@ from paceline.errors import UsageError
 # ---------------------------------------------------------------------------------------------- the model
 
 
+RopeKind = Literal["linear", "dynamic", "yarn", "llama3", "longrope"]
+
+
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched. `kind` "linear" uses `factor` alone; "llama3" (Llama 3.1's rule)
-    interpolates between `factor` and 1 for wavelengths between original_max/low and original_max/high."""
+    """How rotary frequencies are stretched past the `original_max_position` tokens they were trained for.
 
-    kind: Literal["linear", "llama3"]
+    "linear" divides all by `factor`; "dynamic" (NTK) raises the base as far as `context` needs; "yarn" (Peng et al.,
+    2023) divides the slow ones and blends between `beta_fast` and `beta_slow` turns; "llama3" (Llama 3.1's rule) blends
+    between wavelengths of original/high and original/low; "longrope" (Ding et al., 2024) divides each by its own
+    factor: `long_factors` where `context` exceeds the original length, else `short_factors`.
+    `attention_factor` multiplies cosines and sines, so its square multiplies the scores of the rotated part.
+    `context` is fixed before the first key is cached (`DecoderConfig.with_context`): changing it later would move keys
+    that are already there. None is the original length.
+    """
+
+    kind: RopeKind
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True  # yarn: round the ends of the blend outwards to whole dimensions
+    attention_factor: float = 1.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    context: int | None = None
 
 
 @dataclass(frozen=True)
@@ -34,6 +52,11 @@ class RopeConfig:
     dim: int
     scaling: RopeScaling | None = None
 
+    def with_context(self, max_model_len: int) -> RopeConfig:
+        if self.scaling is None:
+            return self
+        return replace(self, scaling=replace(self.scaling, context=max_model_len))
+
 
 @dataclass(frozen=True)
 class AttentionConfig:
@@ -43,8 +66,12 @@ class AttentionConfig:
     scale: float  # multiplies q.k; 1/sqrt(head_dim) for most, query_pre_attn_scalar**-0.5 for Gemma
     qkv_bias: bool = False
     out_bias: bool = False
-    qk_norm: bool = False  # RMS norm over each head of q and k, before RoPE (Qwen3, Gemma 3)
+    # RMS norm of q and k before RoPE: over each head (Qwen3, Gemma 3) or over all heads at once (OLMo 2).
+    qk_norm: Literal["head", "projection"] | None = None
     soft_cap: float | None = None  # cap * tanh(score / cap), Gemma 2
+    # ALiBi (Press et al., 2022): a head's slope times the distance is taken from its scores. The slopes follow from
+    # num_heads; this multiplies them (1 for BLOOM, `scale` for Falcon). None: no ALiBi.
+    alibi: float | None = None
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -56,24 +83,61 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class MlpConfig:
+    """`gated`: down(activation(gate(x)) * up(x)), else down(activation(up(x)))."""
+
     intermediate_size: int
-    activation: Literal["silu", "gelu_tanh", "gelu"] = "silu"
+    activation: Literal["silu", "gelu_tanh", "gelu", "relu"] = "silu"
     bias: bool = False
+    gated: bool = True
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """A mixture of experts in place of the MLP of `layers`: each token goes to its `experts_per_token` likeliest of
+    `num_experts`, whose answers are weighted by the router's softmax; `normalize`: the weights then sum to 1.
+
+    An expert is gated, without biases, `intermediate_size` wide, with MlpConfig's activation.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    layers: tuple[int, ...]
+    normalize: bool = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.experts_per_token <= self.num_experts:
+            raise UsageError(
+                f"{self.experts_per_token} active experts of {self.num_experts}: config.json must name at least one "
+                "(num_experts_per_tok), and no more than there are"
+            )
 
 
 @dataclass(frozen=True)
 class NormConfig:
-    """RMS norm. `unit_offset`: the stored weight is w and the norm multiplies by 1 + w (Gemma)."""
+    """`kind` "rms" (Zhang and Sennrich, 2019) or "layer" (Ba et al., 2016), which may have a bias.
+    `unit_offset`: the stored weight is w and the norm multiplies by 1 + w (Gemma)."""
 
     eps: float
+    kind: Literal["rms", "layer"] = "rms"
+    bias: bool = False
     unit_offset: bool = False
 
 
 @dataclass(frozen=True)
 class ResidualConfig:
-    """`post_norms`: a second norm after attention and after the MLP, before the residual add (Gemma 2/3's sandwich)."""
+    """How a layer's two halves join the residual stream.
 
+    `pre_norms`: a norm before attention and before the MLP (all but OLMo 2). `post_norms`: a norm after each, before
+    the add (OLMo 2; Gemma 2 and 3 have both). `parallel`: attention and MLP read the same stream and are added
+    together (GPT-NeoX, Falcon); `shared_norm`: through one norm. `multiplier`: of each half's output (Granite).
+    """
+
+    pre_norms: bool = True
     post_norms: bool = False
+    parallel: bool = False
+    shared_norm: bool = False
+    multiplier: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -83,6 +147,8 @@ class KVGroup:
     name: str
     layers: tuple[int, ...]
     window: int | None  # tokens a query sees, itself included; None sees all
+    num_kv_heads: int
+    head_dim: int
 
 
 @dataclass(frozen=True)
@@ -95,14 +161,20 @@ class DecoderConfig:
     num_layers: int
     max_position: int
     attention: AttentionConfig
-    rope: RopeConfig
+    rope: RopeConfig | None
     mlp: MlpConfig
     norm: NormConfig
+    moe: MoeConfig | None = None
     residual: ResidualConfig = ResidualConfig()
     windows: tuple[int | None, ...] = ()  # a layer's sliding window, None for full; () means full everywhere
     window_rope: RopeConfig | None = None  # rotary of the windowed layers, where it differs (Gemma 3)
+    no_rope_layers: tuple[int, ...] = ()  # layers without any position embedding (SmolLM3)
+    # A learned vector a position is added to the embeddings; position p is row p + this (2 for OPT, 0 for GPT-2).
+    learned_position_offset: int | None = None
     tie_embeddings: bool = False
     embedding_scale: float = 1.0
+    embedding_norm: bool = False  # a norm right after the embedding (BLOOM)
+    logit_scale: float = 1.0
     logit_soft_cap: float | None = None
 
     def __post_init__(self) -> None:
@@ -116,10 +188,23 @@ class DecoderConfig:
     def window(self, layer: int) -> int | None:
         return self.windows[layer] if self.windows else None
 
-    def rope_of(self, layer: int) -> RopeConfig:
+    def rope_of(self, layer: int) -> RopeConfig | None:
+        if layer in self.no_rope_layers:
+            return None
         if self.window(layer) is not None and self.window_rope is not None:
             return self.window_rope
         return self.rope
+
+    def is_moe(self, layer: int) -> bool:
+        return self.moe is not None and layer in self.moe.layers
+
+    def with_context(self, max_model_len: int) -> DecoderConfig:
+        """The same model with its rotary scaling fixed for contexts of up to `max_model_len` tokens."""
+        return replace(
+            self,
+            rope=self.rope and self.rope.with_context(max_model_len),
+            window_rope=self.window_rope and self.window_rope.with_context(max_model_len),
+        )
 
     @property
     def kv_groups(self) -> tuple[KVGroup, ...]:
@@ -128,8 +213,10 @@ class DecoderConfig:
         for layer in range(self.num_layers):
             by_window.setdefault(self.window(layer), []).append(layer)
         ordered = sorted(by_window.items(), key=lambda item: item[0] is not None)
+        a = self.attention
         return tuple(
-            KVGroup("full" if window is None else "window", tuple(layers), window) for window, layers in ordered
+            KVGroup("full" if window is None else "window", tuple(layers), window, a.num_kv_heads, a.head_dim)
+            for window, layers in ordered
         )
 
 

@@ -21,18 +21,39 @@ class WeightCount:
     linear: int
     head: int  # the output head, tied or not
     embedding: int
-    small: int  # norms and biases
+    small: int  # norms, biases, routers and learned positions
+    idle: int = 0  # of `linear`: experts that a single token does not visit
 
 
 def count_weights(config: DecoderConfig) -> WeightCount:
     """How many values a decoder has; a tied head is counted beside the embedding it repeats."""
-    a, hidden, inner = config.attention, config.hidden_size, config.mlp.intermediate_size
+    a, hidden, norm = config.attention, config.hidden_size, _norm_values(config)
     q, kv = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
-    linear = hidden * (q + 2 * kv) + q * hidden + 3 * hidden * inner
-    small = (q + 2 * kv) * a.qkv_bias + hidden * a.out_bias + 2 * a.head_dim * a.qk_norm
-    small += (2 * inner + hidden) * config.mlp.bias + hidden * (4 if config.residual.post_norms else 2)
+    linear = config.num_layers * (hidden * (q + 2 * kv) + q * hidden)
+    small = (q + 2 * kv) * a.qkv_bias + hidden * a.out_bias
+    small += {None: 0, "head": 2 * a.head_dim, "projection": q + kv}[a.qk_norm]
+    r = config.residual
+    norms = (1 if r.shared_norm else 2) * r.pre_norms + 2 * r.post_norms
+    small = config.num_layers * (small + norms * norm) + norm * (1 + config.embedding_norm)
+    if config.learned_position_offset is not None:
+        small += (config.max_position + config.learned_position_offset) * hidden
+
+    m, moe_layers, idle = config.mlp, 0, 0
+    if config.moe is not None:
+        moe_layers, e = len(config.moe.layers), config.moe
+        expert = 3 * hidden * e.intermediate_size
+        linear += moe_layers * e.num_experts * expert
+        idle = moe_layers * (e.num_experts - e.experts_per_token) * expert
+        small += moe_layers * e.num_experts * hidden
+    inputs = 2 if m.gated else 1
+    linear += (config.num_layers - moe_layers) * (inputs + 1) * hidden * m.intermediate_size
+    small += (config.num_layers - moe_layers) * (inputs * m.intermediate_size + hidden) * m.bias
     table = config.vocab_size * hidden
-    return WeightCount(config.num_layers * linear, table, table, config.num_layers * small + hidden)
+    return WeightCount(linear, table, table, small, idle)
+
+
+def _norm_values(config: DecoderConfig) -> int:
+    return config.hidden_size * (2 if config.norm.bias else 1)
 
 
 def weight_bytes(
@@ -45,14 +66,18 @@ def weight_bytes(
 
 
 def step_weight_bytes(config: DecoderConfig, bytes_per_value: int, *, bytes_per_linear: float) -> int:
-    """Bytes of weights that one decode step reads: everything but the embedding table, of which it reads rows."""
+    """Bytes of weights that one decode step of one token reads: everything but the embedding table and learned
+    positions, of which it reads a row, and the experts that it does not visit."""
     count = count_weights(config)
-    return int((count.linear + count.head) * bytes_per_linear + count.small * bytes_per_value)
+    small = count.small
+    if config.learned_position_offset is not None:
+        small -= (config.max_position + config.learned_position_offset) * config.hidden_size
+    return int((count.linear - count.idle + count.head) * bytes_per_linear + small * bytes_per_value)
 
 
-def kv_bytes_per_token(config: DecoderConfig, group: KVGroup, bytes_per_value: int) -> int:
+def kv_bytes_per_token(group: KVGroup, bytes_per_value: int) -> int:
     """Keys and values of one token in all the group's layers."""
-    return 2 * len(group.layers) * config.attention.num_kv_heads * config.attention.head_dim * bytes_per_value
+    return 2 * len(group.layers) * group.num_kv_heads * group.head_dim * bytes_per_value
 
 
 def activation_bytes(config: DecoderConfig, num_tokens: int, num_rows: int, bytes_per_value: int) -> int:
@@ -61,6 +86,8 @@ def activation_bytes(config: DecoderConfig, num_tokens: int, num_rows: int, byte
     a = config.attention
     qkv = (a.num_heads + 2 * a.num_kv_heads) * a.head_dim
     widest = max(qkv + a.num_heads * a.head_dim, 3 * config.mlp.intermediate_size)
+    if config.moe is not None:  # each token's copies on the way to its experts, and its experts' inner values
+        widest = max(widest, config.moe.experts_per_token * (2 * config.hidden_size + 3 * config.moe.intermediate_size))
     return num_tokens * (2 * config.hidden_size + widest) * bytes_per_value + 3 * num_rows * config.vocab_size * 4
 
 
@@ -79,7 +106,7 @@ class CachePlan:
 
 
 def plan_cache(
-    config: DecoderConfig,
+    groups: Sequence[KVGroup],
     *,
     block_size: int,
     bytes_per_value: int,
@@ -90,7 +117,6 @@ def plan_cache(
 ) -> CachePlan:
     """The largest cache within `budget_bytes` that requests can use: at most `max_num_seqs` contexts of
     `max_model_len`. A window group needs no more than each request's window and the tokens of one step."""
-    groups = config.kv_groups
 
     def blocks_for(tokens: int) -> tuple[int, ...]:
         counts = []
@@ -102,21 +128,21 @@ def plan_cache(
         return tuple(counts)
 
     low, high = block_size, max_num_seqs * -(-max_model_len // block_size) * block_size
-    if cache_bytes(config, blocks_for(high), block_size, bytes_per_value) > budget_bytes:
+    if cache_bytes(groups, blocks_for(high), block_size, bytes_per_value) > budget_bytes:
         while high - low > block_size:  # the largest whole number of blocks that fits
             middle = (low + high) // 2 // block_size * block_size
-            fits = cache_bytes(config, blocks_for(middle), block_size, bytes_per_value) <= budget_bytes
+            fits = cache_bytes(groups, blocks_for(middle), block_size, bytes_per_value) <= budget_bytes
             low, high = (middle, high) if fits else (low, middle)
         high = low
     counts = blocks_for(high)
-    return CachePlan(counts, cache_bytes(config, counts, block_size, bytes_per_value), block_size)
+    return CachePlan(counts, cache_bytes(groups, counts, block_size, bytes_per_value), block_size)
 
 
-def cache_bytes(config: DecoderConfig, num_blocks: Sequence[int], block_size: int, bytes_per_value: int) -> int:
+def cache_bytes(groups: Sequence[KVGroup], num_blocks: Sequence[int], block_size: int, bytes_per_value: int) -> int:
     """Bytes of a cache of so many blocks a group, each group's null block included."""
     return sum(
-        (count + 1) * block_size * kv_bytes_per_token(config, group, bytes_per_value)
-        for group, count in zip(config.kv_groups, num_blocks, strict=True)
+        (count + 1) * block_size * kv_bytes_per_token(group, bytes_per_value)
+        for group, count in zip(groups, num_blocks, strict=True)
     )
 
 

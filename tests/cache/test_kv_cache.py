@@ -3,24 +3,13 @@ from __future__ import annotations
 import torch
 
 from paceline.cache.kv_cache import allocate_kv, copy_block
-from paceline.config import AttentionConfig, DecoderConfig, MlpConfig, NormConfig, RopeConfig
+from paceline.config import KVGroup
 
-CONFIG = DecoderConfig(
-    family="llama",
-    vocab_size=8,
-    hidden_size=8,
-    num_layers=3,
-    max_position=64,
-    attention=AttentionConfig(4, 2, 8, 1.0),
-    rope=RopeConfig(1e4, 8),
-    mlp=MlpConfig(8),
-    norm=NormConfig(1e-5),
-    windows=(4, None, 4),
-)
+GROUPS = (KVGroup("full", (1,), None, 2, 8), KVGroup("window", (0, 2), 4, 2, 8))
 
 
 def test_each_layer_gets_its_groups_blocks():
-    layers = allocate_kv(CONFIG, (5, 3), 4, dtype=torch.bfloat16, device="cpu")
+    layers = allocate_kv(GROUPS, (5, 3), 4, dtype=torch.bfloat16, device="cpu")
     assert [layer.group for layer in layers] == [1, 0, 1]
     assert [tuple(layer.k_HSD.shape) for layer in layers] == [(2, 16, 8), (2, 24, 8), (2, 16, 8)]
     assert all(layer.v_HSD.dtype == torch.bfloat16 for layer in layers)
@@ -28,7 +17,7 @@ def test_each_layer_gets_its_groups_blocks():
 
 
 def test_layers_share_no_memory():
-    layers = allocate_kv(CONFIG, (2, 2), 4, dtype=torch.float32, device="cpu")
+    layers = allocate_kv(GROUPS, (2, 2), 4, dtype=torch.float32, device="cpu")
     for number, layer in enumerate(layers):
         layer.k_HSD.fill_(number + 1)
         layer.v_HSD.fill_(-number - 1)
@@ -37,7 +26,7 @@ def test_layers_share_no_memory():
 
 
 def test_copying_a_block_touches_its_group_alone():
-    layers = allocate_kv(CONFIG, (3, 3), 4, dtype=torch.float32, device="cpu")
+    layers = allocate_kv(GROUPS, (3, 3), 4, dtype=torch.float32, device="cpu")
     for layer in layers:
         layer.k_HSD.normal_()
         layer.v_HSD.normal_()

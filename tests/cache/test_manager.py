@@ -5,7 +5,7 @@ import pytest
 from paceline.cache.manager import CacheManager
 from paceline.config import CacheConfig, KVGroup
 
-FULL, WINDOW = KVGroup("full", (0,), None), KVGroup("window", (1,), 4)
+FULL, WINDOW = KVGroup("full", (0,), None, 1, 1), KVGroup("window", (1,), 4, 1, 1)
 
 
 @pytest.fixture

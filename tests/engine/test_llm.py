@@ -234,7 +234,7 @@ def test_without_a_tokenizer_ids_go_in_and_out(tiny_directory):
 
 def test_close_lets_the_model_go(tiny_directory):
     with make(tiny_directory) as llm:
-        decoder = weakref.ref(llm.model.engine.runner.decoder)
+        decoder = weakref.ref(llm.model.engine.runner.model)
         llm.generate("a", GREEDY)
     assert decoder() is None
     with pytest.raises(UsageError, match="closed"):

@@ -14,7 +14,7 @@ from paceline.engine.step import PLACEHOLDER, BlockCopy, StepOutput, TokenLogpro
 from paceline.errors import EngineError, PromptTooLongError, UsageError
 from paceline.sampling.params import SamplingParams
 
-FULL = KVGroup("full", (0,), None)
+FULL = KVGroup("full", (0,), None, 1, 1)
 
 
 def make(num_blocks=100, depth=0, max_model_len=1000, groups=(FULL,), block_size=4, **scheduler):

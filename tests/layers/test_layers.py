@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from paceline import formats
-from paceline.config import MlpConfig, NormConfig
+from paceline.config import NormConfig
 from paceline.layers.embedding import Embedding
 from paceline.layers.linear import Linear
-from paceline.layers.mlp import MLP
-from paceline.layers.norm import RMSNorm
+from paceline.layers.mlp import GatedMLP
+from paceline.layers.norm import Norm
 
 
 def linear(values_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> Linear:
@@ -26,9 +26,9 @@ def test_linear_adds_its_bias(rows):
 
 def test_unit_offset_adds_one_to_a_norms_weight():
     x, weight = torch.randn(3, 16), torch.randn(16)
-    offset = RMSNorm(weight, NormConfig(1e-6, unit_offset=True))
-    assert torch.equal(offset(x), RMSNorm(weight + 1, NormConfig(1e-6))(x))
-    assert not torch.allclose(offset(x), RMSNorm(weight, NormConfig(1e-6))(x))
+    offset = Norm(NormConfig(1e-6, unit_offset=True), weight)
+    assert torch.equal(offset(x), Norm(NormConfig(1e-6), weight + 1)(x))
+    assert not torch.allclose(offset(x), Norm(NormConfig(1e-6), weight)(x))
 
 
 def test_embedding_scale_is_rounded_to_the_models_dtype():
@@ -44,6 +44,6 @@ def test_embedding_rows_follow_the_tokens():
 
 def test_mlp_gates_with_the_first_half():
     x, gate, up, down = torch.randn(3, 32), torch.randn(48, 32), torch.randn(48, 32), torch.randn(32, 48)
-    found = MLP(MlpConfig(48, "silu"), linear(torch.cat((gate, up))), linear(down))(x)
+    found = GatedMLP("silu", linear(torch.cat((gate, up))), linear(down))(x)
     expected = (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-2)

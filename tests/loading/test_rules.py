@@ -1,33 +1,53 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from paceline.loading.rules import WeightRule, forward_names, inverse
+from paceline.loading.rules import Layout, Stored, WeightRule, stored_names
 
 RULES = (
     WeightRule("embed.weight", ("model.embed_tokens.weight",)),
     WeightRule("layers.{i}.qkv.weight", tuple(f"model.layers.{{i}}.{p}_proj.weight" for p in "qkv")),
-    WeightRule("layers.{i}.o.weight", ("model.layers.{i}.o_proj.weight",)),
+    WeightRule("layers.{i}.experts.{e}.up", ("model.layers.{i}.experts.{e}.w3",), layers=(1,)),
 )
 
 
-def test_round_trip_names_every_tensor_of_every_layer() -> None:
-    names = forward_names(RULES, 3)
-    assert len(names) == 1 + 2 * 3
-    assert names["layers.2.qkv.weight"] == tuple(f"model.layers.2.{p}_proj.weight" for p in "qkv")
-    parts = inverse(names)
-    assert len(parts) == 1 + 4 * 3
-    for theirs, (ours, part) in parts.items():
-        assert names[ours][part] == theirs
-    assert parts["model.layers.1.v_proj.weight"] == ("layers.1.qkv.weight", 2)
+def test_rules_name_every_layer_and_expert():
+    names = stored_names(RULES, 3, 2)
+    assert names["embed.weight"] == Stored(("model.embed_tokens.weight",))
+    assert names["layers.2.qkv.weight"].names == tuple(f"model.layers.2.{p}_proj.weight" for p in "qkv")
+    assert names["layers.1.experts.1.up"].names == ("model.layers.1.experts.1.w3",)
+    assert len(names) == 1 + 3 + 2
 
 
-def test_ambiguous_rules_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"two weight rules make 'embed\.weight'"):
-        forward_names((*RULES, RULES[0]), 1)
-    with pytest.raises(ValueError, match="used by"):
-        inverse(forward_names((*RULES, WeightRule("head.weight", ("model.embed_tokens.weight",))), 1))
-    with pytest.raises(ValueError, match="all names hold"):
-        WeightRule("layers.{i}.a", ("model.a",))
-    with pytest.raises(ValueError, match="at least one"):
-        WeightRule("a", ())
+def test_what_cannot_be_a_rule_is_refused():
+    with pytest.raises(ValueError, match="two weight rules"):
+        stored_names((*RULES, RULES[0]), 1)
+    for ours, theirs in (("layers.{i}.a", ("model.a",)), ("a", ()), ("layers.{i}.{e}", ("model.{i}",))):
+        with pytest.raises(ValueError, match="all names hold"):
+            WeightRule(ours, theirs)
+
+
+def test_a_transposed_tensor_is_turned_and_a_vector_left():
+    values = torch.arange(6).view(2, 3)
+    layout = Layout(transposed=True)
+    assert torch.equal(layout.ours(values), values.T)
+    assert layout.stored_shape((3, 2)) == (2, 3)
+    assert torch.equal(layout.ours(values[0]), values[0])
+
+
+@pytest.mark.parametrize("tail", [(), (5,)])
+def test_rows_that_lie_by_key_head_are_sorted(tail):
+    kv_heads, queries, dim = 3, 2, 4
+    q = torch.randn(kv_heads * queries * dim, *tail)
+    k, v = torch.randn(2, kv_heads * dim, *tail)
+    rows = [
+        part
+        for head in range(kv_heads)
+        for part in (
+            q[head * queries * dim : (head + 1) * queries * dim],
+            k[head * dim : (head + 1) * dim],
+            v[head * dim : (head + 1) * dim],
+        )
+    ]
+    assert torch.equal(Layout(kv_groups=(kv_heads, queries)).ours(torch.cat(rows)), torch.cat((q, k, v)))

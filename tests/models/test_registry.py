@@ -83,7 +83,7 @@ def test_a_size_that_is_no_size_is_refused(llama_config, key, value):
         ("attn_logit_softcapping", 30.0),
         ("residual_multiplier", 0.22),
         ("hidden_act", "relu2"),
-        ("rope_scaling", {"type": "yarn", "factor": 4.0}),
+        ("rope_scaling", {"type": "proportional", "factor": 4.0}),
         ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": 0.25}),
     ],
 )

@@ -191,22 +191,21 @@ class Pages:
         self.sequences = sequences
         self.done = [0] * len(sequences)
         self.logits: list[list[torch.Tensor]] = [[] for _ in sequences]
-        config = decoder.config
-        self.groups = config.kv_groups
+        self.groups = decoder.kv_groups
         generator = torch.Generator().manual_seed(0)
         counts = [-(-len(sequence) // BLOCK_SIZE) for sequence in sequences]
         self.tables: list[list[list[int]]] = []
         for _ in self.groups:
             blocks = iter((torch.randperm(sum(counts), generator=generator) + 1).tolist())
             self.tables.append([[next(blocks) for _ in range(count)] for count in counts])
-        a = config.attention
-        shape = (2, a.num_kv_heads, (sum(counts) + 1) * BLOCK_SIZE, a.head_dim)
-        group_of = {layer: g for g, group in enumerate(self.groups) for layer in group.layers}
         self.kv = []
-        for layer in range(config.num_layers):
+        group_of = {layer: g for g, group in enumerate(self.groups) for layer in group.layers}
+        for _, g in sorted(group_of.items()):
+            group = self.groups[g]
+            shape = (2, group.num_kv_heads, (sum(counts) + 1) * BLOCK_SIZE, group.head_dim)
             stale = torch.randn(shape, generator=generator) * 100
             k_HSD, v_HSD = stale.to(decoder.device, decoder.dtype)
-            self.kv.append(KVLayer(k_HSD, v_HSD, group_of[layer]))
+            self.kv.append(KVLayer(k_HSD, v_HSD, g))
 
     def step(self, counts: Sequence[int]) -> None:
         """Run the next counts[r] tokens of every sequence r in one forward pass."""

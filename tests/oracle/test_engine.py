@@ -41,7 +41,7 @@ def run_engine(
         scheduler=SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=64, max_chunk=options.pop("chunk", None)),
         **options,
     )
-    groups = decoder.config.kv_groups
+    groups = decoder.kv_groups
     counts = (blocks,) * len(groups)
     engine = Engine(config, groups, counts, ModelRunner(decoder, counts, 4))
     for index, (prompt, params) in enumerate(requests):
@@ -199,7 +199,7 @@ def test_answers_share_the_prompts_blocks(oracle):
     """Four answers to 31 tokens in 4-token blocks: 8 blocks for the first, one of their own for each other."""
     decoder, _ = oracle("llama")
     config = EngineConfig(max_model_len=256, cache=CacheConfig(4, 64, False))
-    engine = Engine(config, decoder.config.kv_groups, (64,), ModelRunner(decoder, (64,), 4))
+    engine = Engine(config, decoder.kv_groups, (64,), ModelRunner(decoder, (64,), 4))
     engine.add_request(EngineRequest("r", make_prompts(96)[-1], sampled(1, n=4)))
     for _ in range(3):
         engine.step()
@@ -211,7 +211,7 @@ def test_a_prefix_is_found_again(oracle):
     decoder, _ = oracle("llama")
     prompt = make_prompts(96)[-1]
     config = EngineConfig(max_model_len=256, cache=CacheConfig(4, 64))
-    engine = Engine(config, decoder.config.kv_groups, (64,), ModelRunner(decoder, (64,), 4))
+    engine = Engine(config, decoder.kv_groups, (64,), ModelRunner(decoder, (64,), 4))
     cached = []
     for name in ("a", "b"):
         engine.add_request(EngineRequest(name, prompt, GREEDY))
@@ -226,7 +226,7 @@ def test_nan_fails_its_own_request(oracle):
     prompts = make_prompts(96)
     config = EngineConfig(max_model_len=256, cache=CacheConfig(4, 64, False))
     runner = ModelRunner(decoder, (64,), 4)
-    engine = Engine(config, decoder.config.kv_groups, (64,), runner)
+    engine = Engine(config, decoder.kv_groups, (64,), runner)
     for index, prompt in enumerate(prompts):
         engine.add_request(EngineRequest(str(index), prompt, GREEDY))
     tokens: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}

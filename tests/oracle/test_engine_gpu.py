@@ -38,8 +38,8 @@ def run(decoder: Any, prompts: list[list[int]], params: SamplingParams, **option
         scheduler=SchedulerConfig(16, 64, options.pop("chunk")),
         **options,
     )
-    counts = (blocks,) * len(decoder.config.kv_groups)
-    engine = Engine(config, decoder.config.kv_groups, counts, ModelRunner(decoder, counts, 4))
+    counts = (blocks,) * len(decoder.kv_groups)
+    engine = Engine(config, decoder.kv_groups, counts, ModelRunner(decoder, counts, 4))
     for index, prompt in enumerate(prompts):
         engine.add_request(EngineRequest(str(index), prompt, params))
     found: list[Any] = [[] for _ in prompts]

@@ -11,7 +11,11 @@ from paceline.config import KVGroup, SchedulerConfig
 from paceline.engine.request import RequestSpec
 from paceline.sampling.params import SamplingParams
 
-FULL, WINDOW, NARROW = KVGroup("full", (0,), None), KVGroup("window", (1,), 6), KVGroup("window", (1,), 1)
+FULL, WINDOW, NARROW = (
+    KVGroup("full", (0,), None, 1, 1),
+    KVGroup("window", (1,), 6, 1, 1),
+    KVGroup("window", (1,), 1, 1, 1),
+)
 LAYOUTS = [(FULL,), (FULL, WINDOW), (WINDOW,), (FULL, NARROW)]
 STEMS = [[1, 2, 3, 0, 1, 2, 3, 0, 2, 2, 1, 3], [1, 2, 3, 0, 3, 3], [0] * 16]
 

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 import torch
 
-from paceline.config import DecoderConfig
+from paceline.config import KVGroup
 from paceline.inputs import KVLayer
 
 
 def allocate_kv(
-    config: DecoderConfig,
+    groups: Sequence[KVGroup],
     num_blocks: Sequence[int],
     block_size: int,
     *,
@@ -24,13 +24,13 @@ def allocate_kv(
 
     Zeroed, so that a masked read of a slot never written adds no NaN.
     """
-    layers: list[KVLayer | None] = [None] * config.num_layers
-    heads, dim = config.attention.num_kv_heads, config.attention.head_dim
-    for index, (group, count) in enumerate(zip(config.kv_groups, num_blocks, strict=True)):
+    layers: dict[int, KVLayer] = {}
+    for index, (group, count) in enumerate(zip(groups, num_blocks, strict=True)):
+        shape = (2, group.num_kv_heads, (count + 1) * block_size, group.head_dim)
         for layer in group.layers:
-            kv = _zeros((2, heads, (count + 1) * block_size, dim), dtype, torch.device(device))
-            layers[layer] = KVLayer(kv[0], kv[1], index)
-    return [layer for layer in layers if layer is not None]
+            k_HSD, v_HSD = _zeros(shape, dtype, torch.device(device))
+            layers[layer] = KVLayer(k_HSD, v_HSD, index)
+    return [layers[layer] for layer in sorted(layers)]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

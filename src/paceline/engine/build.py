@@ -21,8 +21,8 @@ from paceline.loading.checkpoint import Checkpoint, open_checkpoint
 from paceline.loading.progress import Progress
 from paceline.loading.resolve import ModelSource, resolve
 from paceline.log import get_logger
-from paceline.models.decoder import Decoder
 from paceline.models.load import load_decoder
+from paceline.models.model import Model
 from paceline.models.registry import read_decoder_config
 from paceline.registry import lookup
 from paceline.sampling.params import generation_defaults
@@ -115,13 +115,15 @@ def load_model(options: LoadOptions, progress: Progress | None = None) -> Loaded
         config = read_decoder_config(checkpoint.config)
         dtype = pick_dtype(options.dtype, _stored_dtype(checkpoint), device)
         free = _check_weights_fit(config, options, dtype, device)
+        max_model_len, num_blocks = _plan_cache(config, options, free, dtype, device)
+        config = config.with_context(max_model_len)
         with phases.time("weights"):
             decoder = load_decoder(
                 checkpoint, config, dtype=dtype, device=device, quantize=options.quantization, progress=progress
             )
         generation_config = _read_generation_config(options, checkpoint)
     with phases.time("cache"):
-        engine = _build_engine(decoder, options, free)
+        engine = _build_engine(decoder, options, max_model_len, num_blocks)
     return LoadedModel(
         source=source,
         config=config,
@@ -133,7 +135,7 @@ def load_model(options: LoadOptions, progress: Progress | None = None) -> Loaded
         step_weight_bytes=sizing.step_weight_bytes(
             config, dtype.itemsize, bytes_per_linear=_bytes_per_linear(options, dtype)
         ),
-        kv_bytes_per_token=sum(sizing.kv_bytes_per_token(config, g, dtype.itemsize) for g in config.kv_groups),
+        kv_bytes_per_token=sum(sizing.kv_bytes_per_token(g, dtype.itemsize) for g in config.kv_groups),
         phases=phases.seconds,
     )
 
@@ -202,45 +204,48 @@ def _check_weights_fit(config: DecoderConfig, options: LoadOptions, dtype: torch
     return free
 
 
-def _build_engine(decoder: Decoder, options: LoadOptions, free: int) -> Engine:
-    config, dtype, scheduler = decoder.config, decoder.dtype, options.scheduler
+def _plan_cache(
+    config: DecoderConfig, options: LoadOptions, free: int, dtype: torch.dtype, device: torch.device
+) -> tuple[int, tuple[int, ...]]:
+    """max_model_len, and the blocks of each KV group."""
     wanted = options.max_model_len or config.max_position
     if wanted > config.max_position:
         raise UsageError(
             f"max_model_len {wanted} is more than the {config.max_position} positions this model was trained for"
         )
-    max_model_len, num_blocks = wanted, (options.cache.num_blocks,) * len(config.kv_groups)
-    if options.cache.num_blocks is None:
-        budget = int(free * CPU_CACHE_SHARE) if decoder.device.type == "cpu" else free
-        if options.kv_cache_gib is not None:
-            budget = int(options.kv_cache_gib * sizing.GIB)
-            if budget > free:
-                raise OutOfMemoryError(
-                    f"a cache of {options.kv_cache_gib:g} GiB does not fit: {sizing.gib(free)} are left by the weights"
-                )
-        plan = sizing.plan_cache(
-            config,
-            block_size=options.cache.block_size,
-            bytes_per_value=dtype.itemsize,
-            budget_bytes=budget,
-            max_model_len=wanted,
-            max_num_seqs=scheduler.max_num_seqs,
-            step_tokens=scheduler.max_num_batched_tokens,
-        )
-        num_blocks = plan.num_blocks
-        max_model_len = _fit_context(options, wanted, plan, budget)
-        log.info("cache: %s for %d tokens of context", sizing.gib(plan.nbytes), plan.num_tokens)
+    if options.cache.num_blocks is not None:
+        return wanted, (options.cache.num_blocks,) * len(config.kv_groups)
+    budget = int(free * CPU_CACHE_SHARE) if device.type == "cpu" else free
+    if options.kv_cache_gib is not None:
+        budget = int(options.kv_cache_gib * sizing.GIB)
+        if budget > free:
+            raise OutOfMemoryError(
+                f"a cache of {options.kv_cache_gib:g} GiB does not fit: {sizing.gib(free)} are left by the weights"
+            )
+    plan = sizing.plan_cache(
+        config.kv_groups,
+        block_size=options.cache.block_size,
+        bytes_per_value=dtype.itemsize,
+        budget_bytes=budget,
+        max_model_len=wanted,
+        max_num_seqs=options.scheduler.max_num_seqs,
+        step_tokens=options.scheduler.max_num_batched_tokens,
+    )
+    log.info("cache: %s for %d tokens of context", sizing.gib(plan.nbytes), plan.num_tokens)
+    return _fit_context(options, wanted, plan, budget), plan.num_blocks
+
+
+def _build_engine(model: Model, options: LoadOptions, max_model_len: int, num_blocks: tuple[int, ...]) -> Engine:
     engine_config = EngineConfig(
         max_model_len=max_model_len,
         seed=options.seed,
         cache=replace(options.cache, num_blocks=num_blocks[0]),
-        scheduler=scheduler,
+        scheduler=options.scheduler,
         speculative=options.speculative,
         async_depth=options.async_depth,
     )
-    counts = tuple(count for count in num_blocks if count is not None)
-    runner = ModelRunner(decoder, counts, options.cache.block_size)
-    return Engine(engine_config, config.kv_groups, counts, runner)
+    runner = ModelRunner(model, num_blocks, options.cache.block_size)
+    return Engine(engine_config, model.kv_groups, num_blocks, runner)
 
 
 def _fit_context(options: LoadOptions, wanted: int, plan: sizing.CachePlan, budget: int) -> int:

@@ -17,7 +17,7 @@ from paceline.engine.step import PLACEHOLDER, NewRequest, ScheduledRequest, Sche
 from paceline.inputs import ModelInputs
 from paceline.kernels.attention_plan import build_attention
 from paceline.log import get_logger
-from paceline.models.decoder import Decoder
+from paceline.models.model import Model
 from paceline.sampling.logprobs import TokenLogprobs
 from paceline.sampling.sampler import Sampled, SamplingRow, sample
 from paceline.speculative.verify import rows_with_drafts, verify
@@ -42,11 +42,11 @@ class RequestTokens:
 class ModelRunner:
     """`num_blocks`: blocks of each KV group, the null block not counted."""
 
-    def __init__(self, decoder: Decoder, num_blocks: Sequence[int], block_size: int) -> None:
-        self.decoder = decoder
+    def __init__(self, model: Model, num_blocks: Sequence[int], block_size: int) -> None:
+        self.model = model
         self.block_size = block_size
-        self.windows = tuple(group.window for group in decoder.config.kv_groups)
-        self.kv = allocate_kv(decoder.config, num_blocks, block_size, dtype=decoder.dtype, device=decoder.device)
+        self.windows = tuple(group.window for group in model.kv_groups)
+        self.kv = allocate_kv(model.kv_groups, num_blocks, block_size, dtype=model.dtype, device=model.device)
         self._requests: dict[str, RequestTokens] = {}
         self._padded = True  # whether a request may read, under a mask, slots that are not its own
 
@@ -61,7 +61,7 @@ class ModelRunner:
             copy_block(self.kv, copy.group, copy.source, copy.target, self.block_size)
         if not output.scheduled:
             return StepOutput({})
-        hidden_TD = self.decoder(self._inputs(output.scheduled), self.kv)
+        hidden_TD = self.model(self._inputs(output.scheduled), self.kv)
         return self._sample(output.scheduled, hidden_TD)
 
     def _inputs(self, scheduled: Sequence[ScheduledRequest]) -> ModelInputs:
@@ -80,10 +80,10 @@ class ModelRunner:
             [[request.block_tables[group] for request in scheduled] for group in range(len(self.windows))],
             self.windows,
             block_size=self.block_size,
-            device=self.decoder.device,
+            device=self.model.device,
             padded=self._padded,
         )
-        device = self.decoder.device
+        device = self.model.device
         return ModelInputs(torch.tensor(token_ids, device=device), torch.tensor(positions, device=device), attention)
 
     def _sample(self, scheduled: Sequence[ScheduledRequest], hidden_TD: torch.Tensor) -> StepOutput:
@@ -102,7 +102,7 @@ class ModelRunner:
             return StepOutput({})
         if len(picked) < hidden_TD.shape[0]:
             hidden_TD = hidden_TD[torch.tensor(picked, device=hidden_TD.device)]
-        sampled = sample(self.decoder.logits(hidden_TD), rows)
+        sampled = sample(self.model.logits(hidden_TD), rows)
         return self._collect(choosing, sampled)
 
     def _rows(self, request: ScheduledRequest) -> list[SamplingRow]:

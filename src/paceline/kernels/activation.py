@@ -1,4 +1,4 @@
-"""Gated activations of the MLP (Shazeer, 2020)."""
+"""Activations of the MLP, plain and gated (Shazeer, 2020)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ import torch
 from torch.nn import functional as F
 
 ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = MappingProxyType(
-    {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+    {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
 )
+
+
+def activate(x_TC: torch.Tensor, activation: str) -> torch.Tensor:
+    return ACTIVATIONS[activation](x_TC)
 
 
 def gated(gate_up_TC: torch.Tensor, activation: str) -> torch.Tensor:
@@ -20,13 +24,20 @@ def gated(gate_up_TC: torch.Tensor, activation: str) -> torch.Tensor:
     return ACTIVATIONS[activation](gate) * up
 
 
-def gated_ref(gate_up_TC: torch.Tensor, activation: str) -> torch.Tensor:
-    """The same in float32, by the definitions of SiLU and GELU."""
-    gate, up = gate_up_TC.float().chunk(2, dim=-1)
+def activate_ref(x_TC: torch.Tensor, activation: str) -> torch.Tensor:
+    """The same in float32, by the definitions of SiLU, GELU and ReLU."""
+    x = x_TC.float()
     if activation == "silu":
-        weight = torch.sigmoid(gate)
+        weight = torch.sigmoid(x)
     elif activation == "gelu":
-        weight = 0.5 * (1 + torch.erf(gate / 2**0.5))
+        weight = 0.5 * (1 + torch.erf(x / 2**0.5))
+    elif activation == "relu":
+        weight = (x > 0).float()
     else:
-        weight = 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)))
-    return (gate * weight * up).to(gate_up_TC.dtype)
+        weight = 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+    return (x * weight).to(x_TC.dtype)
+
+
+def gated_ref(gate_up_TC: torch.Tensor, activation: str) -> torch.Tensor:
+    gate, up = gate_up_TC.float().chunk(2, dim=-1)
+    return (activate_ref(gate, activation) * up).to(gate_up_TC.dtype)

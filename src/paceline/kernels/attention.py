@@ -8,6 +8,7 @@ Legend: T tokens, H query heads, K key/value heads, G = H / K, D head size, R re
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
@@ -19,6 +20,26 @@ from paceline.inputs import AttentionMetadata, KVLayer, Segment
 # growing context has a new number at every token.
 SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
+# Float32 scores that one request's queries may take at once where they are written out; 64 MiB are 2,048 queries over
+# 1,024 keys of 8 heads.
+SCORE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How scores follow from queries and keys, before the mask."""
+
+    scale: float
+    soft_cap: float | None
+    slopes_H: torch.Tensor | None
+
+    def alibi(self, kv_heads: int, num_keys: int) -> torch.Tensor:
+        """[K, G, L] float32: minus slope times distance, counted from the last key. A query further back sees all its
+        keys shifted by the same constant, which the softmax does not notice."""
+        assert self.slopes_H is not None
+        distances_L = torch.arange(1 - num_keys, 1, device=self.slopes_H.device)
+        return (self.slopes_H[:, None] * distances_L).view(kv_heads, -1, num_keys)
+
 
 def paged_attention(
     q_THD: torch.Tensor,
@@ -27,18 +48,20 @@ def paged_attention(
     *,
     scale: float,
     soft_cap: float | None = None,
+    slopes_H: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of each query over its request's cached keys, its own included; [T, H, D] like `q_THD`.
 
     The keys of the step's own tokens must have been written (kernels/kv_write.py). `soft_cap` c bounds scores to
-    c * tanh(score / c) before the mask.
+    c * tanh(score / c) before the mask; `slopes_H` (float32, kernels/alibi.py) times the distance is taken from them.
     """
+    scores = Scores(scale, soft_cap, slopes_H)
     segments = metadata.groups[kv.group].segments
     if len(segments) == 1 and isinstance(segments[0].queries, slice):  # one stream: no output buffer to fill
-        return _attend(q_THD, kv, segments[0], metadata.block_size, scale, soft_cap)
+        return _attend(q_THD, kv, segments[0], metadata.block_size, scores)
     out_THD = torch.empty_like(q_THD)
     for segment in segments:
-        out_THD[segment.queries] = _attend(q_THD[segment.queries], kv, segment, metadata.block_size, scale, soft_cap)
+        out_THD[segment.queries] = _attend(q_THD[segment.queries], kv, segment, metadata.block_size, scores)
     return out_THD
 
 
@@ -47,19 +70,18 @@ def _attend(
     kv: KVLayer,
     segment: Segment,
     block_size: int,
-    scale: float,
-    soft_cap: float | None,
+    scores: Scores,
 ) -> torch.Tensor:
     keys = segment.keys if isinstance(segment.keys, slice) else _rows(segment.keys, kv.k_HSD, block_size)
     k_KLD = _read(kv.k_HSD, keys, segment, block_size)
     v_KLD = _read(kv.v_HSD, keys, segment, block_size)
     lone_decode = q_QHD.shape[0] == 1 and segment.mask is None
     if segment.num_requests > 1 or (lone_decode and q_QHD.is_cuda):
-        return _batch(q_QHD, k_KLD, v_KLD, segment, scale, soft_cap)
-    if soft_cap is not None:
-        return _capped(q_QHD, k_KLD, v_KLD, segment, scale, soft_cap)
+        return _batch(q_QHD, k_KLD, v_KLD, segment, scores)
+    if scores.soft_cap is not None or scores.slopes_H is not None:
+        return _explicit(q_QHD, k_KLD, v_KLD, segment, scores)
     if lone_decode:
-        return _decode_one(q_QHD, k_KLD, v_KLD, scale)
+        return _decode_one(q_QHD, k_KLD, v_KLD, scores.scale)
     with sdpa_kernel(SDPA_BACKENDS) if q_QHD.is_cuda else nullcontext():
         out_HQD = F.scaled_dot_product_attention(
             q_QHD.transpose(0, 1)[None],
@@ -67,7 +89,7 @@ def _attend(
             v_KLD[None],
             attn_mask=segment.mask,
             is_causal=segment.causal,
-            scale=scale,
+            scale=scores.scale,
             enable_gqa=q_QHD.shape[1] != k_KLD.shape[0],
         )[0]
     return out_HQD.transpose(0, 1)
@@ -106,8 +128,7 @@ def _batch(
     k_KLD: torch.Tensor,
     v_KLD: torch.Tensor,
     segment: Segment,
-    scale: float,
-    soft_cap: float | None,
+    scores: Scores,
 ) -> torch.Tensor:
     """R requests with Q queries each; the queries that share a key head go in as Q * G rows of it."""
     # Plain products: at 16 decodes of 128 tokens on 2 CPU threads 210 us a layer against 290 us through SDPA.
@@ -117,37 +138,48 @@ def _batch(
     q_KRQGD = q_THD.view(num, queries, kv_heads, group, dim).permute(2, 0, 1, 3, 4)
     k_KRLD = k_KLD.view(kv_heads, num, -1, dim)
     v_KRLD = v_KLD.view(kv_heads, num, -1, dim)
-    scores_KRXL = torch.matmul((q_KRQGD * scale).flatten(2, 3), k_KRLD.transpose(2, 3))
-    if soft_cap is not None:
-        scores_KRXL = soft_cap * torch.tanh(scores_KRXL / soft_cap)
+    scores_KRXL = torch.matmul((q_KRQGD * scores.scale).flatten(2, 3), k_KRLD.transpose(2, 3))
+    if scores.soft_cap is not None:
+        scores_KRXL = scores.soft_cap * torch.tanh(scores_KRXL / scores.soft_cap)
+    if scores.slopes_H is not None:
+        # In float32: bfloat16 has 8 bits, and a slope of 1/2 over 1,024 keys needs 10.
+        scores_KRXL = scores_KRXL.float()
+        scores_KRXL.view(kv_heads, num, queries, group, -1).add_(scores.alibi(kv_heads, k_KRLD.shape[2])[:, None, None])
     if segment.bias is not None:
         scores_KRXL.view(kv_heads, num, queries, group, -1).add_(segment.bias[None, :, :, None, :])
-    probs_KRXL = torch.softmax(scores_KRXL, dim=-1)  # sums in float32 whatever the dtype
+    probs_KRXL = torch.softmax(scores_KRXL, dim=-1).to(q_THD.dtype)  # sums in float32 whatever the dtype
     out_KRQGD = torch.matmul(probs_KRXL, v_KRLD).view(kv_heads, num, queries, group, dim)
     return out_KRQGD.permute(1, 2, 0, 3, 4).reshape(q_THD.shape)
 
 
-def _capped(
+def _explicit(
     q_QHD: torch.Tensor,
     k_KLD: torch.Tensor,
     v_KLD: torch.Tensor,
     segment: Segment,
-    scale: float,
-    soft_cap: float,
+    scores: Scores,
 ) -> torch.Tensor:
-    """One request with capped scores, which SDPA cannot express."""
+    """One request with scores that SDPA cannot express, so many queries at a time as SCORE_BYTES allow."""
     queries, heads, dim = q_QHD.shape
     kv_heads, keys, _ = k_KLD.shape
-    q_KGQD = q_QHD.view(queries, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3)
-    scores_KGQL = torch.matmul(q_KGQD, k_KLD[:, None].transpose(2, 3)).float() * scale
-    scores_KGQL = soft_cap * torch.tanh(scores_KGQL / soft_cap)
     mask = segment.mask
     if segment.causal:
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q_QHD.device).tril()
-    if mask is not None:
-        scores_KGQL = scores_KGQL.masked_fill(~mask, float("-inf"))
-    probs_KGQL = torch.softmax(scores_KGQL, dim=-1).to(q_QHD.dtype)
-    return torch.matmul(probs_KGQL, v_KLD[:, None]).permute(2, 0, 1, 3).reshape(q_QHD.shape)
+    out_QHD = torch.empty_like(q_QHD)
+    step = max(1, SCORE_BYTES // (4 * heads * keys))
+    for first in range(0, queries, step):
+        rows = slice(first, first + step)
+        q_KGQD = q_QHD[rows].reshape(-1, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3)
+        scores_KGQL = torch.matmul(q_KGQD, k_KLD[:, None].transpose(2, 3)).float() * scores.scale
+        if scores.soft_cap is not None:
+            scores_KGQL = scores.soft_cap * torch.tanh(scores_KGQL / scores.soft_cap)
+        if scores.slopes_H is not None:
+            scores_KGQL += scores.alibi(kv_heads, keys)[:, :, None]
+        if mask is not None:
+            scores_KGQL.masked_fill_(~mask[rows], float("-inf"))
+        probs_KGQL = torch.softmax(scores_KGQL, dim=-1).to(q_QHD.dtype)
+        out_QHD[rows] = torch.matmul(probs_KGQL, v_KLD[:, None]).permute(2, 0, 1, 3).reshape(-1, heads, dim)
+    return out_QHD
 
 
 def paged_attention_ref(
@@ -157,6 +189,7 @@ def paged_attention_ref(
     *,
     scale: float,
     soft_cap: float | None = None,
+    slopes_H: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same by the definition: one query and one head at a time, keys looked up slot by slot, in float32."""
     group = metadata.groups[kv.group]
@@ -175,6 +208,8 @@ def paged_attention_ref(
                 scores_L = keys_LD @ q_THD[t, head].float() * scale
                 if soft_cap is not None:
                     scores_L = soft_cap * torch.tanh(scores_L / soft_cap)
+                if slopes_H is not None:
+                    scores_L = scores_L - slopes_H[head] * torch.arange(position - low, -1, -1, device=q_THD.device)
                 values_LD = kv.v_HSD[head // per_head, slots].float()
                 out_THD[t, head] = torch.softmax(scores_L, dim=0) @ values_LD
     return out_THD

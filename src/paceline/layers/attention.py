@@ -10,17 +10,18 @@ from torch import nn
 
 from paceline.config import AttentionConfig
 from paceline.inputs import AttentionMetadata, KVLayer
+from paceline.kernels.alibi import alibi_slopes
 from paceline.kernels.attention import paged_attention
 from paceline.kernels.kv_write import write_kv
 from paceline.kernels.rotary import apply_rotary
 from paceline.layers.linear import Linear
-from paceline.layers.norm import RMSNorm
+from paceline.layers.norm import Norm
 
 
 class Attention(nn.Module):
     """`out(attention(rope(norm(q)), rope(norm(k)), v))`; q, k and v are one fused projection, in that order of rows.
 
-    `q_norm` and `k_norm` (over each head) are there when `config.qk_norm` is.
+    `q_norm` and `k_norm` are there when `config.qk_norm` is: over each head, or over all of a token's heads together.
     """
 
     def __init__(
@@ -28,8 +29,10 @@ class Attention(nn.Module):
         config: AttentionConfig,
         qkv: Linear,
         out: Linear,
-        q_norm: RMSNorm | None = None,
-        k_norm: RMSNorm | None = None,
+        q_norm: Norm | None = None,
+        k_norm: Norm | None = None,
+        *,
+        device: torch.device,
     ) -> None:
         super().__init__()
         self.config = config
@@ -37,31 +40,41 @@ class Attention(nn.Module):
         self.out = out
         self.q_norm = q_norm
         self.k_norm = k_norm
+        self.slopes_H: torch.Tensor | None = None
+        if config.alibi is not None:
+            self.slopes_H = torch.tensor(alibi_slopes(config.num_heads), device=device) * config.alibi
 
     def forward(
         self,
         x_TM: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
         kv: KVLayer,
         metadata: AttentionMetadata,
     ) -> torch.Tensor:
         """[T, M] -> [T, M]. Writes the tokens' keys and values into `kv` before attending, so that they see themselves.
 
-        `rotary`: cosines and sines of the tokens' positions, [T, rotated dims] each.
+        `rotary`: cosines and sines of the tokens' positions, [T, rotated dims] each; None for a layer without.
         """
         config = self.config
         H, K = config.num_heads, config.num_kv_heads
         qkv_TXD = self.qkv(x_TM).view(x_TM.shape[0], H + 2 * K, config.head_dim)
-        cos_TD, sin_TD = rotary
-        if self.q_norm is None or self.k_norm is None:
+        q_THD, k_TKD = qkv_TXD[:, :H], qkv_TXD[:, H : H + K]
+        if self.q_norm is not None and self.k_norm is not None:
+            if config.qk_norm == "projection":
+                q_THD = self.q_norm(q_THD.flatten(1)).view(q_THD.shape)
+                k_TKD = self.k_norm(k_TKD.flatten(1)).view(k_TKD.shape)
+            else:
+                q_THD, k_TKD = self.q_norm(q_THD), self.k_norm(k_TKD)
+            if rotary is not None:
+                q_THD, k_TKD = apply_rotary(q_THD, *rotary), apply_rotary(k_TKD, *rotary)
+        elif rotary is not None:
             # Queries and keys turn alike: one call for both, since each small operation costs 2.5 us of host time.
-            qk_TXD = apply_rotary(qkv_TXD[:, : H + K], cos_TD, sin_TD)
+            qk_TXD = apply_rotary(qkv_TXD[:, : H + K], *rotary)
             q_THD, k_TKD = qk_TXD[:, :H], qk_TXD[:, H:]
-        else:
-            q_THD = apply_rotary(self.q_norm(qkv_TXD[:, :H]), cos_TD, sin_TD)
-            k_TKD = apply_rotary(self.k_norm(qkv_TXD[:, H : H + K]), cos_TD, sin_TD)
         write_kv(k_TKD, qkv_TXD[:, H + K :], kv, metadata.groups[kv.group].slot_mapping_T)
-        attended_THD = paged_attention(q_THD, kv, metadata, scale=config.scale, soft_cap=config.soft_cap)
+        attended_THD = paged_attention(
+            q_THD, kv, metadata, scale=config.scale, soft_cap=config.soft_cap, slopes_H=self.slopes_H
+        )
         hidden_TM: torch.Tensor = self.out(attended_THD.flatten(1))
         return hidden_TM
 

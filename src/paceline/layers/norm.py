@@ -1,4 +1,4 @@
-"""RMS normalisation (Zhang and Sennrich, 2019) with a learned scale.
+"""Norms with a learned scale: root mean square (Zhang and Sennrich, 2019) and layer norm (Ba et al., 2016).
 
 Shapes: T tokens, C channels.
 """
@@ -9,23 +9,27 @@ import torch
 from torch import nn
 
 from paceline.config import NormConfig
-from paceline.kernels.norm import rms_norm
+from paceline.kernels.norm import layer_norm, rms_norm
 
 
-class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
+class Norm(nn.Module):
+    """The norm that `config` describes, over the last dimension. `bias_C` is there when `config.bias` is.
 
     With `config.unit_offset` the given weight is w and the norm multiplies by 1 + w; the 1 is added here, once.
     """
 
-    def __init__(self, weight_C: torch.Tensor, config: NormConfig) -> None:
+    def __init__(self, config: NormConfig, weight_C: torch.Tensor, bias_C: torch.Tensor | None = None) -> None:
         super().__init__()
-        # A plain attribute, not a buffer: nn.Module finds buffers through __getattr__, 0.4 us a look-up.
+        # Plain attributes, not buffers: nn.Module finds buffers through __getattr__, 0.4 us a look-up.
         self.weight_C = weight_C + 1 if config.unit_offset else weight_C
+        self.bias_C = bias_C
+        self.kind = config.kind
         self.eps = config.eps
 
     def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x_TC, self.weight_C, self.eps)
+        if self.kind == "rms":
+            return rms_norm(x_TC, self.weight_C, self.eps)
+        return layer_norm(x_TC, self.weight_C, self.bias_C, self.eps)
 
     def extra_repr(self) -> str:
-        return f"{self.weight_C.shape[-1]}, eps={self.eps}"
+        return f"{self.kind}, {self.weight_C.shape[-1]}, eps={self.eps}"

@@ -19,13 +19,51 @@ def inverse_frequencies(rope: RopeConfig) -> torch.Tensor:
     In float32 and in this order of operations on purpose: the angle is position * frequency, so at position 100,000
     a relative difference of 1e-7 from what the model was trained with would already turn a vector by 0.01 radians.
     """
-    exponents = torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim
-    frequencies_F = 1.0 / (rope.theta**exponents)
-    if rope.scaling is None:
-        return frequencies_F
-    if rope.scaling.kind == "linear":
-        return frequencies_F / rope.scaling.factor
-    return _llama3(frequencies_F, rope.scaling)
+    scaling = rope.scaling
+    if scaling is None:
+        return 1.0 / _periods(rope.theta, rope.dim)
+    match scaling.kind:
+        case "linear":
+            return 1.0 / _periods(rope.theta, rope.dim) / scaling.factor
+        case "dynamic":
+            return 1.0 / _periods(_dynamic_theta(rope, scaling), rope.dim)
+        case "yarn":
+            return _yarn(rope, scaling)
+        case "llama3":
+            return _llama3(1.0 / _periods(rope.theta, rope.dim), scaling)
+        case "longrope":
+            long = (scaling.context or 0) > scaling.original_max_position
+            factors_F = torch.tensor(scaling.long_factors if long else scaling.short_factors, dtype=torch.float32)
+            return 1.0 / (factors_F * _periods(rope.theta, rope.dim))
+
+
+def _periods(theta: float, dim: int) -> torch.Tensor:
+    """theta**(2i/dim), float32 [dim / 2]: tokens in which a pair turns by one radian."""
+    powers_F: torch.Tensor = theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    return powers_F
+
+
+def _dynamic_theta(rope: RopeConfig, scaling: RopeScaling) -> float:
+    """The base that turns the slowest pair by as much over the context as it was trained to over the original one."""
+    stretch = max(scaling.context or 0, scaling.original_max_position) / scaling.original_max_position
+    return float(rope.theta * (scaling.factor * stretch - (scaling.factor - 1)) ** (rope.dim / (rope.dim - 2)))
+
+
+def _yarn(rope: RopeConfig, scaling: RopeScaling) -> torch.Tensor:
+    """YaRN's "NTK by parts": pairs that turn more than `beta_fast` times within the original context keep their
+    frequency, those that turn less than `beta_slow` times have it divided, linearly blended by index in between."""
+
+    def pair_that_turns(times: float) -> float:
+        return rope.dim * math.log(scaling.original_max_position / (times * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.dim - 1)
+    width = high - low or 0.001  # as the models were trained: two equal ends make a step
+    divided_F = ((torch.arange(rope.dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    periods_F = _periods(rope.theta, rope.dim)
+    return divided_F / (scaling.factor * periods_F) + (1 - divided_F) / periods_F
 
 
 def _llama3(frequencies_F: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
@@ -49,6 +87,7 @@ class Rotary(nn.Module):
         self.rope = rope
         self.dtype = dtype
         frequencies_F = inverse_frequencies(rope).to(device)
+        self.length = 1.0 if rope.scaling is None else rope.scaling.attention_factor
         # The kernel takes sines whose first half is negated. sin(-a) = -sin(a) exactly, so the sign goes in here.
         self.signed_D = torch.cat((-frequencies_F, frequencies_F))
 
@@ -56,7 +95,10 @@ class Rotary(nn.Module):
         """int64 [T] -> (cos, sin) [T, D] as kernels/rotary.py takes them: both halves turn by the same angles, and
         the first half of sin is negated."""
         angles_TD = positions_T[:, None] * self.signed_D
-        return angles_TD.cos().to(self.dtype), angles_TD.sin().to(self.dtype)
+        cos_TD, sin_TD = angles_TD.cos(), angles_TD.sin()
+        if self.length != 1.0:
+            cos_TD, sin_TD = cos_TD * self.length, sin_TD * self.length
+        return cos_TD.to(self.dtype), sin_TD.to(self.dtype)
 
     def extra_repr(self) -> str:
         return repr(self.rope)

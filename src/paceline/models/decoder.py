@@ -11,13 +11,14 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from paceline.config import DecoderConfig
+from paceline.config import DecoderConfig, KVGroup, MoeConfig
 from paceline.inputs import AttentionMetadata, KVLayer, ModelInputs
 from paceline.layers.attention import Attention
 from paceline.layers.embedding import Embedding
 from paceline.layers.linear import Linear
-from paceline.layers.mlp import MLP
-from paceline.layers.norm import RMSNorm
+from paceline.layers.mlp import GatedMLP, PlainMLP
+from paceline.layers.moe import MoE
+from paceline.layers.norm import Norm
 from paceline.layers.rotary import Rotary
 
 
@@ -37,53 +38,95 @@ class Parts(Protocol):
     def tied(self, table_VD: torch.Tensor) -> Linear: ...
 
 
+def build_norm(config: DecoderConfig, parts: Parts, name: str, size: int, *, bias: bool | None = None) -> Norm:
+    has_bias = config.norm.bias if bias is None else bias
+    bias_C = parts.tensor(f"{name}.bias", size) if has_bias else None
+    return Norm(config.norm, parts.tensor(f"{name}.weight", size), bias_C)
+
+
+def build_attention(config: DecoderConfig, parts: Parts, name: str) -> Attention:
+    a, hidden = config.attention, config.hidden_size
+    queries, keys = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+    q_norm = k_norm = None
+    if a.qk_norm is not None:
+        over = (a.head_dim, a.head_dim) if a.qk_norm == "head" else (queries, keys)
+        q_norm, k_norm = (
+            build_norm(config, parts, f"{name}.{which}_norm", size, bias=False)
+            for which, size in zip("qk", over, strict=True)
+        )
+    return Attention(
+        a,
+        parts.linear(f"{name}.qkv", (queries, keys, keys), hidden, bias=a.qkv_bias),
+        parts.linear(f"{name}.out", (hidden,), queries, bias=a.out_bias),
+        q_norm,
+        k_norm,
+        device=parts.device,
+    )
+
+
+def build_mlp(config: DecoderConfig, parts: Parts, name: str) -> nn.Module:
+    m, hidden, inner = config.mlp, config.hidden_size, config.mlp.intermediate_size
+    if m.gated:
+        gate_up = parts.linear(f"{name}.gate_up", (inner, inner), hidden, bias=m.bias)
+        return GatedMLP(m.activation, gate_up, parts.linear(f"{name}.down", (hidden,), inner, bias=m.bias))
+    up = parts.linear(f"{name}.up", (inner,), hidden, bias=m.bias)
+    return PlainMLP(m.activation, up, parts.linear(f"{name}.down", (hidden,), inner, bias=m.bias))
+
+
+def build_moe(config: DecoderConfig, moe: MoeConfig, parts: Parts, name: str) -> MoE:
+    hidden, inner = config.hidden_size, moe.intermediate_size
+
+    def expert(e: int) -> GatedMLP:
+        gate_up = parts.linear(f"{name}.experts.{e}.gate_up", (inner, inner), hidden)
+        return GatedMLP(config.mlp.activation, gate_up, parts.linear(f"{name}.experts.{e}.down", (hidden,), inner))
+
+    router_ED = parts.tensor(f"{name}.router.weight", moe.num_experts, hidden)
+    return MoE(moe, router_ED, [expert(e) for e in range(moe.num_experts)])
+
+
 class Block(nn.Module):
-    """One layer: norm, attention, add; norm, MLP, add. With `residual.post_norms` a norm follows attention and MLP."""
+    """One layer: norm, attention, add; norm, MLP or experts, add; in the order that `config.residual` says."""
 
     def __init__(self, config: DecoderConfig, layer: int, parts: Parts) -> None:
         super().__init__()
         name = f"blocks.{layer}"
-        hidden, sandwich = config.hidden_size, config.residual.post_norms
+        r, moe = config.residual, config.moe
 
-        def norm(which: str, size: int = hidden) -> RMSNorm:
-            return RMSNorm(parts.tensor(f"{name}.{which}.weight", size), config.norm)
+        def norm(which: str) -> Norm:
+            return build_norm(config, parts, f"{name}.{which}", config.hidden_size)
 
-        a = config.attention
-        queries, keys = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
-        self.attention_norm = norm("attention_norm")
-        self.attention = Attention(
-            a,
-            parts.linear(f"{name}.attention.qkv", (queries, keys, keys), hidden, bias=a.qkv_bias),
-            parts.linear(f"{name}.attention.out", (hidden,), queries, bias=a.out_bias),
-            norm("attention.q_norm", a.head_dim) if a.qk_norm else None,
-            norm("attention.k_norm", a.head_dim) if a.qk_norm else None,
-        )
-        self.post_attention_norm = norm("post_attention_norm") if sandwich else None
-        m = config.mlp
-        inner = m.intermediate_size
-        self.mlp_norm = norm("mlp_norm")
-        self.mlp = MLP(
-            m,
-            parts.linear(f"{name}.mlp.gate_up", (inner, inner), hidden, bias=m.bias),
-            parts.linear(f"{name}.mlp.down", (hidden,), inner, bias=m.bias),
-        )
-        self.post_mlp_norm = norm("post_mlp_norm") if sandwich else None
+        self.residual = r
+        self.attention_norm = norm("attention_norm") if r.pre_norms else None
+        self.attention = build_attention(config, parts, f"{name}.attention")
+        self.post_attention_norm = norm("post_attention_norm") if r.post_norms else None
+        self.mlp_norm = norm("mlp_norm") if r.pre_norms and not r.shared_norm else None
+        self.mlp: nn.Module
+        if moe is not None and config.is_moe(layer):
+            self.mlp = build_moe(config, moe, parts, f"{name}.mlp")
+        else:
+            self.mlp = build_mlp(config, parts, f"{name}.mlp")
+        self.post_mlp_norm = norm("post_mlp_norm") if r.post_norms else None
 
     def forward(
         self,
         x_TD: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
         kv: KVLayer,
         metadata: AttentionMetadata,
     ) -> torch.Tensor:
-        attended_TD = self.attention(self.attention_norm(x_TD), rotary, kv, metadata)
+        normed_TD = x_TD if self.attention_norm is None else self.attention_norm(x_TD)
+        attended_TD = self.attention(normed_TD, rotary, kv, metadata)
         if self.post_attention_norm is not None:
             attended_TD = self.post_attention_norm(attended_TD)
-        x_TD = x_TD + attended_TD
-        mixed_TD: torch.Tensor = self.mlp(self.mlp_norm(x_TD))
+        joined_TD = torch.add(x_TD, attended_TD, alpha=self.residual.multiplier)
+        if not self.residual.parallel:
+            x_TD = joined_TD
+        if not self.residual.shared_norm:
+            normed_TD = x_TD if self.mlp_norm is None else self.mlp_norm(x_TD)
+        mixed_TD = self.mlp(normed_TD)
         if self.post_mlp_norm is not None:
             mixed_TD = self.post_mlp_norm(mixed_TD)
-        return x_TD + mixed_TD
+        return torch.add(joined_TD, mixed_TD, alpha=self.residual.multiplier)
 
 
 class Decoder(nn.Module):
@@ -98,30 +141,49 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.dtype, self.device = parts.dtype, parts.device
-        table_VD = parts.tensor("embedding.weight", config.vocab_size, config.hidden_size)
+        hidden, offset = config.hidden_size, config.learned_position_offset
+        table_VD = parts.tensor("embedding.weight", config.vocab_size, hidden)
         self.embedding = Embedding(table_VD, config.embedding_scale)
+        self.positions = None
+        if offset is not None:
+            self.positions = Embedding(parts.tensor("positions.weight", config.max_position + offset, hidden))
+        self.embedding_norm = build_norm(config, parts, "embedding_norm", hidden) if config.embedding_norm else None
         self.blocks = nn.ModuleList(block(config, layer, parts) for layer in range(config.num_layers))
-        self.norm = RMSNorm(parts.tensor("norm.weight", config.hidden_size), config.norm)
+        self.norm = build_norm(config, parts, "norm", hidden)
         if config.tie_embeddings:
             self.head = parts.tied(table_VD)
         else:
-            self.head = parts.linear("head", (config.vocab_size,), config.hidden_size)
+            self.head = parts.linear("head", (config.vocab_size,), hidden)
         ropes = [config.rope_of(layer) for layer in range(config.num_layers)]
-        distinct = list(dict.fromkeys(ropes))
+        distinct = list(dict.fromkeys(rope for rope in ropes if rope is not None))
         self.rotaries = nn.ModuleList(Rotary(rope, self.dtype, self.device) for rope in distinct)
-        self.rotary_of_layer = tuple(distinct.index(rope) for rope in ropes)
+        self.rotary_of_layer = tuple(None if rope is None else distinct.index(rope) for rope in ropes)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def kv_groups(self) -> tuple[KVGroup, ...]:
+        return self.config.kv_groups
 
     def forward(self, inputs: ModelInputs, kv: Sequence[KVLayer]) -> torch.Tensor:
         """The hidden states after the final norm, [T, D] in the model's dtype. `kv`: one a layer, written in place."""
         rotaries = [rotary(inputs.positions_T) for rotary in self.rotaries]
         x_TD = self.embedding(inputs.token_ids_T)
+        if self.positions is not None:
+            x_TD = x_TD + self.positions(inputs.positions_T + (self.config.learned_position_offset or 0))
+        if self.embedding_norm is not None:
+            x_TD = self.embedding_norm(x_TD)
         for block, rotary, layer_kv in zip(self.blocks, self.rotary_of_layer, kv, strict=True):
-            x_TD = block(x_TD, rotaries[rotary], layer_kv, inputs.attention)
+            x_TD = block(x_TD, None if rotary is None else rotaries[rotary], layer_kv, inputs.attention)
         hidden_TD: torch.Tensor = self.norm(x_TD)
         return hidden_TD
 
     def logits(self, hidden_TD: torch.Tensor) -> torch.Tensor:
         """Logits of the given rows, [T, V] float32. Pass only rows that choose a token: each costs V * D products."""
         logits_TV: torch.Tensor = self.head(hidden_TD).float()
+        if self.config.logit_scale != 1.0:
+            logits_TV = logits_TV * self.config.logit_scale
         cap = self.config.logit_soft_cap
         return logits_TV if cap is None else torch.tanh(logits_TV / cap) * cap

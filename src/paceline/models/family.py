@@ -4,57 +4,99 @@ which names their tensors are stored. No forward: models/decoder.py has the only
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
 from paceline.config import DecoderConfig
-from paceline.loading.rules import WeightRule
+from paceline.loading.rules import Stored, WeightRule
 from paceline.models.decoder import Block, Parts
 from paceline.models.hf_config import HFConfig
+
+Names = Mapping[str, str | tuple[str, ...] | Stored]
+"""Our name of a module -> the checkpoint's: one, several that we fuse, or one stored in another layout. Names of a
+layer's modules leave out "blocks.{i}." here and hold "{i}" there; an expert's hold "{e}" in both."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """`block` is the escape hatch: a family whose layers no DecoderConfig describes supplies its own."""
+    """`names`: of every module that a config of this family can have; those that it has not are ignored. `prefix`
+    begins the names of all tensors but the head's. `block` is the escape hatch: a family whose layers no DecoderConfig
+    describes supplies its own."""
 
     name: str
     architectures: tuple[str, ...]
     decoder_config: Callable[[HFConfig], DecoderConfig]
-    weight_rules: Callable[[DecoderConfig], tuple[WeightRule, ...]]
+    names: Callable[[DecoderConfig], Names]
+    prefix: str = "model."
     block: Callable[[DecoderConfig, int, Parts], nn.Module] = Block
 
+    def weight_rules(self, config: DecoderConfig) -> tuple[WeightRule, ...]:
+        """Where each tensor of the decoder that `config` describes is stored."""
+        names, rules = self.names(config), []
+        for module in modules(config):
+            theirs = names[module.name]
+            stored = theirs if isinstance(theirs, Stored) else Stored((theirs,) if isinstance(theirs, str) else theirs)
+            ours = f"blocks.{{i}}.{module.name}" if "{i}" in stored.names[0] else module.name
+            for kind in ("weight", "bias") if module.bias else ("weight",):
+                parts = tuple(f"{name}.{kind}" for name in stored.names)
+                rules.append(WeightRule(f"{ours}.{kind}", parts, stored.layout, module.layers))
+        return tuple(rules)
 
-def hugging_face_rules(config: DecoderConfig) -> tuple[WeightRule, ...]:
-    """The names that Llama brought and most families kept, for the tensors that `config` says there are."""
-    layer, attention, mlp = "model.layers.{i}.", "model.layers.{i}.self_attn.", "model.layers.{i}.mlp."
-    rules = [WeightRule("embedding.weight", ("model.embed_tokens.weight",))]
 
-    def linear(ours: str, theirs: tuple[str, ...], bias: bool) -> None:
-        rules.append(WeightRule(f"{ours}.weight", tuple(f"{name}.weight" for name in theirs)))
-        if bias:
-            rules.append(WeightRule(f"{ours}.bias", tuple(f"{name}.bias" for name in theirs)))
+@dataclass(frozen=True)
+class Module:
+    """A module that has a weight: `layers` those that have it, None for all layers or for a module outside them."""
 
-    def norm(ours: str, theirs: str) -> None:
-        rules.append(WeightRule(f"{ours}.weight", (f"{theirs}.weight",)))
+    name: str
+    bias: bool = False
+    layers: tuple[int, ...] | None = None
 
-    norm("blocks.{i}.attention_norm", f"{layer}input_layernorm")
-    qkv = tuple(f"{attention}{name}_proj" for name in "qkv")
-    linear("blocks.{i}.attention.qkv", qkv, config.attention.qkv_bias)
-    linear("blocks.{i}.attention.out", (f"{attention}o_proj",), config.attention.out_bias)
-    if config.attention.qk_norm:
-        norm("blocks.{i}.attention.q_norm", f"{attention}q_norm")
-        norm("blocks.{i}.attention.k_norm", f"{attention}k_norm")
-    if config.residual.post_norms:
-        norm("blocks.{i}.post_attention_norm", f"{layer}post_attention_layernorm")
-        norm("blocks.{i}.mlp_norm", f"{layer}pre_feedforward_layernorm")
-        norm("blocks.{i}.post_mlp_norm", f"{layer}post_feedforward_layernorm")
-    else:  # here Hugging Face's "post attention" norm is the one before the MLP
-        norm("blocks.{i}.mlp_norm", f"{layer}post_attention_layernorm")
-    linear("blocks.{i}.mlp.gate_up", (f"{mlp}gate_proj", f"{mlp}up_proj"), config.mlp.bias)
-    linear("blocks.{i}.mlp.down", (f"{mlp}down_proj",), config.mlp.bias)
-    norm("norm", "model.norm")
-    if not config.tie_embeddings:
-        linear("head", ("lm_head",), False)
-    return tuple(rules)
+
+def modules(config: DecoderConfig) -> list[Module]:
+    """Every module with a weight of the decoder that `config` describes (models/decoder.py builds just these)."""
+    a, r, m, norm = config.attention, config.residual, config.mlp, config.norm.bias
+    found = [Module("embedding"), Module("norm", norm)]
+    found += [Module("positions")] * (config.learned_position_offset is not None)
+    found += [Module("embedding_norm", norm)] * config.embedding_norm
+    found += [Module("head")] * (not config.tie_embeddings)
+    found += [Module("attention.qkv", a.qkv_bias), Module("attention.out", a.out_bias)]
+    found += [Module("attention.q_norm"), Module("attention.k_norm")] * (a.qk_norm is not None)
+    found += [Module("attention_norm", norm)] * r.pre_norms
+    found += [Module("mlp_norm", norm)] * (r.pre_norms and not r.shared_norm)
+    found += [Module("post_attention_norm", norm), Module("post_mlp_norm", norm)] * r.post_norms
+    dense = tuple(layer for layer in range(config.num_layers) if not config.is_moe(layer))
+    if dense:
+        layers = None if config.moe is None else dense
+        found += [Module("mlp.gate_up" if m.gated else "mlp.up", m.bias, layers), Module("mlp.down", m.bias, layers)]
+    if config.moe is not None:
+        experts = ("mlp.router", "mlp.experts.{e}.gate_up", "mlp.experts.{e}.down")
+        found += [Module(name, False, config.moe.layers) for name in experts]
+    return found
+
+
+def hugging_face_names(config: DecoderConfig) -> dict[str, str | tuple[str, ...] | Stored]:
+    """The names that Llama brought and most families kept."""
+    layer = "model.layers.{i}."
+    # Where there are two norms a half, Hugging Face calls the MLP's first one "pre feedforward"; where there is one,
+    # the norm before the MLP is "post attention".
+    sandwich = config.residual.pre_norms and config.residual.post_norms
+    return {
+        "embedding": "model.embed_tokens",
+        "attention_norm": f"{layer}input_layernorm",
+        "attention.qkv": tuple(f"{layer}self_attn.{name}_proj" for name in "qkv"),
+        "attention.q_norm": f"{layer}self_attn.q_norm",
+        "attention.k_norm": f"{layer}self_attn.k_norm",
+        "attention.out": f"{layer}self_attn.o_proj",
+        "post_attention_norm": f"{layer}post_attention_layernorm",
+        "mlp_norm": f"{layer}{'pre_feedforward' if sandwich else 'post_attention'}_layernorm",
+        "mlp.gate_up": (f"{layer}mlp.gate_proj", f"{layer}mlp.up_proj"),
+        "mlp.down": f"{layer}mlp.down_proj",
+        "mlp.router": f"{layer}mlp.gate",
+        "mlp.experts.{e}.gate_up": (f"{layer}mlp.experts.{{e}}.gate_proj", f"{layer}mlp.experts.{{e}}.up_proj"),
+        "mlp.experts.{e}.down": f"{layer}mlp.experts.{{e}}.down_proj",
+        "post_mlp_norm": f"{layer}post_feedforward_layernorm",
+        "norm": "model.norm",
+        "head": "lm_head",
+    }

@@ -19,7 +19,7 @@ from paceline.errors import CheckpointError
 from paceline.kernels.linear import TOO_SMALL, onednn_refusal
 from paceline.layers.linear import Linear
 from paceline.loading.progress import Progress, Silent
-from paceline.loading.rules import forward_names
+from paceline.loading.rules import Stored, stored_names
 from paceline.log import get_logger
 from paceline.models.decoder import Decoder
 from paceline.models.registry import family_of
@@ -43,12 +43,14 @@ class Tensors(Protocol):
 
 
 class CheckpointParts:
-    """A decoder's Parts, read from a checkpoint under the family's weight rules."""
+    """A decoder's Parts, read from a checkpoint under the family's weight rules. `files`: the checkpoint's own name of
+    a tensor that the rules name."""
 
     def __init__(
         self,
         checkpoint: Tensors,
-        names: Mapping[str, tuple[str, ...]],
+        names: Mapping[str, Stored],
+        files: Mapping[str, str],
         *,
         dtype: torch.dtype,
         device: torch.device,
@@ -57,11 +59,11 @@ class CheckpointParts:
     ) -> None:
         self.checkpoint = checkpoint
         self.names = names
+        self.files = files
         self.dtype = dtype
         self.device = device
         self.format = format
         self.progress = progress
-        self.stored = frozenset(checkpoint.names())
         self.used: set[str] = set()
         self.plain: Counter[str] = Counter()  # why matrices on the CPU are not packed for oneDNN
 
@@ -79,7 +81,7 @@ class CheckpointParts:
 
     def num_bytes(self) -> int:
         """Bytes of all the tensors that the names lead to, as read."""
-        wanted = (name for theirs in self.names.values() for name in theirs if name in self.stored)
+        wanted = (self.files[name] for stored in self.names.values() for name in stored.names if name in self.files)
         return sum(math.prod(self.checkpoint.shape(name)) * self.checkpoint.dtype(name).itemsize for name in wanted)
 
     def _pack(self, values_NK: torch.Tensor) -> formats.Weight:
@@ -91,27 +93,51 @@ class CheckpointParts:
 
     def _read(self, name: str, rows: tuple[int, ...], rest: tuple[int, ...]) -> torch.Tensor:
         fused = torch.empty((sum(rows), *rest), dtype=self.dtype, device=self.device)
-        start = 0
-        for part, count in zip(self.names[name], rows, strict=True):
-            self._check(part, (count, *rest))
-            values = self.checkpoint.read(part)
-            fused[start : start + count].copy_(values)
+        stored, start = self.names[name], 0
+        if len(stored.names) == 1:  # fused in the checkpoint already
+            rows = (sum(rows),)
+        for part, count in zip(stored.names, rows, strict=True):
+            file = self._check(part, stored.layout.stored_shape((count, *rest)))
+            values = self.checkpoint.read(file)
+            fused[start : start + count].copy_(stored.layout.ours(values))
             start += count
-            self.used.add(part)
+            self.used.add(file)
             self.progress.advance(values.nbytes)
         return fused
 
-    def _check(self, part: str, expected: tuple[int, ...]) -> None:
-        if part not in self.stored:
+    def _check(self, part: str, expected: tuple[int, ...]) -> str:
+        if part not in self.files:
             raise CheckpointError(
                 f"tensor '{part}' is missing from the checkpoint (expected shape {list(expected)}): "
                 "download the model again, or check that config.json belongs to it"
             )
-        found = tuple(self.checkpoint.shape(part))
+        file = self.files[part]
+        found = tuple(self.checkpoint.shape(file))
         if found != expected:
             raise CheckpointError(
-                f"tensor '{part}' has shape {list(found)}, expected {list(expected)}: config.json does not belong to it"
+                f"tensor '{file}' has shape {list(found)}, expected {list(expected)}: config.json does not belong to it"
             )
+        return file
+
+
+def names_in_file(wanted: Collection[str], stored: Collection[str], prefix: str) -> dict[str, str]:
+    """Of the tensors that the rules name, those that the checkpoint has -> its own name for each.
+
+    Checkpoints of multimodal models keep the language model under a prefix of its own, those of a bare model leave
+    the family's `prefix` out. Raises CheckpointError where two of its tensors could be the same one.
+    """
+    found: dict[str, str] = {}
+    for name in stored:
+        for theirs, ours in (("", ""), ("language_model.", ""), ("model.language_model.", prefix), ("", prefix)):
+            ours_name = ours + name.removeprefix(theirs)
+            if name.startswith(theirs) and ours_name in wanted:
+                if ours_name in found:
+                    raise CheckpointError(
+                        f"the checkpoint has '{found[ours_name]}' and '{name}', both the model's '{ours_name}'"
+                    )
+                found[ours_name] = name
+                break
+    return found
 
 
 def load_decoder(
@@ -129,10 +155,14 @@ def load_decoder(
     Raises CheckpointError for a tensor that is missing or of the wrong shape, UsageError for an unknown format.
     """
     family = family_of(config)
-    names = forward_names(family.weight_rules(config), config.num_layers)
+    names = stored_names(
+        family.weight_rules(config), config.num_layers, 0 if config.moe is None else config.moe.num_experts
+    )
+    wanted = {name for stored in names.values() for name in stored.names}
     parts = CheckpointParts(
         checkpoint,
         names,
+        names_in_file(wanted, checkpoint.names(), family.prefix),
         dtype=dtype,
         device=torch.device(device),
         format=quantize or "dense",
@@ -151,7 +181,8 @@ def load_decoder(
 
 def _report_unused(parts: CheckpointParts, config: DecoderConfig) -> None:
     """Say once which tensors of the checkpoint the model has no place for."""
-    unused = sorted(name for name in parts.stored - parts.used if not name.endswith(INERT_SUFFIXES))
+    stored = set(parts.checkpoint.names())
+    unused = sorted(name for name in stored - parts.used if not name.endswith(INERT_SUFFIXES))
     if config.tie_embeddings and "lm_head.weight" in unused:
         unused.remove("lm_head.weight")  # a copy of the embedding
     if unused:

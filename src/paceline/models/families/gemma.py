@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from paceline.config import AttentionConfig, DecoderConfig, MlpConfig, NormConfig, ResidualConfig, RopeConfig
-from paceline.models.family import Family, hugging_face_rules
+from paceline.models.family import Family, hugging_face_names
 from paceline.models.hf_config import HFConfig, read_activation, read_rope, read_windows
 
 
@@ -34,7 +34,7 @@ def decoder_config(hf: HFConfig) -> DecoderConfig:
             scale=hf.size("query_pre_attn_scalar", 256) ** -0.5,
             qkv_bias=bias,
             out_bias=bias,
-            qk_norm=gemma3,
+            qk_norm="head" if gemma3 else None,
             # For Gemma 3 the key is not asked for, so only null passes: transformers ignores it there.
             soft_cap=None if gemma3 else hf.optional("attn_logit_softcapping", 50.0),
         ),
@@ -50,4 +50,4 @@ def decoder_config(hf: HFConfig) -> DecoderConfig:
     )
 
 
-FAMILY = Family("gemma", ("Gemma2ForCausalLM", "Gemma3ForCausalLM"), decoder_config, hugging_face_rules)
+FAMILY = Family("gemma", ("Gemma2ForCausalLM", "Gemma3ForCausalLM"), decoder_config, hugging_face_names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from paceline.config import AttentionConfig, DecoderConfig, MlpConfig, NormConfig
-from paceline.models.family import Family, hugging_face_rules
+from paceline.models.family import Family, hugging_face_names
 from paceline.models.hf_config import HFConfig, read_activation, read_rope
 
 
@@ -36,4 +36,4 @@ def decoder_config(hf: HFConfig) -> DecoderConfig:
     )
 
 
-FAMILY = Family("llama", ("LlamaForCausalLM",), decoder_config, hugging_face_rules)
+FAMILY = Family("llama", ("LlamaForCausalLM",), decoder_config, hugging_face_names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from paceline.config import AttentionConfig, DecoderConfig, MlpConfig, NormConfig
-from paceline.models.family import Family, hugging_face_rules
+from paceline.models.family import Family, hugging_face_names
 from paceline.models.hf_config import HFConfig, read_activation, read_rope, read_windows
 
 
@@ -28,7 +28,7 @@ def decoder_config(hf: HFConfig) -> DecoderConfig:
             scale=head_dim**-0.5,
             qkv_bias=bias,
             out_bias=bias and qwen3,
-            qk_norm=qwen3,
+            qk_norm="head" if qwen3 else None,
         ),
         rope=read_rope(hf, head_dim),
         mlp=MlpConfig(hf.size("intermediate_size"), read_activation(hf, "hidden_act", "silu")),
@@ -38,4 +38,4 @@ def decoder_config(hf: HFConfig) -> DecoderConfig:
     )
 
 
-FAMILY = Family("qwen", ("Qwen2ForCausalLM", "Qwen3ForCausalLM"), decoder_config, hugging_face_rules)
+FAMILY = Family("qwen", ("Qwen2ForCausalLM", "Qwen3ForCausalLM"), decoder_config, hugging_face_names)
