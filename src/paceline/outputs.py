@@ -21,13 +21,15 @@ class Logprob:
 class CompletionOutput:
     """One of a request's n answers. `finish_reason`: "stop", "length", "abort", "error", or None while it runs.
     `stop_reason`: the stop string or stop token id that ended it, None for the model's own end.
-    `logprobs`: a mapping a token, token id -> Logprob, the chosen token's included; None unless asked for."""
+    `logprobs`: a mapping a token, token id -> Logprob, the chosen token's included; None unless asked for.
+    With `echo`, text, token_ids and logprobs begin with the prompt's (the first token's log probability is None);
+    `cumulative_logprob` sums over the generated tokens alone."""
 
     index: int
     text: str
     token_ids: Sequence[int]
     cumulative_logprob: float | None = None
-    logprobs: Sequence[Mapping[int, Logprob]] | None = None
+    logprobs: Sequence[Mapping[int, Logprob] | None] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: str | None = None
@@ -52,7 +54,11 @@ class RequestMetrics:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A request's prompt and answers. From `stream` each value carries only what is new in `outputs`."""
+    """A request's prompt and answers. From `stream` each value carries only what is new in `outputs`.
+
+    `prompt_logprobs`: a mapping a prompt token, token id -> Logprob, that token's included, and None for the first,
+    which nothing precedes; None unless asked for. From `stream` the first value has it, the later ones None.
+    """
 
     request_id: str
     prompt: str | None
@@ -61,6 +67,7 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     num_cached_tokens: int = 0
+    prompt_logprobs: Sequence[Mapping[int, Logprob] | None] | None = None
 
 
 def decoded_logprobs(entry: TokenLogprobs, tokens: Mapping[int, str] | None) -> dict[int, Logprob]:

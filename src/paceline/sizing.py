@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from paceline.config import DecoderConfig, KVGroup
 
 GIB = 1 << 30
+LOGPROB_WORKSPACE = 64 << 20  # bytes that scoring a slice of rows takes: 27 rows of 152,000 tokens
+LOGIT_BYTES = 16  # of one value while it is scored: the head's output, float32 logits, log softmax, a comparison
+TOP_BYTES = 12  # of one returned value: float32 and its int64 index
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,22 @@ def activation_bytes(config: DecoderConfig, num_tokens: int, num_rows: int, byte
     if config.moe is not None:  # each token's copies on the way to its experts, and its experts' inner values
         widest = max(widest, config.moe.experts_per_token * (2 * config.hidden_size + 3 * config.moe.intermediate_size))
     return num_tokens * (2 * config.hidden_size + widest) * bytes_per_value + 3 * num_rows * config.vocab_size * 4
+
+
+def logprob_rows(vocab_size: int, num_top: int) -> int:
+    """Rows whose log probabilities, `num_top` returned of each, are computed at once: what LOGPROB_WORKSPACE holds."""
+    return max(1, LOGPROB_WORKSPACE // _scoring_bytes(vocab_size, num_top))
+
+
+def logprob_workspace_bytes(vocab_size: int, num_rows: int) -> int:
+    """The most that scoring `num_rows` rows (prompt_logprobs, logprobs) holds at once, whatever k: LOGPROB_WORKSPACE
+    where the rows need slices, their own size where they are few, and one row where even that is more."""
+    row = _scoring_bytes(vocab_size, vocab_size)
+    return max(row, min(LOGPROB_WORKSPACE, num_rows * row))
+
+
+def _scoring_bytes(vocab_size: int, num_top: int) -> int:
+    return vocab_size * LOGIT_BYTES + min(num_top, vocab_size) * TOP_BYTES
 
 
 @dataclass(frozen=True)

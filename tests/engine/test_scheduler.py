@@ -372,3 +372,86 @@ def test_block_tables_are_the_same_object_while_unchanged():
 def test_the_scheduler_imports_no_torch():
     code = "import sys, paceline.engine.scheduler, paceline.speculative.ngram; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def score_step(scheduler):
+    """A step whose scored positions come back as log probabilities that name them; its updates by id."""
+    output = scheduler.schedule()
+    scored = {r.request_id: tuple(TokenLogprobs(0, float(p), 1, {}) for p in r.scored) for r in output.scheduled}
+    return output, answer(scheduler, output, prompt_logprobs=scored)
+
+
+def test_a_prompt_is_scored_chunk_by_chunk_and_reported_once():
+    scheduler = make(max_chunk=4)
+    add(scheduler, "a", range(10), prompt_logprobs=1)
+    scored, reported = [], []
+    for _ in range(4):
+        output, updates = score_step(scheduler)
+        scored += [r.scored for r in output.scheduled]
+        reported += [update.prompt_logprobs for update in updates.values()]
+    assert scored == [range(4), range(4, 8), range(8, 9), range(10, 9)]
+    assert [len(entries) if entries else entries for entries in reported] == [9, None]
+
+
+def test_a_cached_prefix_has_no_logits_and_is_computed_again():
+    """Its blocks serve others all the same."""
+    scheduler = make()
+    add(scheduler, "b", range(9), max_tokens=1, prompt_logprobs=0)
+    score_step(scheduler)
+    add(scheduler, "d", range(9), max_tokens=1, prompt_logprobs=0)
+    add(scheduler, "e", range(9), max_tokens=1)
+    output, updates = score_step(scheduler)
+    assert shares(output) == [("d", 0, 9), ("e", 8, 1)]
+    assert (updates["d"].num_cached_tokens, updates["e"].num_cached_tokens) == (0, 8)
+
+
+def test_a_preempted_prompt_is_not_scored_twice():
+    """b loses its blocks with 8 of 11 positions scored; it takes up what the cache still has, and scores the rest."""
+    scheduler = make(num_blocks=5, max_chunk=4)
+    add(scheduler, "a", range(100, 107), max_tokens=9)
+    score_step(scheduler)
+    score_step(scheduler)  # a computed its 7 tokens: 2 blocks
+    add(scheduler, "b", range(12), max_tokens=1, prompt_logprobs=0)
+    scored, starts, done = [], [], {}
+    for _ in range(30):
+        output, updates = score_step(scheduler)
+        for request in output.scheduled:
+            if request.request_id == "b":
+                scored += request.scored
+                starts.append(request.start)
+        done |= {i: u for i, u in updates.items() if u.finish_reason}
+        if len(done) == 2:
+            break
+    assert (starts, scheduler.stats.num_preemptions) == ([0, 4, 4, 8], 1)
+    assert scored == list(range(11))
+    assert [entry.logprob for entry in done["b"].prompt_logprobs] == list(range(11))
+
+
+def test_only_the_first_of_n_answers_scores_the_prompt():
+    scheduler = make()
+    add(scheduler, "a#0", range(9), prompt_logprobs=0, n=2)
+    add(scheduler, "a#1", range(9), prompt_logprobs=0, n=2, fork_of="a#0")
+    first, _ = score_step(scheduler)
+    second, _ = score_step(scheduler)
+    assert [(r.request_id, len(r.scored)) for r in first.scheduled] == [("a#0", 8)]
+    assert [(r.request_id, len(r.scored)) for r in second.scheduled] == [("a#0", 0), ("a#1", 0)]
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_a_request_for_no_token_ends_with_its_prompt(depth):
+    scheduler = make(max_chunk=4, depth=depth, max_model_len=10)
+    add(scheduler, "a", range(10), max_tokens=0, prompt_logprobs=0)
+    with pytest.raises(PromptTooLongError):
+        add(scheduler, "b", range(11), max_tokens=0, prompt_logprobs=0)
+    outputs = []
+    updates = {}
+    while scheduler.has_unfinished:
+        output = scheduler.schedule()
+        outputs.append(output)
+        assert not any(request.samples for request in output.scheduled)
+        if len(outputs) > depth or not output.scheduled:
+            oldest = outputs.pop(0)
+            scores = {r.request_id: tuple(TokenLogprobs(0, 0.0, 1, {}) for _ in r.scored) for r in oldest.scheduled}
+            updates |= answer(scheduler, oldest, prompt_logprobs=scores)
+    assert (updates["a"].new_token_ids, updates["a"].finish_reason) == ((), "length")
+    assert len(updates["a"].prompt_logprobs) == 9

@@ -13,6 +13,7 @@ from paceline.config import CacheConfig, EngineConfig, KVGroup, SchedulerConfig,
 from paceline.engine.request import Request, RequestSpec
 from paceline.engine.scheduler import Scheduler
 from paceline.engine.step import PLACEHOLDER, ScheduledRequest, SchedulerOutput, StepOutput
+from paceline.sampling.logprobs import TokenLogprobs
 
 VOCAB = 4  # few tokens, so that prefixes meet, drafts are sometimes right and stop ids come up
 
@@ -34,12 +35,18 @@ def alone(spec: RequestSpec, max_model_len: int) -> tuple[list[int], str]:
     """The output tokens and finish reason that the request gets by itself, straight from the definition."""
     tokens, params, output = list(spec.prompt_token_ids), spec.params, []
     stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(spec.eos_token_ids))
-    while True:
+    while params.max_tokens != 0:
         output.append(next_token(history(spec.namespace, tokens + output)[-1], spec.seed))
         if output[-1] in stops and len(output) > params.min_tokens:
             return output, "stop"
         if len(output) == params.max_tokens or len(tokens) + len(output) == max_model_len:
             return output, "length"
+    return [], "length"
+
+
+def score(hashes: Sequence[int], prompt: Sequence[int], position: int) -> TokenLogprobs:
+    """What stands for the log probability of the prompt token after `position`: it depends on all up to there."""
+    return TokenLogprobs(prompt[position + 1], float(hashes[position] % 1000), 1, {})
 
 
 class Device:
@@ -66,9 +73,16 @@ class Device:
         rows = [self._write(r) for r in output.scheduled]
         for scheduled, hashes in zip(output.scheduled, rows, strict=True):
             self._read(scheduled, hashes)
+        together = list(zip(output.scheduled, rows, strict=True))
         return StepOutput(
-            {r.request_id: self._sample(r, h) for r, h in zip(output.scheduled, rows, strict=True) if r.samples}
+            {r.request_id: self._sample(r, h) for r, h in together if r.samples},
+            prompt_logprobs={r.request_id: self._score(r, h) for r, h in together if r.scored},
         )
+
+    def _score(self, scheduled: ScheduledRequest, hashes: list[int]) -> tuple[TokenLogprobs, ...]:
+        assert scheduled.start <= scheduled.scored.start, "a position is scored that the step does not compute"
+        prompt = self.specs[scheduled.request_id].prompt_token_ids
+        return tuple(score(hashes, prompt, position) for position in scheduled.scored)
 
     def _copy(self, output: SchedulerOutput) -> None:
         size = self.block_size
@@ -91,7 +105,9 @@ class Device:
         known, tokens = self.known[scheduled.request_id], []
         assert scheduled.token_ids, "nothing to compute"
         num_known = len(scheduled.token_ids) - scheduled.num_drafts
-        assert scheduled.samples == (scheduled.start + num_known == len(known)), "`samples` is wrong"
+        wants_tokens = self.specs[scheduled.request_id].params.max_tokens != 0
+        last = scheduled.start + num_known == len(known)
+        assert scheduled.samples == (wants_tokens and last), "`samples` is wrong"
         for i, token in enumerate(scheduled.token_ids):
             position = scheduled.start + i
             if i < num_known:
@@ -162,6 +178,7 @@ class World:
         self.outputs: dict[str, list[int]] = {spec.request_id: [] for spec in script.specs}
         self.reasons: dict[str, str] = {}
         self.cached: dict[str, int] = {}
+        self.scored: set[str] = set()
         self.known_to_device: set[str] = set()
         self.queue: deque[tuple[SchedulerOutput, StepOutput]] = deque()
 
@@ -209,11 +226,29 @@ class World:
             request_id = update.request_id
             assert request_id not in self.reasons, "a finished request is reported again"
             self.outputs[request_id] += update.new_token_ids
+            if update.prompt_logprobs is not None:
+                self._check_scores(self.specs[request_id], update.prompt_logprobs)
+            leader = self.specs[request_id].fork_of
+            if update.error is None and leader and self._is_scoring(leader):
+                assert leader in self.scored, "an answer came before its prompt's log probabilities"
             self.cached[request_id] = update.num_cached_tokens
             if update.finish_reason is not None:
                 self.reasons[request_id] = update.finish_reason
             elif self.script.drafts:
                 self.scheduler.set_drafts(request_id, self._drafts(request_id))
+
+    def _is_scoring(self, request_id: str) -> bool:
+        wanted = self.specs[request_id].params.num_prompt_logprobs is not None
+        return wanted and request_id not in self.reasons
+
+    def _check_scores(self, spec: RequestSpec, found: Sequence[TokenLogprobs]) -> None:
+        assert spec.params.num_prompt_logprobs is not None, "log probabilities that nobody asked for"
+        assert spec.fork_of is None, "an answer scores the prompt again"
+        assert spec.request_id not in self.scored, "a prompt's log probabilities are reported twice"
+        self.scored.add(spec.request_id)
+        prompt = spec.prompt_token_ids
+        hashes = history(spec.namespace, prompt)
+        assert list(found) == [score(hashes, prompt, i) for i in range(len(prompt) - 1)], "wrong log probabilities"
 
     def _drafts(self, request_id: str) -> list[int]:
         spec = self.specs[request_id]
@@ -252,6 +287,8 @@ class World:
                     assert self._overflows(len(spec.prompt_token_ids) + len(got) + 1), "failed without need"
             else:
                 assert (got, why) == (tokens, reason), "not the tokens it gets alone"
+                wanted = spec.params.num_prompt_logprobs is not None and spec.fork_of is None
+                assert not wanted or spec.request_id in self.scored, "the prompt's log probabilities never came"
         assert set(self.scheduler.stats.cache.used_blocks) == {0}, "blocks were never given back"
 
 

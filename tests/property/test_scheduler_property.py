@@ -28,12 +28,15 @@ def requests(draw: st.DrawFn, block_size: int) -> tuple[list[RequestSpec], list[
     for index in range(draw(st.integers(1, 5))):
         stem = draw(st.sampled_from(STEMS))
         prompt = stem[: draw(st.integers(1, len(stem)))] + draw(st.lists(st.integers(0, 3), max_size=4))
-        max_tokens, min_tokens = draw(st.sampled_from([(1, 0), (3, 0), (3, 2), (12, 2), (None, 0), (None, 2)]))
+        prompt_logprobs = draw(st.sampled_from([None, None, 0]))
+        limits = [(1, 0), (3, 0), (3, 2), (12, 2), (None, 0), (None, 2)]
+        max_tokens, min_tokens = draw(st.sampled_from(limits if prompt_logprobs is None else [(0, 0), *limits]))
         params = SamplingParams(
             max_tokens=max_tokens,
             min_tokens=min_tokens,
             stop_token_ids=draw(st.sampled_from([(), (3,)])),
             ignore_eos=draw(st.booleans()),
+            prompt_logprobs=prompt_logprobs,
             priority=draw(st.integers(0, 2)),
         )
         namespace, arrival = draw(st.sampled_from(["", "", "lora"])), draw(st.integers(0, 6))

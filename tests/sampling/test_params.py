@@ -51,6 +51,7 @@ WRONG = [
     ("seed", 2**64),
     ("seed", 1.0),
     ("max_tokens", 0),
+    ("max_tokens", -1),
     ("max_tokens", True),
     ("min_tokens", -1),
     ("min_tokens", 17),
@@ -64,6 +65,9 @@ WRONG = [
     ("ignore_eos", "yes"),
     ("logprobs", -2),
     ("logprobs", True),
+    ("prompt_logprobs", -2),
+    ("prompt_logprobs", 1.0),
+    ("echo", 1),
     ("detokenize", 0),
     ("skip_special_tokens", None),
     ("spaces_between_special_tokens", 0),
@@ -98,6 +102,21 @@ def test_greedy_refuses_copies_and_stop_strings_need_text() -> None:
         SamplingParams(n=2, temperature=0.0)
     with pytest.raises(UsageError, match="detokenize"):
         SamplingParams(stop="x", detokenize=False)
+
+
+def test_nothing_is_generated_only_where_the_prompt_is_wanted() -> None:
+    for wanted in ({"prompt_logprobs": 0}, {"echo": True}):
+        assert SamplingParams(max_tokens=0, **wanted).max_tokens == 0
+    with pytest.raises(UsageError, match="only a request with prompt_logprobs or echo may generate nothing"):
+        SamplingParams(max_tokens=0, logprobs=1)
+
+
+def test_echo_wants_the_prompts_log_probabilities_as_it_wants_the_answers() -> None:
+    assert SamplingParams(logprobs=3).num_prompt_logprobs is None
+    assert SamplingParams(echo=True).num_prompt_logprobs is None
+    assert SamplingParams(echo=True, logprobs=3).num_prompt_logprobs == 3
+    assert SamplingParams(echo=True, logprobs=3, prompt_logprobs=0).num_prompt_logprobs == 0
+    assert SamplingParams(prompt_logprobs=-1).num_prompt_logprobs == -1
 
 
 def test_a_long_wrong_value_gives_a_short_line() -> None:

@@ -56,15 +56,19 @@ class CacheManager:
 
     # ------------------------------------------------------------------------------------- a request's life
 
-    def begin(self, request_id: str, namespace: str, token_ids: Sequence[int]) -> int:
+    def begin(
+        self, request_id: str, namespace: str, token_ids: Sequence[int], max_cached_tokens: int | None = None
+    ) -> int:
         """Open the request's table on its longest cached prefix; return that prefix's length in tokens.
 
-        At most len(token_ids) - 1: the last token must be computed, for its logits.
+        At most len(token_ids) - 1, as the last token must be computed, for its logits; and at most
+        `max_cached_tokens`, where earlier ones are wanted too.
         """
         if not self._caching:
             self._tables[request_id] = _Table(tuple([] for _ in self.groups), None)
             return 0
-        match = self._tree.match(namespace, token_ids, len(token_ids) - 1)
+        limit = len(token_ids) - 1 if max_cached_tokens is None else max_cached_tokens
+        match = self._tree.match(namespace, token_ids, limit)
         for pool, blocks in zip(self._pools, match.blocks, strict=True):
             for block in blocks:
                 if block != NULL_BLOCK:

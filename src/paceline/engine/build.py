@@ -191,6 +191,7 @@ def _check_weights_fit(config: DecoderConfig, options: LoadOptions, dtype: torch
     step = sizing.activation_bytes(
         config, options.scheduler.max_num_batched_tokens, options.scheduler.max_num_seqs, dtype.itemsize
     )
+    step += sizing.logprob_workspace_bytes(config.vocab_size, options.scheduler.max_num_batched_tokens)
     available = available_bytes(device)
     if device.type == "cuda":
         available = int(available * CUDA_MEMORY_SHARE)

@@ -1,4 +1,4 @@
-"""Run one step on the device: copy blocks, build the inputs, forward, sample, verify drafts.
+"""Run one step on the device: copy blocks, build the inputs, forward, score prompts, sample, verify drafts.
 
 The runner keeps what the device side must remember of a request (its tokens) and owns the cache's tensors; it
 decides nothing that the scheduler has not decided.
@@ -6,9 +6,11 @@ decides nothing that the scheduler has not decided.
 
 from __future__ import annotations
 
+import math
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 
@@ -19,7 +21,8 @@ from paceline.kernels.attention_plan import build_attention
 from paceline.log import get_logger
 from paceline.models.model import Model
 from paceline.sampling.logprobs import TokenLogprobs
-from paceline.sampling.sampler import Sampled, SamplingRow, sample
+from paceline.sampling.sampler import NOT_FINITE, Sampled, SamplingRow, sample
+from paceline.sampling.scoring import score_hidden
 from paceline.speculative.verify import rows_with_drafts, verify
 
 log = get_logger(__name__)
@@ -62,7 +65,9 @@ class ModelRunner:
         if not output.scheduled:
             return StepOutput({})
         hidden_TD = self.model(self._inputs(output.scheduled), self.kv)
-        return self._sample(output.scheduled, hidden_TD)
+        step = self._sample(output.scheduled, hidden_TD)
+        prompt_logprobs = self._score_prompts(output.scheduled, hidden_TD)
+        return replace(step, prompt_logprobs=prompt_logprobs, errors=self._errors(step.errors, prompt_logprobs))
 
     def _inputs(self, scheduled: Sequence[ScheduledRequest]) -> ModelInputs:
         token_ids: list[int] = []
@@ -85,6 +90,39 @@ class ModelRunner:
         )
         device = self.model.device
         return ModelInputs(torch.tensor(token_ids, device=device), torch.tensor(positions, device=device), attention)
+
+    def _score_prompts(
+        self, scheduled: Sequence[ScheduledRequest], hidden_TD: torch.Tensor
+    ) -> dict[str, tuple[TokenLogprobs, ...]]:
+        """The log probabilities of the prompt tokens that follow the rows to be scored, by request."""
+        picked: list[int] = []  # rows of hidden_TD
+        targets: list[int] = []
+        num_top: list[int] = []
+        end = 0
+        for request in scheduled:
+            first = end - request.start
+            end += len(request.token_ids)
+            if request.scored:
+                state = self._requests[request.request_id]
+                picked += [first + position for position in request.scored]
+                targets += [state.prompt[position + 1] for position in request.scored]
+                num_top += [state.new.params.num_prompt_logprobs or 0] * len(request.scored)
+        if not picked:
+            return {}
+        rows = torch.tensor(picked, device=hidden_TD.device)
+        entries = iter(score_hidden(self.model.logits, hidden_TD[rows], self.model.vocab_size, targets, num_top))
+        return {r.request_id: tuple(islice(entries, len(r.scored))) for r in scheduled if r.scored}
+
+    def _errors(
+        self, sampling: Mapping[str, str], prompt_logprobs: Mapping[str, tuple[TokenLogprobs, ...]]
+    ) -> dict[str, str]:
+        """What failed where tokens were chosen, and the requests whose prompt has logits that are not finite."""
+        errors = dict(sampling)
+        for request_id, entries in prompt_logprobs.items():
+            if request_id not in errors and any(math.isnan(entry.logprob) for entry in entries):
+                errors[request_id] = NOT_FINITE
+                self._isolate(request_id, NOT_FINITE)
+        return errors
 
     def _sample(self, scheduled: Sequence[ScheduledRequest], hidden_TD: torch.Tensor) -> StepOutput:
         """The last 1 + num_drafts rows of every request that samples choose tokens; drafts are kept as they agree."""

@@ -18,9 +18,17 @@ from paceline.tokens.tokenizer import Tokenizer
 
 
 class Answer:
-    """One of a request's answers, growing."""
+    """One of a request's answers, growing. It begins with `echoed`: the prompt's text and tokens, if asked for."""
 
-    def __init__(self, index: int, params: SamplingParams, tokenizer: Tokenizer | None, *, chat: bool) -> None:
+    def __init__(
+        self,
+        index: int,
+        params: SamplingParams,
+        tokenizer: Tokenizer | None,
+        *,
+        chat: bool,
+        echoed: tuple[str, Sequence[int]] = ("", ()),
+    ) -> None:
         self.index = index
         self.params = params
         self.tokenizer = tokenizer if params.detokenize else None
@@ -37,9 +45,11 @@ class Answer:
             if self.tokenizer is not None
             else None
         )
-        self.text: list[str] = []
-        self.token_ids: list[int] = []
-        self.logprobs: list[Mapping[int, Logprob]] = []
+        text, token_ids = echoed
+        self.text = [text]
+        self.token_ids = list(token_ids)
+        self.logprobs: list[Mapping[int, Logprob] | None] = [None] * len(token_ids)
+        self._num_echoed = len(token_ids)
         self.cumulative_logprob = 0.0
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
@@ -72,9 +82,11 @@ class Answer:
     def _add_logprobs(self, entries: Sequence[TokenLogprobs]) -> None:
         for entry in entries:
             self.cumulative_logprob += entry.logprob
-            ids = {*entry.top, entry.token_id}
-            tokens = None if self.tokenizer is None else {i: self.tokenizer.decode([i], False) for i in ids}
-            self.logprobs.append(decoded_logprobs(entry, tokens))
+            self.logprobs.append(_decoded(entry, self.tokenizer))
+
+    def echo_logprobs(self, entries: Sequence[Mapping[int, Logprob] | None]) -> None:
+        """The prompt's log probabilities, which come once its last chunk is computed."""
+        self.logprobs[: self._num_echoed] = entries[: self._num_echoed]
 
     def output(self, *, delta: bool) -> CompletionOutput:
         """All of the answer so far, or with `delta` what no earlier delta has carried."""
@@ -110,7 +122,11 @@ class RequestState:
         self.request_id = request_id
         self.prompt = prompt
         self.prompt_token_ids = prompt_token_ids
-        self.answers = [Answer(index, params, tokenizer, chat=chat) for index in range(params.n)]
+        self.tokenizer = tokenizer if params.detokenize else None
+        echoed = (self._echoed_text(params), prompt_token_ids) if params.echo else ("", ())
+        self.answers = [Answer(index, params, tokenizer, chat=chat, echoed=echoed) for index in range(params.n)]
+        self.prompt_logprobs: list[Mapping[int, Logprob] | None] | None = None
+        self._prompt_logprobs_shown = False  # a delta has carried them
         self.num_cached_tokens = 0
         self._arrival = time.perf_counter()
         self._first: float | None = None
@@ -127,9 +143,23 @@ class RequestState:
             self._first = self._first or self._last
         if index == 0:
             self.num_cached_tokens = update.num_cached_tokens
+        if update.prompt_logprobs is not None:
+            self.prompt_logprobs = [None, *(_decoded(entry, self.tokenizer) for entry in update.prompt_logprobs)]
+            for answer in self.answers:
+                answer.echo_logprobs(self.prompt_logprobs)
         return self.answers[index].apply(update)
 
+    def _echoed_text(self, params: SamplingParams) -> str:
+        """The prompt as it was given; what is left of a cut one, and token ids, as they decode."""
+        if self.tokenizer is None:
+            return ""
+        if self.prompt is not None and params.truncate_prompt_tokens is None:
+            return self.prompt
+        return self.tokenizer.decode(self.prompt_token_ids, params.skip_special_tokens)
+
     def output(self, *, delta: bool = False) -> RequestOutput:
+        prompt_logprobs = None if delta and self._prompt_logprobs_shown else self.prompt_logprobs
+        self._prompt_logprobs_shown |= delta and prompt_logprobs is not None
         return RequestOutput(
             self.request_id,
             self.prompt,
@@ -138,4 +168,10 @@ class RequestState:
             self.finished,
             RequestMetrics(self._arrival, self._first, self._last),
             self.num_cached_tokens,
+            prompt_logprobs,
         )
+
+
+def _decoded(entry: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
+    ids = {*entry.top, entry.token_id}
+    return decoded_logprobs(entry, None if tokenizer is None else {i: tokenizer.decode([i], False) for i in ids})

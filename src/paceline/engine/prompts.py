@@ -50,7 +50,7 @@ def _token_ids(value: Any) -> tuple[int, ...]:
 
 def check_prompt(prompt: TokenPrompt, params: SamplingParams, *, vocab_size: int, max_model_len: int) -> TokenPrompt:
     """The prompt as the engine takes it: not empty, inside the vocabulary, shorter than the context by at least one
-    token. Cut to its last `truncate_prompt_tokens` tokens only where the user asked for that."""
+    token unless none is to be chosen. Cut to its last `truncate_prompt_tokens` tokens only where the user asked."""
     token_ids = prompt.token_ids
     if params.truncate_prompt_tokens is not None:
         token_ids = token_ids[-params.truncate_prompt_tokens :]
@@ -59,7 +59,7 @@ def check_prompt(prompt: TokenPrompt, params: SamplingParams, *, vocab_size: int
     outside = next((token for token in token_ids if not 0 <= token < vocab_size), None)
     if outside is not None:
         raise UsageError(f"prompt token id {outside} is outside the vocabulary, which ends at {vocab_size - 1}")
-    if len(token_ids) >= max_model_len:
+    if len(token_ids) + (params.max_tokens != 0) > max_model_len:
         raise PromptTooLongError(
             f"the prompt has {len(token_ids)} tokens and the context holds {max_model_len}, of which at least one must "
             "be left to answer: shorten the prompt, raise max_model_len, or set truncate_prompt_tokens"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from paceline.engine.step import FinishReason, NewRequest
+from paceline.sampling.logprobs import TokenLogprobs
 from paceline.sampling.params import SamplingParams
 
 
@@ -41,6 +42,9 @@ class Request:
 
     `num_computed_tokens` counts tokens whose keys and values are computed, or will be by a step in flight.
     `num_placeholders`: tokens that steps in flight are going to append. `num_in_flight`: steps that hold the request.
+    `num_scored_tokens` counts positions of the prompt whose logits were, or are by a step in flight, turned into the
+    log probability of the next prompt token; a recomputation does not score them again. `prompt_logprobs`: what came
+    back of them, until all have and are reported; None where none are wanted. Of n answers only the first scores.
     """
 
     __slots__ = (
@@ -55,6 +59,8 @@ class Request:
         "num_in_flight",
         "num_placeholders",
         "num_prompt_tokens",
+        "num_scored_tokens",
+        "prompt_logprobs",
         "sent",
         "spec",
         "status",
@@ -69,6 +75,9 @@ class Request:
         self.num_prompt_tokens = len(self.token_ids)
         self.num_computed_tokens = 0
         self.num_placeholders = 0
+        wants_scores = spec.params.num_prompt_logprobs is not None and spec.fork_of is None
+        self.num_scored_tokens = 0 if wants_scores else self.num_prompt_tokens - 1
+        self.prompt_logprobs: list[TokenLogprobs] | None = [] if wants_scores else None
         self.num_in_flight = 0
         self.drafts: tuple[int, ...] = ()
         self.drafts_in_flight = False
@@ -102,8 +111,20 @@ class Request:
         return self.status is Status.FINISHED
 
     @property
+    def generates(self) -> bool:
+        """Whether tokens are to be chosen at all; with max_tokens 0 the request ends with its prompt."""
+        return self.max_total_tokens > self.num_prompt_tokens
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether every log probability wanted of the prompt is computed, or will be by a step in flight."""
+        return self.num_scored_tokens >= self.num_prompt_tokens - 1
+
+    @property
     def can_step(self) -> bool:
         """Whether the next step may hold the request: its position is certain, and more tokens are wanted of it."""
+        if not self.generates:
+            return True
         return not self.drafts_in_flight and len(self.token_ids) + self.num_placeholders < self.max_total_tokens
 
     @property
@@ -123,6 +144,16 @@ class Request:
             stop_token_ids=self.stop_token_ids,
             bad_words_token_ids=spec.bad_words_token_ids,
         )
+
+    def add_prompt_logprobs(self, entries: Sequence[TokenLogprobs]) -> tuple[TokenLogprobs, ...] | None:
+        """Keep a step's entries; all of them, once, when these complete the prompt's."""
+        if self.prompt_logprobs is None:
+            return None
+        self.prompt_logprobs.extend(entries)
+        if len(self.prompt_logprobs) < self.num_prompt_tokens - 1:
+            return None
+        complete, self.prompt_logprobs = tuple(self.prompt_logprobs), None
+        return complete
 
     def append(self, new_token_ids: Sequence[int]) -> tuple[int, FinishReason | None, int | None]:
         """Append tokens up to the first that ends the request; return (how many, finish reason, stop reason).

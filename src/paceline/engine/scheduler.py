@@ -79,22 +79,23 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request. UsageError: no tokens, or an id in use; PromptTooLongError: it and one token cannot fit."""
         length, limit = request.num_prompt_tokens, self.config.max_model_len
+        max_tokens = request.spec.params.max_tokens
+        least = length if max_tokens == 0 else length + 1  # tokens that it has at its end, at least
         if request.id in self._requests:
             raise UsageError(f"request id '{request.id}' is in use by an unfinished request: choose another")
         if length == 0:
             raise UsageError(f"request '{request.id}' has an empty prompt: give at least one token")
-        if length + 1 > limit:
+        if least > limit:
             raise PromptTooLongError(
                 f"the prompt has {length} tokens, and with one more it exceeds max_model_len {limit}: shorten it, set "
                 f"truncate_prompt_tokens, or raise max_model_len"
             )
-        group = self.cache.too_small_group(length + 1)
+        group = self.cache.too_small_group(least)
         if group is not None:
             raise PromptTooLongError(
                 f"the prompt has {length} tokens, and the KV cache holds {self.cache.describe_group(group)}: "
                 f"shorten it, or raise num_blocks"
             )
-        max_tokens = request.spec.params.max_tokens
         request.max_total_tokens = limit if max_tokens is None else min(limit, length + max_tokens)
         request.arrival = next(self._arrivals)
         self._requests[request.id] = request
@@ -197,7 +198,9 @@ class Scheduler:
             and self.cache.fork(leader.id, request.id, start)
         )
         if not forked:
-            start = self.cache.begin(request.id, request.spec.namespace, request.token_ids)
+            # What is still to be scored must be computed: a cached prefix has no logits.
+            limit = None if request.is_scored else request.num_scored_tokens
+            start = self.cache.begin(request.id, request.spec.namespace, request.token_ids, limit)
         request.num_computed_tokens = start
         # All its tokens must fit, not just the first chunk: else it would be preempted half-way, for nothing.
         if not self.cache.has_room_for_all(request.id, request.num_tokens) or not self._compute(
@@ -219,10 +222,13 @@ class Scheduler:
 
     def _waits_for_leader(self, step: _Step, request: Request) -> bool:
         """Whether sharing the leader's prompt is still to be expected. Not of one that was preempted: that would only
-        delay the request. What this very step computes cannot be shared yet: copies are made before it runs."""
+        delay the request, unless the leader has log probabilities to give that the request's echo begins with. What
+        this very step computes cannot be shared yet: copies are made before it runs."""
         leader = self._requests.get(request.spec.fork_of or "")
         if leader is None or request.status is Status.PREEMPTED:
             return False
+        if not leader.is_scored:
+            return True
         if leader.status is Status.RUNNING:
             return step.starts.get(leader.id, leader.num_computed_tokens) < leader.num_prompt_tokens - 1
         return leader.status is Status.WAITING
@@ -243,7 +249,8 @@ class Scheduler:
             if copies is None:
                 return False
         num_drafts = max(0, stop - start - uncomputed)
-        samples = stop >= start + uncomputed
+        samples = request.generates and stop >= start + uncomputed
+        scored = range(max(start, request.num_scored_tokens), min(stop, request.num_prompt_tokens - 1))
         step.scheduled.append(
             ScheduledRequest(
                 request_id=request.id,
@@ -252,6 +259,7 @@ class Scheduler:
                 num_drafts=num_drafts,
                 samples=samples,
                 block_tables=self.cache.block_tables(request.id),
+                scored=scored,
             )
         )
         step.held.append(request)
@@ -259,6 +267,7 @@ class Scheduler:
         step.copies.extend([BlockCopy(*copy) for copy in copies])
         step.budget -= stop - start
         request.num_computed_tokens = stop
+        request.num_scored_tokens += len(scored)
         request.num_in_flight += 1
         request.drafts = ()
         request.drafts_in_flight = num_drafts > 0
@@ -289,7 +298,8 @@ class Scheduler:
     def update(self, output: SchedulerOutput, step: StepOutput) -> list[RequestUpdate]:
         """Take in the results of the oldest step in flight; say what changed for which request.
 
-        Prefill chunks that choose no token are not reported, nor are results of requests that have ended meanwhile.
+        Prefill chunks that neither choose a token nor complete the prompt's log probabilities are not reported, nor
+        are results of requests that have ended meanwhile.
         EngineError if `output` is not the oldest step in flight, or a request that samples got no token.
         """
         updates = self._failures
@@ -313,6 +323,7 @@ class Scheduler:
             return _failure(request, step.errors[request.id])
         new: tuple[int, ...] = ()
         count, reason, stop_reason = 0, None, None
+        prompt_logprobs = request.add_prompt_logprobs(step.prompt_logprobs.get(request.id, ()))
         num_computed = scheduled.start + len(scheduled.token_ids)
         if scheduled.samples:
             new = step.token_ids.get(request.id, ())
@@ -325,11 +336,13 @@ class Scheduler:
             if request.status is Status.RUNNING:  # else it was preempted: its tokens count, its blocks are gone
                 request.num_computed_tokens -= rejected
             count, reason, stop_reason = request.append(new)
+        elif not request.generates and num_computed == request.num_prompt_tokens:
+            reason = "length"
         if request.status is Status.RUNNING:
             self.cache.commit(request.id, request.token_ids, min(num_computed, len(request.token_ids)))
         if reason is not None:
             self._end(request, reason, stop_reason)
-        if not scheduled.samples:
+        if not scheduled.samples and prompt_logprobs is None and reason is None:
             return None
         return RequestUpdate(
             request_id=request.id,
@@ -338,6 +351,7 @@ class Scheduler:
             finish_reason=reason,
             stop_reason=stop_reason,
             num_cached_tokens=request.num_cached_tokens,
+            prompt_logprobs=prompt_logprobs,
         )
 
     # ------------------------------------------------------------------------------------------ questions
@@ -383,7 +397,7 @@ class Scheduler:
         for request in self._requests.values():
             assert request.num_computed_tokens >= 0, "negative progress"
             assert request.num_placeholders <= request.num_in_flight, "a placeholder that no step will fill"
-            assert request.num_tokens < request.max_total_tokens, "a request outlived its limit"
+            assert request.num_tokens < request.max_total_tokens + (not request.generates), "it outlived its limit"
             if request.status is Status.RUNNING and not request.drafts_in_flight:
                 assert request.num_uncomputed_tokens >= 0, "computed more tokens than there are"
 

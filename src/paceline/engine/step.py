@@ -35,7 +35,8 @@ class ScheduledRequest:
 
     `num_drafts` of them, the last ones, are proposed and not yet accepted. `samples`: this step reaches the end of
     the known tokens, so its last 1 + num_drafts rows choose tokens; otherwise it is a prefill chunk and chooses none.
-    `block_tables`: one a KV group; the same object as last step's while unchanged.
+    `block_tables`: one a KV group; the same object as last step's while unchanged. `scored`: positions of this step
+    whose logits give the log probability of the prompt token after them.
     """
 
     request_id: str
@@ -44,6 +45,7 @@ class ScheduledRequest:
     num_drafts: int
     samples: bool
     block_tables: tuple[tuple[int, ...], ...]
+    scored: range = range(0)
 
     @property
     def drafts(self) -> tuple[int, ...]:
@@ -77,16 +79,20 @@ class SchedulerOutput:
 class StepOutput:
     """What a step chose. A request that `samples` has 1 to 1 + num_drafts tokens (accepted drafts, then one more)
     in `token_ids`, or a message in `errors`; a prefill chunk has neither. `logprobs` parallels `token_ids` for the
-    requests that asked."""
+    requests that asked; `prompt_logprobs` parallels `scored`."""
 
     token_ids: Mapping[str, tuple[int, ...]]
     logprobs: Mapping[str, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     errors: Mapping[str, str] = field(default_factory=dict)
+    prompt_logprobs: Mapping[str, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class RequestUpdate:
-    """What one step changed for one request, as Scheduler.update() reports it: tokens after any stop are cut off."""
+    """What one step changed for one request, as Scheduler.update() reports it: tokens after any stop are cut off.
+
+    `prompt_logprobs`: those of all prompt tokens but the first, in the one update that completes them; else None.
+    """
 
     request_id: str
     new_token_ids: tuple[int, ...]
@@ -95,3 +101,4 @@ class RequestUpdate:
     stop_reason: int | str | None = None  # the stop token id or stop string; None for the model's own end
     error: str | None = None
     num_cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None

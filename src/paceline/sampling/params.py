@@ -26,7 +26,10 @@ class SamplingParams:
     `max_tokens` None runs to the model's own end or the context's. `top_k` 0 or -1, `top_p` 1, `min_p` 0 and
     `typical_p` 1 are off. `seed` None draws one from the engine's seed; a request with a seed gets the same text
     whatever else is in the batch. `logprobs` k returns the k likeliest tokens' raw log probabilities beside the
-    chosen token's; -1 returns the whole vocabulary's.
+    chosen token's; -1 returns the whole vocabulary's, as does a k beyond it. `prompt_logprobs` k: the same of every
+    prompt token but the first, which nothing precedes. `echo` begins each answer's text, token ids and log
+    probabilities with the prompt's, as OpenAI's /v1/completions does; with `logprobs` it implies prompt_logprobs of
+    as many. `max_tokens` 0 computes the prompt and chooses nothing; it needs one of the two.
 
     Raises UsageError, naming the parameter and its range, for a value out of range or of the wrong type.
     """
@@ -51,6 +54,8 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    echo: bool = False
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -66,6 +71,13 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The k of the prompt's log probabilities, asked for by name or by echo with logprobs; None: not wanted."""
+        if self.prompt_logprobs is not None:
+            return self.prompt_logprobs
+        return self.logprobs if self.echo else None
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> SamplingParams:
@@ -163,13 +175,15 @@ def _checked_fields(params: SamplingParams) -> dict[str, Any]:
         else _not_empty("allowed_token_ids", _token_ids("allowed_token_ids", params.allowed_token_ids)),
         "bad_words": _strings("bad_words", params.bad_words),
         "seed": _optional_integer("seed", params.seed, -(2**63), 2**64 - 1),
-        "max_tokens": _optional_integer("max_tokens", params.max_tokens, 1),
+        "max_tokens": _optional_integer("max_tokens", params.max_tokens, 0),
         "min_tokens": _integer("min_tokens", params.min_tokens, 0),
         "stop": _strings("stop", params.stop),
         "stop_token_ids": _token_ids("stop_token_ids", params.stop_token_ids),
         "include_stop_str_in_output": _boolean("include_stop_str_in_output", params.include_stop_str_in_output),
         "ignore_eos": _boolean("ignore_eos", params.ignore_eos),
         "logprobs": _optional_integer("logprobs", params.logprobs, -1),
+        "prompt_logprobs": _optional_integer("prompt_logprobs", params.prompt_logprobs, -1),
+        "echo": _boolean("echo", params.echo),
         "detokenize": _boolean("detokenize", params.detokenize),
         "skip_special_tokens": _boolean("skip_special_tokens", params.skip_special_tokens),
         "spaces_between_special_tokens": _boolean(
@@ -182,6 +196,11 @@ def _checked_fields(params: SamplingParams) -> dict[str, Any]:
 
 def _check_together(params: SamplingParams) -> None:
     """The rules that tie two parameters."""
+    if params.max_tokens == 0 and not params.echo and params.prompt_logprobs is None:
+        raise UsageError(
+            "max_tokens must be an integer of at least 1 or None, got 0: only a request with prompt_logprobs or echo "
+            "may generate nothing"
+        )
     if params.max_tokens is not None and params.min_tokens > params.max_tokens:
         raise UsageError(f"min_tokens ({params.min_tokens}) must not exceed max_tokens ({params.max_tokens})")
     if params.greedy and params.n > 1:

@@ -5,7 +5,7 @@ and presence penalties, temperature, typical_p, min_p, top_k, top_p, draw. vLLM 
 after temperature because its entropy is meant to be the model's own (Meister et al. 2023): after top_k the entropy
 would be that of the cut distribution, and the filter would do something else for every k.
 
-Shapes: R rows, S sampled (not greedy) rows, L rows that want log probabilities, V vocabulary, N (row, token) pairs.
+Shapes: R rows, S sampled (not greedy) rows, V vocabulary, N (row, token) pairs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from paceline.sampling import steps
 from paceline.sampling.logprobs import TokenLogprobs
 from paceline.sampling.params import SamplingParams
 from paceline.sampling.random import uniform
+from paceline.sampling.scoring import score_tokens
 
+NOT_FINITE = "the model's logits are not finite (NaN or infinity): the weights or the precision overflowed"
 NO_TOKEN = -1  # the token id of a row that has an error
 
 # Each filter, the parameter that it takes and when that parameter asks for it; in order.
@@ -128,7 +130,7 @@ def _rows(logits_RV: torch.Tensor, chosen: list[int], total: int) -> torch.Tenso
 
 def _why(logits_V: torch.Tensor) -> str:
     if bool((logits_V.isnan() | (logits_V == torch.inf)).any()):
-        return "the model's logits are not finite (NaN or infinity): the weights or the precision overflowed"
+        return NOT_FINITE
     return (
         "no token is left to choose: allowed_token_ids, bad_words, min_tokens, logit_bias and the penalties "
         "together leave none with a finite logit"
@@ -207,26 +209,7 @@ def _logprobs(
     }
     if not wanting:
         return {}
-    logprobs_LV = _rows(logits_RV, list(wanting), len(rows)).float().log_softmax(dim=1)
-    chosen_L1 = torch.tensor([[token_ids[r]] for r in wanting], device=logits_RV.device)
-    chosen_logprob_L1 = logprobs_LV.gather(1, chosen_L1)
-    ranks = ((logprobs_LV > chosen_logprob_L1).sum(dim=1) + 1).tolist()
-    values = chosen_logprob_L1.squeeze(1).tolist()
-    tops = _top_logprobs(logprobs_LV, list(wanting.values()))
-    return {
-        r: TokenLogprobs(token_ids[r], value, rank, top)
-        for r, value, rank, top in zip(wanting, values, ranks, tops, strict=True)
-    }
-
-
-def _top_logprobs(logprobs_LV: torch.Tensor, num_top: Sequence[int]) -> list[dict[int, float]]:
-    """Row by row the num_top likeliest tokens, all V for -1. One topk for each distinct number: how topk orders tied
-    tokens depends on its k, and must not depend on what a neighbour asked for."""
-    tops: list[dict[int, float]] = [{} for _ in num_top]
-    vocab = logprobs_LV.shape[1]
-    for wanted in set(num_top) - {0}:
-        chosen = [row for row, num in enumerate(num_top) if num == wanted]
-        top = logprobs_LV[chosen].topk(vocab if wanted < 0 else min(wanted, vocab), dim=1)
-        for row, ids, values in zip(chosen, top.indices.tolist(), top.values.tolist(), strict=True):
-            tops[row] = dict(zip(ids, values, strict=True))
-    return tops
+    entries = score_tokens(
+        _rows(logits_RV, list(wanting), len(rows)), [token_ids[r] for r in wanting], list(wanting.values())
+    )
+    return dict(zip(wanting, entries, strict=True))
