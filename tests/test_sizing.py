@@ -139,3 +139,15 @@ def test_an_impossible_budget_still_plans_a_block_and_says_its_bytes():
     )
     assert plan.num_blocks == (1, 1)
     assert plan.nbytes > 1
+
+
+def test_the_logprob_workspace_bounds_what_a_slice_takes():
+    """Logits of 152,000 tokens: 16 bytes a value to score it, 12 more to return it."""
+    for vocab, num_top in ((152_000, 0), (152_000, 20), (152_000, 152_000), (32_000, 10**9)):
+        row = vocab * 16 + min(num_top, vocab) * 12
+        rows = sizing.logprob_rows(vocab, num_top)
+        assert rows * row <= sizing.LOGPROB_WORKSPACE < (rows + 1) * row
+    assert sizing.logprob_workspace_bytes(152_000, 2048) == sizing.LOGPROB_WORKSPACE
+    assert sizing.logprob_workspace_bytes(100, 4) == 4 * 100 * 28
+    assert sizing.logprob_rows(10**8, 0) == 1
+    assert sizing.logprob_workspace_bytes(10**8, 2048) == 10**8 * 28

@@ -437,6 +437,34 @@ def test_only_the_first_of_n_answers_scores_the_prompt():
     assert [(r.request_id, len(r.scored)) for r in second.scheduled] == [("a#0", 0), ("a#1", 0)]
 
 
+def test_a_later_answer_reads_the_cache_though_the_first_may_not():
+    scheduler = make(max_num_seqs=1)
+    add(scheduler, "a#0", range(9), prompt_logprobs=0, n=2, max_tokens=1)
+    add(scheduler, "a#1", range(9), prompt_logprobs=0, n=2, max_tokens=1, fork_of="a#0")
+    score_step(scheduler)
+    output, updates = score_step(scheduler)
+    assert shares(output) == [("a#1", 8, 1)]
+    assert updates["a#1"].prompt_logprobs is None
+
+
+def test_no_answer_comes_before_the_prompts_log_probabilities():
+    """The first answer loses its blocks with its prompt half scored and a step in flight; then there is room for the
+    second. It waits all the same: its echo begins with what the first has not scored yet."""
+    scheduler = make(num_blocks=5, max_chunk=4, depth=2)
+    add(scheduler, "other", range(100, 103))
+    answer(scheduler, scheduler.schedule())
+    add(scheduler, "a#0", range(14), prompt_logprobs=0, n=2)
+    add(scheduler, "a#1", range(14), prompt_logprobs=0, n=2, fork_of="a#0")
+    outputs = [scheduler.schedule() for _ in range(3)]
+    while not scheduler.stats.num_preemptions:
+        answer(scheduler, outputs.pop(0), prompt_logprobs={"a#0": (TokenLogprobs(0, 0.0, 1, {}),) * 4})
+        outputs.append(scheduler.schedule())
+    answer(scheduler, outputs.pop(0), prompt_logprobs={"a#0": (TokenLogprobs(0, 0.0, 1, {}),) * 4})
+    scheduler.abort("other")
+    assert any(request.request_id == "a#0" for output in outputs for request in output.scheduled)
+    assert scheduler.schedule().scheduled == ()
+
+
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_a_request_for_no_token_ends_with_its_prompt(depth):
     scheduler = make(max_chunk=4, depth=depth, max_model_len=10)

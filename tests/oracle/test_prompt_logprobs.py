@@ -130,12 +130,12 @@ def test_what_was_scored_serves_later_prompts(tiny_model):
 
 
 def test_nan_in_a_prompts_logits_fails_that_request_alone(tiny_model):
-    """Its keys turn to NaN between two chunks, before any token is chosen."""
+    """Its keys turn to NaN between two chunks; it chooses no token, so that only its scores can show it."""
     model = tiny_model("llama")
     engine = make_engine(model.decoder(), chunk=7)
     requests = [
-        EngineRequest(name, prompts()[index], SamplingParams(temperature=0, max_tokens=4, prompt_logprobs=0))
-        for name, index in (("bad", 3), ("good", 5))
+        EngineRequest(name, prompts()[index], SamplingParams(temperature=0, max_tokens=tokens, prompt_logprobs=0))
+        for name, index, tokens in (("bad", 3, 0), ("good", 5, 4))
     ]
     for request in requests:
         engine.add_request(request)
