@@ -2,38 +2,46 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from paceline import sizing
 from paceline.cache.kv_cache import allocate_kv
-from paceline.config import AttentionConfig, DecoderConfig, MlpConfig, NormConfig, ResidualConfig, RopeConfig
+from paceline.config import AttentionConfig, DecoderConfig, MlpConfig, MoeConfig, NormConfig, ResidualConfig, RopeConfig
+from paceline.formats import Weight, keeps_memory, pack, resident_bytes, stored_bytes
+from paceline.formats.dense import DenseWeight
 from paceline.layers.linear import Linear
+from paceline.layers.moe import MoE
 from paceline.layers.norm import Norm
 from paceline.models.decoder import Decoder
 
+CPU = torch.device("cpu")
+
 
 class RandomParts:
-    """Parts that make every tensor a decoder asks for, and count what they hold."""
+    """Parts that make every tensor a decoder asks for. `format`: a weight format, or "plain" for the values alone."""
 
-    dtype = torch.float32
-    device = torch.device("cpu")
+    device = CPU
 
-    def __init__(self, format: str) -> None:
+    def __init__(self, format: str, dtype: torch.dtype = torch.float32) -> None:
         self.format = format
+        self.dtype = dtype
 
     def tensor(self, name: str, *shape: int) -> torch.Tensor:
-        return torch.randn(shape)
+        return torch.randn(shape).to(self.dtype)
 
     def linear(self, name: str, rows: tuple[int, ...], columns: int, *, bias: bool = False) -> Linear:
-        return Linear(self._pack(torch.randn(sum(rows), columns)), torch.randn(sum(rows)) if bias else None)
+        values = self.tensor(name, sum(rows), columns)
+        return Linear(self._pack(values), self.tensor(name, sum(rows)) if bias else None)
 
     def tied(self, table_VD: torch.Tensor) -> Linear:
         return Linear(self._pack(table_VD))
 
-    def _pack(self, values: torch.Tensor):
-        from paceline.formats import pack
-
+    def _pack(self, values: torch.Tensor) -> Weight:
+        if self.format == "plain":
+            return DenseWeight(values)
         return pack(values, self.format, dtype=self.dtype, device=self.device)
 
 
@@ -53,43 +61,118 @@ def make_config(**changes: object) -> DecoderConfig:
     return DecoderConfig(**fields)  # type: ignore[arg-type]
 
 
+LAYER_NORM = NormConfig(1e-5, "layer", bias=True)
 CONFIGS = {
     "plain": make_config(),
     "tied": make_config(tie_embeddings=True),
+    "odd sizes": make_config(vocab_size=323, hidden_size=72, mlp=MlpConfig(100)),
+    "too small to pack": make_config(vocab_size=12, tie_embeddings=True),
     "biased": make_config(attention=AttentionConfig(4, 4, 16, 0.25, qkv_bias=True, out_bias=True)),
     "mlp bias": make_config(mlp=MlpConfig(96, bias=True)),
-    "normed": make_config(
+    "plain mlp": make_config(mlp=MlpConfig(96, "gelu", bias=True, gated=False), norm=LAYER_NORM),
+    "head norms": make_config(
         attention=AttentionConfig(4, 1, 32, 0.25, qk_norm="head"), residual=ResidualConfig(post_norms=True)
     ),
+    "projection norms": make_config(
+        attention=AttentionConfig(4, 2, 16, 0.25, qk_norm="projection"),
+        residual=ResidualConfig(pre_norms=False, post_norms=True),
+    ),
+    "one norm": make_config(residual=ResidualConfig(parallel=True, shared_norm=True), norm=LAYER_NORM),
+    "alibi": make_config(
+        attention=AttentionConfig(4, 4, 16, 0.25, alibi=1.0), rope=None, embedding_norm=True, norm=LAYER_NORM
+    ),
+    "positions": make_config(learned_position_offset=2, rope=None),
+    "two ropes": make_config(windows=(None, 8, 8, 8), rope=RopeConfig(1e4, 8), window_rope=RopeConfig(100.0, 16)),
+    "experts": make_config(moe=MoeConfig(8, 2, 48, layers=(1, 3))),
+    "experts alone": make_config(moe=MoeConfig(4, 1, 48, layers=(0, 1, 2, 3))),
 }
 
 
-def counted_bytes(decoder: Decoder) -> tuple[int, int]:
-    """Bytes of everything the decoder holds, and of what one decode step reads of it."""
+def held_tensors(module: torch.nn.Module) -> list[torch.Tensor]:
+    """Every tensor that a model holds, one for each memory: parameters, buffers, plain attributes and what lies in the
+    weights' formats."""
+    found: dict[int, torch.Tensor] = {}
+
+    def visit(value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            found.setdefault(torch.ops.mkldnn.data_ptr(value) if value.is_mkldnn else value.data_ptr(), value)
+        elif isinstance(value, torch.nn.Module) or dataclasses.is_dataclass(value):
+            for member in vars(value).values():
+                visit(member)
+        elif isinstance(value, dict):
+            for member in value.values():
+                visit(member)
+        elif isinstance(value, (list, tuple)):
+            for member in value:
+                visit(member)
+
+    visit(module)
+    return list(found.values())
+
+
+def held_bytes(module: torch.nn.Module) -> int:
+    return sum(
+        torch.ops.mkldnn._nbytes(t) if t.is_mkldnn else t.untyped_storage().nbytes() for t in held_tensors(module)
+    )
+
+
+def read_bytes(decoder: Decoder) -> int:
+    """Bytes that a step reads if it visits every expert."""
     linears = [module for module in decoder.modules() if isinstance(module, Linear)]
     read = sum(linear.weight.nbytes + (0 if linear.bias_N is None else linear.bias_N.nbytes) for linear in linears)
-    read += sum(module.weight_C.nbytes for module in decoder.modules() if isinstance(module, Norm))
-    return read + decoder.embedding.table_VD.nbytes, read
+    for module in decoder.modules():
+        if isinstance(module, Norm):
+            read += module.weight_C.nbytes + (0 if module.bias_C is None else module.bias_C.nbytes)
+        if isinstance(module, MoE):
+            read += module.router_ED.nbytes
+    return read
+
+
+def planned(config: DecoderConfig, format: str, dtype: torch.dtype) -> sizing.WeightBytes:
+    return sizing.weight_bytes(
+        config,
+        dtype.itemsize,
+        resident_bytes(format, dtype, CPU),
+        tied_head_shares=keeps_memory(format, (config.vocab_size, config.hidden_size), dtype, CPU),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("format", ["dense", "int8"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_weight_bytes_are_those_of_the_tensors_to_the_byte(config, format, dtype):
+    decoder = Decoder(config, RandomParts(format, dtype))
+    assert planned(config, format, dtype).total == held_bytes(decoder)
+
+
+@pytest.mark.parametrize("format", ["dense", "int8"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_a_step_reads_what_its_matrices_norms_and_biases_hold(config, format):
+    everyone = 10_000  # tokens, so that every expert is visited
+    counted = sizing.step_weight_bytes(config, 4, stored_bytes(format, torch.float32), everyone)
+    assert counted == read_bytes(Decoder(config, RandomParts(format)))
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_weight_bytes_are_those_of_the_tensors(config):
-    resident, read = counted_bytes(Decoder(config, RandomParts("dense")))
-    assert sizing.weight_bytes(config, 4, bytes_per_linear=4, tied_head_shares=False) == resident
-    assert sizing.step_weight_bytes(config, 4, bytes_per_linear=4) == read
+def test_num_parameters_are_the_values_of_the_tensors(config):
+    decoder = Decoder(config, RandomParts("plain"))  # nothing packed, so nothing padded
+    counted = sum(tensor.numel() for tensor in held_tensors(decoder))
+    assert sizing.num_parameters(config) == counted - sizing.constant_bytes(config) // 4
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_int8_weight_bytes_leave_out_only_the_scales(config):
-    _, read = counted_bytes(Decoder(config, RandomParts("int8")))
-    counted = sizing.step_weight_bytes(config, 4, bytes_per_linear=1)
-    assert counted < read < 1.06 * counted  # 4 bytes of scale a row of 64 to 128
+def test_one_token_reads_its_own_experts_alone():
+    config, dense = CONFIGS["experts"], stored_bytes("dense", torch.float32)
+    read = [sizing.step_weight_bytes(config, 4, dense, tokens) for tokens in (1, 2, 10_000)]
+    expert = 3 * 64 * 48 * 4
+    # 2 layers of 8 experts, 2 a token; two tokens visit 8 * (1 - (6/8)**2) = 3.5 of them.
+    assert [read[2] - r for r in read] == [2 * 6 * expert, round(2 * 4.5 * expert), 0]
 
 
 def test_a_shared_tied_head_is_counted_once():
     config = CONFIGS["tied"]
-    apart = sizing.weight_bytes(config, 2, bytes_per_linear=2, tied_head_shares=False)
-    assert apart - sizing.weight_bytes(config, 2, bytes_per_linear=2, tied_head_shares=True) == 320 * 64 * 2
+    plain = stored_bytes("dense", torch.bfloat16)
+    apart = sizing.weight_bytes(config, 2, plain, tied_head_shares=False).total
+    assert apart - sizing.weight_bytes(config, 2, plain, tied_head_shares=True).total == 320 * 64 * 2
 
 
 WINDOWED = make_config(windows=(None, 8, 8, 8))

@@ -6,7 +6,7 @@ No torch: sizes follow from the configuration alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from paceline.config import DecoderConfig, KVGroup
@@ -17,65 +17,133 @@ LOGIT_BYTES = 16  # of one value while it is scored: the head's output, float32 
 TOP_BYTES = 12  # of one returned value: float32 and its int64 index
 
 
+MatrixBytes = Callable[[int, int], int]
+"""Bytes of a matrix of so many rows and columns in some weight format (formats.stored_bytes and resident_bytes)."""
+
+
 @dataclass(frozen=True)
-class WeightCount:
-    """Values of a decoder by how they are stored: `linear` in the weight format, the rest in the model's dtype."""
+class Matrices:
+    """`count` matrices of one shape. `experts`: of `count`, a token visits `active` of every `experts`; 0 is all."""
 
-    linear: int
-    head: int  # the output head, tied or not
-    embedding: int
-    small: int  # norms, biases, routers and learned positions
-    idle: int = 0  # of `linear`: experts that a single token does not visit
+    count: int
+    rows: int
+    columns: int
+    active: int = 0
+    experts: int = 0
+
+    @property
+    def num_values(self) -> int:
+        return self.count * self.rows * self.columns
+
+    def visited(self, num_tokens: int) -> float:
+        """How many of them a step of `num_tokens` tokens reads, on average where they are experts: of E, the distinct
+        ones among `num_tokens` independent and equally likely choices of A are E * (1 - (1 - A/E)**num_tokens).
+        Real routers prefer some experts and neighbouring tokens agree, so that fewer are read."""
+        if not self.experts:
+            return self.count
+        return self.count * (1 - (1 - self.active / self.experts) ** num_tokens)
 
 
-def count_weights(config: DecoderConfig) -> WeightCount:
-    """How many values a decoder has; a tied head is counted beside the embedding it repeats."""
-    a, hidden, norm = config.attention, config.hidden_size, _norm_values(config)
+def layer_matrices(config: DecoderConfig) -> list[Matrices]:
+    """Every matrix in the layers that is stored in the weight format."""
+    a, m, hidden, layers = config.attention, config.mlp, config.hidden_size, config.num_layers
     q, kv = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
-    linear = config.num_layers * (hidden * (q + 2 * kv) + q * hidden)
-    small = (q + 2 * kv) * a.qkv_bias + hidden * a.out_bias
-    small += {None: 0, "head": 2 * a.head_dim, "projection": q + kv}[a.qk_norm]
-    r = config.residual
-    norms = (1 if r.shared_norm else 2) * r.pre_norms + 2 * r.post_norms
-    small = config.num_layers * (small + norms * norm) + norm * (1 + config.embedding_norm)
-    if config.learned_position_offset is not None:
-        small += (config.max_position + config.learned_position_offset) * hidden
-
-    m, moe_layers, idle = config.mlp, 0, 0
+    found = [Matrices(layers, q + 2 * kv, hidden), Matrices(layers, hidden, q)]
+    dense = layers
     if config.moe is not None:
-        moe_layers, e = len(config.moe.layers), config.moe
-        expert = 3 * hidden * e.intermediate_size
-        linear += moe_layers * e.num_experts * expert
-        idle = moe_layers * (e.num_experts - e.experts_per_token) * expert
-        small += moe_layers * e.num_experts * hidden
-    inputs = 2 if m.gated else 1
-    linear += (config.num_layers - moe_layers) * (inputs + 1) * hidden * m.intermediate_size
-    small += (config.num_layers - moe_layers) * (inputs * m.intermediate_size + hidden) * m.bias
-    table = config.vocab_size * hidden
-    return WeightCount(linear, table, table, small, idle)
+        e = config.moe
+        dense -= len(e.layers)
+        count, visit = len(e.layers) * e.num_experts, (e.experts_per_token, e.num_experts)
+        found += [Matrices(count, 2 * e.intermediate_size, hidden, *visit)]
+        found += [Matrices(count, hidden, e.intermediate_size, *visit)]
+    if dense:
+        inputs = 2 if m.gated else 1
+        found += [Matrices(dense, inputs * m.intermediate_size, hidden), Matrices(dense, hidden, m.intermediate_size)]
+    return found
 
 
-def _norm_values(config: DecoderConfig) -> int:
-    return config.hidden_size * (2 if config.norm.bias else 1)
+def position_values(config: DecoderConfig) -> int:
+    """Values of the learned position embeddings."""
+    if config.learned_position_offset is None:
+        return 0
+    return (config.max_position + config.learned_position_offset) * config.hidden_size
+
+
+def small_values(config: DecoderConfig) -> int:
+    """Values of norms, biases and routers, which stay in the model's dtype whatever the weight format."""
+    a, m, r, hidden = config.attention, config.mlp, config.residual, config.hidden_size
+    q, kv = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+    norm = hidden * (2 if config.norm.bias else 1)
+    layer = (q + 2 * kv) * a.qkv_bias + hidden * a.out_bias
+    layer += {None: 0, "head": 2 * a.head_dim, "projection": q + kv}[a.qk_norm]
+    layer += norm * ((1 if r.shared_norm else 2) * r.pre_norms + 2 * r.post_norms)
+    moe_layers = routers = 0
+    if config.moe is not None:
+        moe_layers = len(config.moe.layers)
+        routers = moe_layers * config.moe.num_experts * hidden
+    mlp_biases = ((2 if m.gated else 1) * m.intermediate_size + hidden) * m.bias
+    return (
+        config.num_layers * layer
+        + (config.num_layers - moe_layers) * mlp_biases
+        + routers
+        + norm * (1 + config.embedding_norm)
+    )
+
+
+def num_parameters(config: DecoderConfig) -> int:
+    """The model's parameters, a tied head counted once: the number that a model card gives."""
+    table = config.vocab_size * config.hidden_size
+    tables = table if config.tie_embeddings else 2 * table
+    return sum(m.num_values for m in layer_matrices(config)) + tables + position_values(config) + small_values(config)
+
+
+def constant_bytes(config: DecoderConfig) -> int:
+    """Bytes of float32 tensors that are computed at load: a frequency a rotated dimension of each distinct rotary
+    embedding, and the slopes of ALiBi."""
+    ropes = {config.rope_of(layer) for layer in range(config.num_layers)}
+    slopes = config.num_layers * config.attention.num_heads if config.attention.alibi is not None else 0
+    return 4 * (sum(rope.dim for rope in ropes if rope is not None) + slopes)
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes of a decoder's weights. `layers` and `experts` (matrices) and `head` are in the weight format, the others
+    in the model's dtype. `small`: norms, biases, routers and constants."""
+
+    layers: int
+    experts: int
+    head: int
+    embedding: int  # tokens and learned positions
+    small: int
+
+    @property
+    def total(self) -> int:
+        return self.layers + self.experts + self.head + self.embedding + self.small
 
 
 def weight_bytes(
-    config: DecoderConfig, bytes_per_value: int, *, bytes_per_linear: float, tied_head_shares: bool
-) -> int:
+    config: DecoderConfig, bytes_per_value: int, matrix_bytes: MatrixBytes, *, tied_head_shares: bool
+) -> WeightBytes:
     """Bytes resident after loading. `tied_head_shares`: a tied head is the embedding's own memory, not a copy."""
-    count = count_weights(config)
-    head = 0 if config.tie_embeddings and tied_head_shares else count.head
-    return int((count.linear + head) * bytes_per_linear + (count.embedding + count.small) * bytes_per_value)
+    matrices = layer_matrices(config)
+    sizes = [m.count * matrix_bytes(m.rows, m.columns) for m in matrices]
+    return WeightBytes(
+        layers=sum(size for m, size in zip(matrices, sizes, strict=True) if not m.experts),
+        experts=sum(size for m, size in zip(matrices, sizes, strict=True) if m.experts),
+        head=0 if config.tie_embeddings and tied_head_shares else matrix_bytes(config.vocab_size, config.hidden_size),
+        embedding=(config.vocab_size * config.hidden_size + position_values(config)) * bytes_per_value,
+        small=small_values(config) * bytes_per_value + constant_bytes(config),
+    )
 
 
-def step_weight_bytes(config: DecoderConfig, bytes_per_value: int, *, bytes_per_linear: float) -> int:
-    """Bytes of weights that one decode step of one token reads: everything but the embedding table and learned
-    positions, of which it reads a row, and the experts that it does not visit."""
-    count = count_weights(config)
-    small = count.small
-    if config.learned_position_offset is not None:
-        small -= (config.max_position + config.learned_position_offset) * config.hidden_size
-    return int((count.linear - count.idle + count.head) * bytes_per_linear + small * bytes_per_value)
+def step_weight_bytes(
+    config: DecoderConfig, bytes_per_value: int, matrix_bytes: MatrixBytes, num_tokens: int = 1
+) -> int:
+    """Bytes of weights that one decode step of `num_tokens` tokens reads: everything but the embedding tables, of which
+    it reads a row a token, and the experts that no token visits (Matrices.visited)."""
+    read = sum(m.visited(num_tokens) * matrix_bytes(m.rows, m.columns) for m in layer_matrices(config))
+    read += matrix_bytes(config.vocab_size, config.hidden_size)
+    return round(read) + small_values(config) * bytes_per_value
 
 
 def kv_bytes_per_token(group: KVGroup, bytes_per_value: int) -> int:

@@ -16,7 +16,7 @@ from paceline.engine.device import available_bytes, pick_device, pick_dtype
 from paceline.engine.engine import Engine
 from paceline.engine.model_runner import ModelRunner
 from paceline.errors import OutOfMemoryError, UsageError
-from paceline.formats import BYTES_PER_VALUE, FORMATS
+from paceline.formats import FORMATS, keeps_memory, resident_bytes, stored_bytes
 from paceline.loading.checkpoint import Checkpoint, open_checkpoint
 from paceline.loading.progress import Progress
 from paceline.loading.resolve import ModelSource, resolve
@@ -133,7 +133,7 @@ def load_model(options: LoadOptions, progress: Progress | None = None) -> Loaded
         dtype=dtype,
         device=device,
         step_weight_bytes=sizing.step_weight_bytes(
-            config, dtype.itemsize, bytes_per_linear=_bytes_per_linear(options, dtype)
+            config, dtype.itemsize, stored_bytes(options.quantization or "dense", dtype)
         ),
         kv_bytes_per_token=sum(sizing.kv_bytes_per_token(g, dtype.itemsize) for g in config.kv_groups),
         phases=phases.seconds,
@@ -176,18 +176,15 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def _bytes_per_linear(options: LoadOptions, dtype: torch.dtype) -> float:
-    return BYTES_PER_VALUE.get(options.quantization or "dense", dtype.itemsize)
-
-
 def _check_weights_fit(config: DecoderConfig, options: LoadOptions, dtype: torch.dtype, device: torch.device) -> int:
     """Bytes left for the cache once the weights are in. Raises OutOfMemoryError before anything is loaded."""
+    format = options.quantization or "dense"
     weights = sizing.weight_bytes(
         config,
         dtype.itemsize,
-        bytes_per_linear=_bytes_per_linear(options, dtype),
-        tied_head_shares=device.type != "cpu" and options.quantization is None,
-    )
+        resident_bytes(format, dtype, device),
+        tied_head_shares=keeps_memory(format, (config.vocab_size, config.hidden_size), dtype, device),
+    ).total
     step = sizing.activation_bytes(
         config, options.scheduler.max_num_batched_tokens, options.scheduler.max_num_seqs, dtype.itemsize
     )

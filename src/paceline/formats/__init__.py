@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Protocol
 
 import torch
 
 from paceline.formats import dense, int8
+from paceline.kernels.linear import onednn_refusal
 from paceline.registry import lookup
+from paceline.sizing import MatrixBytes
 
 
 class Weight(Protocol):
@@ -32,12 +34,40 @@ class Weight(Protocol):
         ...
 
 
-FORMATS: Mapping[str, Callable[[torch.Tensor], Weight]] = MappingProxyType({"dense": dense.pack, "int8": int8.pack})
+class Format(Protocol):
+    """A module of this package."""
 
-# Bytes a value of the formats that do not keep the model's dtype, for the memory formula; scales are left out.
-BYTES_PER_VALUE: Mapping[str, float] = MappingProxyType({"int8": 1.0})
+    def pack(self, values_NK: torch.Tensor, /) -> Weight: ...
+
+    def stored_bytes(self, rows: int, columns: int, dtype: torch.dtype, /) -> int:
+        """`Weight.nbytes` of such a matrix in a model of `dtype`."""
+        ...
+
+    def resident_bytes(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device, /) -> int:
+        """What its tensors take on `device`, padding included."""
+        ...
+
+
+FORMATS: Mapping[str, Format] = MappingProxyType({"dense": dense, "int8": int8})
 
 
 def pack(values_NK: torch.Tensor, format: str, *, dtype: torch.dtype, device: torch.device | str) -> Weight:
     """Pack values for matmuls in `dtype` on `device`. `format`: a key of FORMATS."""
-    return lookup(FORMATS, "weight format", format)(values_NK.to(device=device, dtype=dtype))
+    return lookup(FORMATS, "weight format", format).pack(values_NK.to(device=device, dtype=dtype))
+
+
+def stored_bytes(format: str, dtype: torch.dtype) -> MatrixBytes:
+    """What a step reads of a matrix in `format`, for the memory formula."""
+    chosen = lookup(FORMATS, "weight format", format)
+    return lambda rows, columns: chosen.stored_bytes(rows, columns, dtype)
+
+
+def resident_bytes(format: str, dtype: torch.dtype, device: torch.device) -> MatrixBytes:
+    """What a matrix in `format` takes on `device`, for the memory formula."""
+    chosen = lookup(FORMATS, "weight format", format)
+    return lambda rows, columns: chosen.resident_bytes(rows, columns, dtype, device)
+
+
+def keeps_memory(format: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether packing such values, `dtype` on `device` already, leaves them where they are."""
+    return format == "dense" and onednn_refusal(shape, dtype, device) is not None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from paceline.kernels.linear import linear_onednn, linear_ref, onednn_refusal, pack_onednn
+from paceline.kernels.linear import linear_onednn, linear_ref, onednn_refusal, pack_onednn, packed_bytes
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class DenseWeight:
 
 @dataclass(frozen=True)
 class OneDNNWeight:
-    """Dense values in oneDNN's blocked layout: same numbers, same bytes (blocks pad N to a multiple of 64 at most)."""
+    """Dense values in oneDNN's blocked layout: the same numbers; blocks pad the bytes (kernels/linear.packed_bytes)."""
 
     packed_NK: torch.Tensor
     shape: tuple[int, int]
@@ -47,6 +47,16 @@ class OneDNNWeight:
 
 
 def pack(values_NK: torch.Tensor) -> DenseWeight | OneDNNWeight:
-    if onednn_refusal(values_NK) is not None:
+    if onednn_refusal(values_NK.shape, values_NK.dtype, values_NK.device) is not None:
         return DenseWeight(values_NK.contiguous())
     return OneDNNWeight(pack_onednn(values_NK), (values_NK.shape[0], values_NK.shape[1]))
+
+
+def stored_bytes(rows: int, columns: int, dtype: torch.dtype) -> int:
+    return rows * columns * dtype.itemsize
+
+
+def resident_bytes(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
+    if onednn_refusal((rows, columns), dtype, device) is not None:
+        return stored_bytes(rows, columns, dtype)
+    return packed_bytes(rows, columns, dtype.itemsize)

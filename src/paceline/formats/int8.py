@@ -48,3 +48,11 @@ def pack(values_NK: torch.Tensor) -> Int8Weight:
     scale_N = values.abs().amax(dim=1).clamp(min=1e-12) / 127
     q_NK = torch.round(values / scale_N[:, None]).clamp(-127, 127).to(torch.int8)
     return Int8Weight(q_NK, scale_N, values_NK.dtype)
+
+
+def stored_bytes(rows: int, columns: int, dtype: torch.dtype) -> int:
+    return rows * (columns + 4)  # a byte a value and a float32 scale a row
+
+
+def resident_bytes(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
+    return stored_bytes(rows, columns, dtype)

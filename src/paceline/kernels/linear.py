@@ -20,19 +20,19 @@ def linear_ref(x_TK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor
     return F.linear(x_TK, weight_NK, bias_N)
 
 
-def onednn_refusal(weight_NK: torch.Tensor) -> str | None:
-    """Why oneDNN's packed linear cannot take this weight; None when it can."""
-    if weight_NK.device.type != "cpu":
-        return f"device is {weight_NK.device.type}"
+def onednn_refusal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why oneDNN's packed linear cannot take such a weight; None when it can."""
+    if device.type != "cpu":
+        return f"device is {device.type}"
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return "this torch was built without oneDNN"
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise") or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return "this torch has no packed oneDNN linear"
-    if weight_NK.dtype not in (torch.float32, torch.bfloat16):
-        return f"dtype is {weight_NK.dtype}"
-    if weight_NK.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"dtype is {dtype}"
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "this CPU has no bf16 instructions"
-    if min(weight_NK.shape) < 16:
+    if min(shape) < 16:
         return TOO_SMALL
     return None
 
@@ -41,6 +41,12 @@ def pack_onednn(weight_NK: torch.Tensor) -> torch.Tensor:
     """The weight in oneDNN's blocked layout: opaque to all but linear_onednn; `.to_dense()` undoes it."""
     packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_NK.contiguous(), PACK_ROWS)
     return packed
+
+
+def packed_bytes(rows: int, columns: int, itemsize: int) -> int:
+    """Bytes of a packed weight. With AVX-512 a block is 64 rows by 64 bytes, and the last ones are padded; vocabularies
+    of 50,257 gain 0.09 %, models whose sizes are multiples of 64 nothing."""
+    return -(-rows // 64) * 64 * (-(-columns * itemsize // 64) * 64)
 
 
 def linear_onednn(x_TK: torch.Tensor, packed_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:

@@ -86,7 +86,7 @@ class CheckpointParts:
 
     def _pack(self, values_NK: torch.Tensor) -> formats.Weight:
         if self.format == "dense" and self.device.type == "cpu":
-            reason = onednn_refusal(values_NK)
+            reason = onednn_refusal(values_NK.shape, values_NK.dtype, values_NK.device)
             if reason is not None:
                 self.plain[reason] += 1
         return formats.pack(values_NK, self.format, dtype=self.dtype, device=self.device)
