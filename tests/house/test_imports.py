@@ -25,9 +25,10 @@ def heavy_modules_after(code: str) -> set[str]:
         "from paceline import PacelineError, SamplingParams, SpeculativeConfig; SamplingParams(temperature=0.5)",
         "from paceline.cli import main; assert main(['--help']) == 0",
         "from paceline.cli import main; assert main(['generate', '--help']) == 0",
+        "from paceline.cli import main; assert main(['chat', '--help']) == 0",
         "from paceline.cli import main; assert main(['generate', '--top-p', '2', 'Hi']) == 2",
     ],
-    ids=["paceline", "params", "help", "generate-help", "usage-error"],
+    ids=["paceline", "params", "help", "generate-help", "chat-help", "usage-error"],
 )
 def test_nothing_heavy_is_imported(code):
     assert heavy_modules_after(code) == set()

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import click
 
 from paceline import __version__
+from paceline.cli.chat import chat
 from paceline.cli.exit_codes import EXIT_CLOSED_PIPE, EXIT_FAILURE, EXIT_INTERRUPTED
 from paceline.cli.generate import generate
 from paceline.errors import PacelineError
@@ -43,6 +44,7 @@ def commands() -> None:
 
 
 commands.add_command(generate)
+commands.add_command(chat)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -59,6 +59,33 @@ def _interrupt_ends_at_once() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
+@contextmanager
+def interrupt_stops() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C ends the answer after the step under way, where the engine's books are right: gives what stream_answer
+    asks after each step. A second Ctrl-C is an interrupt as usual."""
+    pressed, asked = threading.Event(), threading.Event()
+
+    def press(*_: object) -> None:
+        if pressed.is_set():
+            raise KeyboardInterrupt
+        pressed.set()
+        if not asked.is_set():  # a long prompt is being read: seconds may pass
+            os.write(2, b"stopping once the prompt is read; Ctrl-C again leaves\n")
+
+    def stopped() -> bool:
+        asked.set()
+        return pressed.is_set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    previous = signal.signal(signal.SIGINT, press)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 def effective_sampling(llm: LLM, given: Mapping[str, Any], command: str) -> tuple[SamplingParams, dict[str, str]]:
     """The parameters to run with, and where each came from that is not SamplingParams' own default: `command`,
     generation_config or request."""

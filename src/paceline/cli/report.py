@@ -43,24 +43,28 @@ class Report:
 
 def final_line(report: Report) -> str:
     """One line: model, tokens, TTFT, tokens/s, GB/s of the device's GB/s and their ratio (MBU)."""
-    answer, last = report.answer, report.answer.last
+    parts = cost_parts(report.answer, report.params, report.figures)
+    return " · ".join([f"{report.model} {report.dtype} {report.device}", *parts])
+
+
+def cost_parts(answer: Answer, params: SamplingParams, figures: DecodeFigures | None) -> list[str]:
+    """What an answer cost, and whether it was cut off, in the order of `final_line`."""
+    last = answer.last
     ttft = last.metrics.time_to_first_token
     parts = [
-        f"{report.model} {report.dtype} {report.device}",
         f"{len(last.prompt_token_ids)} + {len(answer.token_ids)} tokens",
         f"TTFT {ttft:.2f} s" if ttft is not None else "no token",
     ]
-    if report.figures is not None:
-        figures = report.figures
+    if figures is not None:
         parts.append(f"{figures.tokens_per_second:.1f} tokens/s")
         parts.append(
             f"{figures.bytes_per_second / 1e9:.1f} of {figures.bandwidth / 1e9:.1f} GB/s (MBU {figures.mbu:.0%})"
         )
     if last.outputs[0].finish_reason == "length":
-        limit = report.params.max_tokens
+        limit = params.max_tokens
         at_limit = limit is not None and len(answer.token_ids) >= limit
         parts.append(f"cut off by --max-tokens {limit}" if at_limit else "cut off where the context ends")
-    return " · ".join(parts)
+    return parts
 
 
 def json_report(report: Report) -> dict[str, Any]:
