@@ -33,13 +33,7 @@ GEMMA3 = {
 
 
 def test_every_architecture_leads_to_its_family():
-    assert sorted(ARCHITECTURES) == [
-        "Gemma2ForCausalLM",
-        "Gemma3ForCausalLM",
-        "LlamaForCausalLM",
-        "Qwen2ForCausalLM",
-        "Qwen3ForCausalLM",
-    ]
+    assert sum(len(family.architectures) for family in FAMILIES.values()) == len(ARCHITECTURES)  # none claimed twice
     for architecture, family in ARCHITECTURES.items():
         assert FAMILIES[family.name] is family
         assert architecture in family.architectures

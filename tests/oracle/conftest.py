@@ -88,6 +88,46 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# Families that are not Llama's kin: layer norms, plain MLPs, learned positions or ALiBi.
+LAYER_NORM = {"layer_norm_epsilon": 0.03}
+GPT2 = {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 64, **LAYER_NORM}
+NEOX = {"layer_norm_eps": 0.03, "rope_parameters": {"rope_theta": 100.0, "partial_rotary_factor": 0.5}}
+FALCON40 = {"new_decoder_architecture": True, "num_kv_heads": 2, **LAYER_NORM}
+FALCON_RW = {"alibi": True, "bias": True, "multi_query": False, "parallel_attn": False, **LAYER_NORM}
+BLOOM = {"n_layer": 3, "n_head": 4, **LAYER_NORM}
+STARCODER2 = {"norm_epsilon": 0.03, "rope_parameters": {"rope_theta": 100.0, "rope_type": "default"}}
+VARIANTS |= {
+    "gpt2": ("GPT2Config", GPT2),
+    "gpt2-inner": ("GPT2Config", {**GPT2, "n_inner": 80, "activation_function": "relu", "tie_word_embeddings": False}),
+    "gpt-bigcode": ("GPTBigCodeConfig", GPT2),
+    "gpt-bigcode-mha": ("GPTBigCodeConfig", {**GPT2, "multi_query": False}),
+    "gpt-neox": ("GPTNeoXConfig", NEOX),
+    "gpt-neox-sequential": ("GPTNeoXConfig", {**NEOX, "use_parallel_residual": False, "hidden_act": "gelu_fast"}),
+    "gpt-neox-no-bias": ("GPTNeoXConfig", {**NEOX, "attention_bias": False, "tie_word_embeddings": True}),
+    "opt": ("OPTConfig", {"ffn_dim": 80}),
+    "opt-no-bias": ("OPTConfig", {"ffn_dim": 80, "enable_bias": False, "activation_function": "gelu"}),
+    "falcon-7b": ("FalconConfig", LAYER_NORM),
+    "falcon-40b": ("FalconConfig", FALCON40),
+    "falcon-11b": (
+        "FalconConfig",
+        {**FALCON40, "num_ln_in_parallel_attn": 1, "ffn_hidden_size": 80, "tie_word_embeddings": False},
+    ),
+    "falcon-rw": ("FalconConfig", FALCON_RW),
+    "falcon-alibi-mqa": ("FalconConfig", {"alibi": True, **LAYER_NORM}),
+    "bloom": ("BloomConfig", BLOOM),
+    "bloom-six-heads": ("BloomConfig", {**BLOOM, "n_head": 6}),  # slopes that are no single geometric series
+    "mpt": ("MptConfig", {"d_model": 48, "n_layers": 3, "n_heads": 4, **LAYER_NORM}),
+    "mpt-scale": (
+        "MptConfig",
+        {"d_model": 48, "n_layers": 3, "n_heads": 3, "attn_config": {"softmax_scale": 0.4}, **LAYER_NORM},
+    ),
+    "starcoder2": ("Starcoder2Config", STARCODER2),
+    "starcoder2-window": ("Starcoder2Config", {**STARCODER2, "sliding_window": WINDOW, "use_bias": False}),
+}
+
+# transformers' eager Falcon adds ALiBi twice, in the mask and to the scores; its default, SDPA, adds it once.
+THROUGH_SDPA = {"falcon-rw", "falcon-alibi-mqa"}
+
 
 class SafetensorsFile:
     """A checkpoint as load_decoder and the reference take it: names, shapes and tensors of one safetensors file."""
@@ -112,7 +152,8 @@ class SafetensorsFile:
 
 @dataclass(frozen=True)
 class TinyModel:
-    """`hf`: the transformers model, float32, eager attention. `directory`: what its save_pretrained wrote."""
+    """`hf`: the transformers model, float32, with eager attention but for THROUGH_SDPA. `directory`: what its
+    save_pretrained wrote."""
 
     name: str
     hf: Any
@@ -162,7 +203,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny
         if name not in made:
             config_class, arguments = VARIANTS[name]
             hf_config = getattr(transformers, config_class)(**{**SIZES, **arguments})
-            hf = transformers.AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager").eval()
+            implementation = "sdpa" if name in THROUGH_SDPA else "eager"
+            hf = transformers.AutoModelForCausalLM.from_config(hf_config, attn_implementation=implementation).eval()
             randomise(hf, seed=len(name) + sum(map(ord, name)))
             directory = tmp_path_factory.mktemp(name)
             hf.save_pretrained(directory)

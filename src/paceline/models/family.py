@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from paceline.config import DecoderConfig
-from paceline.loading.rules import Stored, WeightRule
+from paceline.loading.rules import Layout, Stored, WeightRule
 from paceline.models.decoder import Block, Parts
 from paceline.models.hf_config import HFConfig
 
@@ -74,6 +74,12 @@ def modules(config: DecoderConfig) -> list[Module]:
         experts = ("mlp.router", "mlp.experts.{e}.gate_up", "mlp.experts.{e}.down")
         found += [Module(name, False, config.moe.layers) for name in experts]
     return found
+
+
+def by_key_head(name: str, config: DecoderConfig) -> Stored:
+    """A fused q, k and v whose rows lie by key head: its queries, then itself, then its value."""
+    a = config.attention
+    return Stored((name,), Layout(kv_groups=(a.num_kv_heads, a.num_heads // a.num_kv_heads)))
 
 
 def hugging_face_names(config: DecoderConfig) -> dict[str, str | tuple[str, ...] | Stored]:

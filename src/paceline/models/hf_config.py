@@ -28,22 +28,34 @@ ACTIVATIONS: Mapping[str, Activation] = {
 
 # Keys that change the result where they hold another value than these: refused by name in a family that reads them not.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "_remove_final_layer_norm": (None, False),
     "add_cross_attention": (None, False),
+    "alibi_bias_max": (None, 8),
+    "apply_residual_connection_post_layernorm": (None, False),
     "attention_multiplier": (None,),
+    "attn_type": (None, "multihead_attention"),
     "attn_logit_softcapping": (None,),
     "clip_qkv": (None,),
+    "do_layer_norm_before": (None, True),
     "embedding_multiplier": (None, 1),
     "final_logit_softcapping": (None,),
     "is_encoder_decoder": (None, False),
+    "layer_norm_elementwise_affine": (None, True),
     "logit_scale": (None, 1),
     "logits_scaling": (None, 1),
     "mlp_bias": (None, False),
+    "no_bias": (None, True),
     "num_experts": (None, 0),
     "num_local_experts": (None, 0, 1),
     "partial_rotary_factor": (None, 1),
+    "prefix_lm": (None, False),
+    "qk_ln": (None, False),
     "quantization_config": (None, {}),
+    "reorder_and_upcast_attn": (None, False),
     "residual_multiplier": (None, 1),
     "rope_interleaved": (None, False),
+    "scale_attn_by_inverse_layer_idx": (None, False),
+    "scale_attn_weights": (None, True),
     "sliding_window": (None,),
     "use_bidirectional_attention": (None, False),
     "use_mrope": (None, False),
@@ -59,6 +71,16 @@ INERT = frozenset(
         *("model_type", "pad_token_id", "pretraining_tp", "problem_type", "return_dict", "tokenizer_class"),
         *("torch_dtype", "transformers.js_config", "transformers_version", "unk_token_id", "unsloth_fixed"),
         *("unsloth_version", "use_cache"),
+        # Dropout and initialisation of the older families, GPT-2's head for classification, and how the numbers of
+        # BLOOM, MPT and StarCoder are rounded or run (here every softmax and norm is taken in float32).
+        *("attention_probs_dropout_prob", "attn_pdrop", "classifier_dropout", "dropout", "embd_pdrop", "emb_pdrop"),
+        *("embedding_dropout", "hidden_dropout_prob", "init_std", "is_decoder", "layerdrop", "output_attentions"),
+        *("output_hidden_states", "resid_pdrop", "residual_dropout", "summary_activation", "summary_first_dropout"),
+        *("summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params"),
+        *("attention_softmax_in_fp32", "attn_impl", "attn_uses_sequence_id", "bias_dropout_fusion"),
+        *("embedding_fraction", "init_config", "init_device", "masked_softmax_fusion", "norm_type", "offset_alibi"),
+        *("scale_attention_softmax_in_fp32", "skip_bias_add", "skip_bias_add_qkv", "slow_but_exact"),
+        *("tokenizer_name", "verbose"),
     }
 )
 
@@ -93,6 +115,21 @@ class HFConfig:
         """The value of `key`, null included; `absent` where there is none."""
         self.asked.add(key)
         return self.values.get(key, absent)
+
+    def spelling(self, *keys: str) -> str:
+        """Of several names of one setting, the one that config.json uses, or else the first.
+
+        Raises CheckpointError where two of them disagree.
+        """
+        self.asked.update(keys)
+        used = [key for key in keys if self.values.get(key) is not None]
+        for key in used[1:]:
+            if self.values[key] != self.values[used[0]]:
+                raise CheckpointError(
+                    f"config.json sets '{used[0]}' to {self.values[used[0]]!r} and '{key}', which means the same, "
+                    f"to {self.values[key]!r}: it is inconsistent"
+                )
+        return used[0] if used else keys[0]
 
     def check(self) -> None:
         """Judge the keys that the family did not ask for: refuse those known to change the result, log those unknown.

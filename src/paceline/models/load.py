@@ -27,7 +27,7 @@ from paceline.models.registry import family_of
 log = get_logger(__name__)
 
 # Stored by old releases of transformers, computed from the config by everyone.
-INERT_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
+INERT_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")
 
 
 class Tensors(Protocol):

@@ -8,13 +8,20 @@ from typing import Any
 
 from paceline.config import DecoderConfig
 from paceline.errors import CheckpointError, UnsupportedModelError
-from paceline.models.families import gemma, llama, qwen
+from paceline.models.families import bloom, falcon, gemma, gpt2, gpt_neox, llama, mpt, opt, qwen, starcoder2
 from paceline.models.family import Family
 from paceline.models.hf_config import HFConfig
 from paceline.registry import unknown
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {family.name: family for family in (llama.FAMILY, qwen.FAMILY, gemma.FAMILY)}
+    {
+        family.name: family
+        for family in (
+            *(llama.FAMILY, qwen.FAMILY, gemma.FAMILY),
+            *(gpt2.FAMILY, gpt2.BIG_CODE, gpt_neox.FAMILY, opt.FAMILY, starcoder2.FAMILY),
+            *(bloom.FAMILY, falcon.FAMILY, mpt.FAMILY),
+        )
+    }
 )
 
 ARCHITECTURES: Mapping[str, Family] = MappingProxyType(
