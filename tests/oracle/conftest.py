@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,21 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 8.0,
+    "beta_slow": 1.0,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 100.0,
+    "short_factor": [1.0, 1.2, 1.5],
+    "long_factor": [1.5, 4.0, 9.0],
+    "partial_rotary_factor": 0.5,
+}
 GEMMA = {
     "head_dim": 16,
     "query_pre_attn_scalar": 24,
@@ -52,6 +68,8 @@ GEMMA = {
     "hidden_activation": "gelu_pytorch_tanh",
     "tie_word_embeddings": True,
 }
+
+MOE = {"moe_intermediate_size": 40, "num_experts": 5, "num_experts_per_tok": 2}
 
 # name -> (transformers' config class, its arguments)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -63,6 +81,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-llama3": ("LlamaConfig", {"head_dim": 16, "rope_parameters": {"rope_theta": 500.0, **LLAMA3}}),
     "llama-linear": ("LlamaConfig", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 4.0}}),
     "llama-gelu": ("LlamaConfig", {"hidden_act": "gelu"}),
+    "llama-yarn": ("LlamaConfig", {"head_dim": 16, "rope_parameters": YARN}),
+    "llama-yarn-exact": (
+        "LlamaConfig",
+        {"head_dim": 16, "rope_parameters": {**YARN, "truncate": False, "attention_factor": 1.4}},
+    ),
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
     "qwen2-window": (
         "Qwen2Config",
@@ -86,6 +109,72 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "mistral-window": ("MistralConfig", {"sliding_window": WINDOW}),
+    "mistral-head-dim": ("MistralConfig", {"sliding_window": None, "head_dim": 16}),
+    "ministral": (
+        "MinistralConfig",
+        {
+            "head_dim": 16,
+            "sliding_window": WINDOW,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        },
+    ),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 5}),
+    "mixtral-window": ("MixtralConfig", {"num_local_experts": 3, "num_experts_per_tok": 3, "sliding_window": WINDOW}),
+    "qwen3-moe": ("Qwen3MoeConfig", {**MOE, "head_dim": 16}),
+    "qwen3-moe-mixed": (
+        "Qwen3MoeConfig",
+        {**MOE, "norm_topk_prob": True, "num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [1]},
+    ),
+    "qwen3-moe-window": ("Qwen3MoeConfig", {**MOE, "use_sliding_window": True, "sliding_window": WINDOW}),
+    "phi3": ("Phi3Config", {}),
+    "phi3-window": ("Phi3Config", {"sliding_window": WINDOW, "tie_word_embeddings": True}),
+    "phi3-longrope": ("Phi3Config", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0, 1], "attention_bias": True, "mlp_bias": True}),
+    "smollm3-window": (
+        "SmolLM3Config",
+        {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": WINDOW},
+    ),
+    "olmo2": ("Olmo2Config", {"attention_bias": True}),
+    "olmo3": (
+        "Olmo3Config",
+        {
+            "head_dim": 16,
+            "num_hidden_layers": 4,
+            "sliding_window": WINDOW,
+            "rope_parameters": {
+                "full_attention": YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "granite": (
+        "GraniteConfig",
+        {
+            "attention_multiplier": 0.2,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.7,
+            "logits_scaling": 4.0,
+        },
+    ),
+    "granite-bias": ("GraniteConfig", {"attention_bias": True, "mlp_bias": True, "attention_multiplier": 0.4}),
+    "stablelm": ("StableLmConfig", {"hidden_size": 64, "layer_norm_eps": 0.03, "use_qkv_bias": True}),
+    "stablelm-parallel": (
+        "StableLmConfig",
+        {"layer_norm_eps": 0.03, "use_parallel_residual": True, "partial_rotary_factor": 0.5},
+    ),
+}
+
+# Models run past the length that their rotary embedding was trained for. Their factors are fixed for prompts of
+# LONG_CONTEXT tokens; transformers moves them with the prompt's length, so the two agree at that length alone.
+LONG_CONTEXT = 23
+LONG_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-dynamic-long": (
+        "LlamaConfig",
+        {"max_position_embeddings": 16, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+    ),
+    "phi3-longrope-long": ("Phi3Config", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16}),
 }
 
 # Families that are not Llama's kin: layer norms, plain MLPs, learned positions or ALiBi.
@@ -186,30 +275,33 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() == 2:
-                parameter.copy_(noise * 1.5 / parameter.shape[1] ** 0.5)
+            if parameter.dim() >= 2:  # three: the matrices of all experts in one
+                parameter.copy_(noise * 1.5 / parameter.shape[-1] ** 0.5)
             else:
                 parameter.add_(noise * 0.3)
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
-    """`tiny_model(name)`: the small checkpoint of a name in VARIANTS, made once a session."""
+    """`tiny_model(name)`: the small checkpoint of a name in VARIANTS or LONG_VARIANTS, made once a session."""
     import transformers
 
     made: dict[str, TinyModel] = {}
 
     def make(name: str) -> TinyModel:
         if name not in made:
-            config_class, arguments = VARIANTS[name]
-            hf_config = getattr(transformers, config_class)(**{**SIZES, **arguments})
+            config_class, arguments = VARIANTS.get(name) or LONG_VARIANTS[name]
+            hf_config = getattr(transformers, config_class)(**{**SIZES, **deepcopy(arguments)})  # which fills them in
             implementation = "sdpa" if name in THROUGH_SDPA else "eager"
             hf = transformers.AutoModelForCausalLM.from_config(hf_config, attn_implementation=implementation).eval()
             randomise(hf, seed=len(name) + sum(map(ord, name)))
             directory = tmp_path_factory.mktemp(name)
             hf.save_pretrained(directory)
             checkpoint = SafetensorsFile(directory)
-            made[name] = TinyModel(name, hf, directory, checkpoint, read_decoder_config(checkpoint.config))
+            config = read_decoder_config(checkpoint.config)
+            if name in LONG_VARIANTS:
+                config = config.with_context(LONG_CONTEXT)
+            made[name] = TinyModel(name, hf, directory, checkpoint, config)
         return made[name]
 
     return make

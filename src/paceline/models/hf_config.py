@@ -39,6 +39,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "do_layer_norm_before": (None, True),
     "embedding_multiplier": (None, 1),
     "final_logit_softcapping": (None,),
+    "full_attn_mod": (None, 1),
+    "interpolate_factor": (None, 1),
     "is_encoder_decoder": (None, False),
     "layer_norm_elementwise_affine": (None, True),
     "logit_scale": (None, 1),
@@ -49,6 +51,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "num_local_experts": (None, 0, 1),
     "partial_rotary_factor": (None, 1),
     "prefix_lm": (None, False),
+    "qk_layernorm": (None, False),
     "qk_ln": (None, False),
     "quantization_config": (None, {}),
     "reorder_and_upcast_attn": (None, False),
@@ -71,6 +74,8 @@ INERT = frozenset(
         *("model_type", "pad_token_id", "pretraining_tp", "problem_type", "return_dict", "tokenizer_class"),
         *("torch_dtype", "transformers.js_config", "transformers_version", "unk_token_id", "unsloth_fixed"),
         *("unsloth_version", "use_cache"),
+        # The training of routers.
+        *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),
         # Dropout and initialisation of the older families, GPT-2's head for classification, and how the numbers of
         # BLOOM, MPT and StarCoder are rounded or run (here every softmax and norm is taken in float32).
         *("attention_probs_dropout_prob", "attn_pdrop", "classifier_dropout", "dropout", "embd_pdrop", "emb_pdrop"),
@@ -157,6 +162,18 @@ def read_activation(hf: HFConfig, key: str, default: str) -> Activation:
     return ACTIVATIONS[name]
 
 
+def read_head_dim(hf: HFConfig, hidden_size: int, num_heads: int) -> int:
+    """`head_dim`, or the heads' equal share of the hidden size where the file has none.
+
+    Raises CheckpointError where they cannot share it."""
+    if hf.optional("head_dim") is None and hidden_size % num_heads:
+        raise CheckpointError(
+            f"config.json's hidden size {hidden_size} is not a multiple of its {num_heads} attention heads, "
+            "and it has no 'head_dim': it is inconsistent"
+        )
+    return hf.size("head_dim", hidden_size // num_heads)
+
+
 def read_rope(
     hf: HFConfig,
     head_dim: int,
@@ -186,6 +203,11 @@ def read_rope(
             f"config.json sets 'partial_rotary_factor' to {partial!r}, which paceline does not implement for this model"
         )
     dim = int(head_dim * (partial or 1.0))
+    if dim < 2 or dim % 2:
+        raise CheckpointError(
+            f"config.json rotates {dim} of the {head_dim} dimensions of a head, which does not make pairs: "
+            "it is inconsistent"
+        )
     theta = hf.get(theta_key, default_theta)
     original = parameters.get("original_max_position_embeddings") or hf.optional("original_max_position_embeddings")
     max_position = hf.optional("max_position_embeddings")
@@ -299,5 +321,7 @@ def read_windows(hf: HFConfig, default: Sequence[str], window: int | None) -> tu
         )
     if window is None and "sliding_attention" in kinds and hf.optional("sliding_window") is None:
         raise CheckpointError("config.json has layers with sliding attention and no 'sliding_window': it is incomplete")
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+        raise CheckpointError(f"config.json sets 'sliding_window' to {window!r}: expected a positive whole number")
     windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
     return windows if any(windows) else ()

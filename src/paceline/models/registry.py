@@ -8,7 +8,26 @@ from typing import Any
 
 from paceline.config import DecoderConfig
 from paceline.errors import CheckpointError, UnsupportedModelError
-from paceline.models.families import bloom, falcon, gemma, gpt2, gpt_neox, llama, mpt, opt, qwen, starcoder2
+from paceline.models.families import (
+    bloom,
+    falcon,
+    gemma,
+    gpt2,
+    gpt_neox,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    mpt,
+    olmo,
+    opt,
+    phi3,
+    qwen,
+    qwen3_moe,
+    smollm3,
+    stablelm,
+    starcoder2,
+)
 from paceline.models.family import Family
 from paceline.models.hf_config import HFConfig
 from paceline.registry import unknown
@@ -20,6 +39,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             *(llama.FAMILY, qwen.FAMILY, gemma.FAMILY),
             *(gpt2.FAMILY, gpt2.BIG_CODE, gpt_neox.FAMILY, opt.FAMILY, starcoder2.FAMILY),
             *(bloom.FAMILY, falcon.FAMILY, mpt.FAMILY),
+            *(mistral.FAMILY, mixtral.FAMILY, qwen3_moe.FAMILY, phi3.FAMILY, smollm3.FAMILY),
+            *(olmo.FAMILY, granite.FAMILY, stablelm.FAMILY),
         )
     }
 )

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from paceline.config import AttentionConfig, DecoderConfig, MlpConfig, NormConfig
 from paceline.models.family import Family, hugging_face_names
-from paceline.models.hf_config import HFConfig, read_activation, read_rope
+from paceline.models.hf_config import HFConfig, read_activation, read_head_dim, read_max_position, read_rope
 
 
 def decoder_config(hf: HFConfig) -> DecoderConfig:
     heads, hidden = hf.size("num_attention_heads"), hf.size("hidden_size")
-    head_dim = hf.size("head_dim", hidden // heads)
+    head_dim = read_head_dim(hf, hidden, heads)
+    rope = read_rope(hf, head_dim)
     bias = hf.get("attention_bias", False)
     return DecoderConfig(
         family="llama",
         vocab_size=hf.size("vocab_size"),
         hidden_size=hidden,
         num_layers=hf.size("num_hidden_layers"),
-        max_position=hf.size("max_position_embeddings", 2048),
+        max_position=read_max_position(hf, rope, 2048),
         attention=AttentionConfig(
             num_heads=heads,
             num_kv_heads=hf.size("num_key_value_heads", heads),
@@ -25,7 +26,7 @@ def decoder_config(hf: HFConfig) -> DecoderConfig:
             qkv_bias=bias,
             out_bias=bias,
         ),
-        rope=read_rope(hf, head_dim),
+        rope=rope,
         mlp=MlpConfig(
             intermediate_size=hf.size("intermediate_size"),
             activation=read_activation(hf, "hidden_act", "silu"),

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from paceline.config import AttentionConfig, DecoderConfig, MlpConfig, NormConfig
 from paceline.models.family import Family, hugging_face_names
-from paceline.models.hf_config import HFConfig, read_activation, read_rope, read_windows
+from paceline.models.hf_config import (
+    HFConfig,
+    read_activation,
+    read_head_dim,
+    read_max_position,
+    read_rope,
+    read_windows,
+)
 
 
 def decoder_config(hf: HFConfig) -> DecoderConfig:
     qwen3 = "Qwen3ForCausalLM" in hf.require("architectures")
     heads, hidden, layers = (hf.size(k) for k in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
-    head_dim = hf.size("head_dim", 128 if qwen3 else hidden // heads)
+    head_dim = hf.size("head_dim", 128) if qwen3 else read_head_dim(hf, hidden, heads)
+    rope = read_rope(hf, head_dim)
     bias = hf.get("attention_bias", False) if qwen3 else True
     window, full_layers = hf.optional("sliding_window", 4096), hf.get("max_window_layers", 28)
     kinds = ["full_attention" if layer < full_layers else "sliding_attention" for layer in range(layers)]
@@ -20,7 +28,7 @@ def decoder_config(hf: HFConfig) -> DecoderConfig:
         vocab_size=hf.size("vocab_size"),
         hidden_size=hidden,
         num_layers=layers,
-        max_position=hf.size("max_position_embeddings", 32768),
+        max_position=read_max_position(hf, rope, 32768),
         attention=AttentionConfig(
             num_heads=heads,
             num_kv_heads=hf.size("num_key_value_heads", heads),
@@ -30,7 +38,7 @@ def decoder_config(hf: HFConfig) -> DecoderConfig:
             out_bias=bias and qwen3,
             qk_norm="head" if qwen3 else None,
         ),
-        rope=read_rope(hf, head_dim),
+        rope=rope,
         mlp=MlpConfig(hf.size("intermediate_size"), read_activation(hf, "hidden_act", "silu")),
         norm=NormConfig(eps=hf.get("rms_norm_eps", 1e-6)),
         windows=windows,
