@@ -89,6 +89,8 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any]) -> TokenizerParts:
         rule = _pre_tokenizer(metadata)
         backend, add_bos = _byte_level(metadata, tokens, rule), rule.bos
     elif kind == "llama":
+        # Runs of spaces are stored as spaces, but text reaches the merges with "▁" in their place.
+        tokens = [token if token.strip(" ") else token.replace(" ", SPACE) for token in tokens]
         backend, add_bos = _sentencepiece(metadata, tokens, types), True
     else:
         raise UnsupportedModelError(f"GGUF: tokenizer.ggml.model '{kind}' is not supported (known: gpt2, llama)")
@@ -119,8 +121,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: Sequen
     """SentencePiece BPE. A space prefix is a normalizer, applied to each stretch between special tokens: that is the
     rule of llama.cpp and of Llama 2's published tokenizer.json."""
     gemma = str(metadata.get("general.architecture", "")).startswith("gemma")
-    # Runs of spaces are stored as spaces, but text reaches the merges with "▁" in their place.
-    vocab = _index([t.replace(" ", SPACE) if not t.strip(" ") else t for t in tokens])
+    vocab = _index(tokens)
     given = _get(metadata, "merges")
     if given is not None:
         merges = _split_merges(given)
