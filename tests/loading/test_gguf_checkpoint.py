@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import torch
 
 from paceline.errors import CheckpointError, UnsupportedModelError
 from paceline.loading.checkpoint import open_checkpoint
-from paceline.loading.gguf_config import generation_config, llama3_factors, llama3_scaling, shortest_float32
-from paceline.loading.gguf_names import ARCHITECTURES, GLOBAL_NAMES, layer_names, to_gguf, to_hf
+from paceline.loading.gguf_config import generation_config
+from paceline.loading.gguf_metadata import shortest_float32
+from paceline.loading.gguf_rope import llama3_factors, llama3_scaling
 from paceline.loading.resolve import ModelSource, resolve
 
 LLAMA3 = {
@@ -27,38 +29,130 @@ LLAMA3 = {
 }
 GEMMA = {"head_dim": 24, "query_pre_attn_scalar": 24, "sliding_window": 16}
 GEMMA2_KEYS = {
-    "gemma2.attention.key_length": 24,
-    "gemma2.attention.value_length": 24,
-    "gemma2.attention.sliding_window": 16,
-    "gemma2.attn_logit_softcapping": 50.0,
-    "gemma2.final_logit_softcapping": 30.0,
+    "attention.key_length": 24,
+    "attention.value_length": 24,
+    "attention.sliding_window": 16,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
 }
 GEMMA3_KEYS = {
-    "gemma3.attention.key_length": 24,
-    "gemma3.attention.value_length": 24,
-    "gemma3.attention.sliding_window": 16,
-    "gemma3.rope.freq_base": 1e6,
-    "gemma3.rope.scaling.type": "linear",
-    "gemma3.rope.scaling.factor": 8.0,
+    "attention.key_length": 24,
+    "attention.value_length": 24,
+    "attention.sliding_window": 16,
+    "rope.freq_base": 1e6,
+    "rope.scaling.type": "linear",
+    "rope.scaling.factor": 8.0,
 }
 GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
 }
-# Case -> architecture, options of the transformers config, what a converter writes besides the sizes.
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 16.0,
+    "attention_factor": 1.25,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [1.0, 2.0, 4.5, 8.0, 16.25, 32.0],
+}
+HEAD_DIM = {"attention.key_length": 24, "attention.value_length": 24}
+NO_KV = ("attention.head_count_kv",)
+# Case -> architecture, options of the transformers config, what its converter writes otherwise than the base class.
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("llama", {"tie_word_embeddings": False}, {}),
     "llama tied, biases": (
         "llama",
         {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
-        {"llama.rope.dimension_count": 16},
+        {"rope.dimension_count": 16},
     ),
-    "llama3 rope": ("llama", {"rope_parameters": LLAMA3}, {"llama.rope.freq_base": 500000.0}),
-    "qwen2": ("qwen2", {"rms_norm_eps": 1e-6}, {"qwen2.rope.freq_base": 10000.0}),
-    "qwen3": ("qwen3", {"head_dim": 24}, {"qwen3.attention.key_length": 24, "qwen3.attention.value_length": 24}),
+    "llama3 rope": ("llama", {"rope_parameters": LLAMA3}, {}),
+    "mixtral": ("mixtral", {"num_experts_per_tok": 3}, {"rope.dimension_count": 16}),
+    "qwen2": ("qwen2", {"rms_norm_eps": 1e-6}, {}),
+    "qwen2 yarn": (
+        "qwen2",
+        {"rope_parameters": YARN},
+        {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 32,
+            "rope.scaling.yarn_beta_fast": 16.0,
+            "rope.scaling.yarn_attn_factor": 1.25,
+        },
+    ),
+    "qwen3": ("qwen3", {"head_dim": 24}, {}),
+    "qwen3moe": (
+        "qwen3moe",
+        {"head_dim": 24, "moe_intermediate_size": 32, "num_experts_per_tok": 2, "norm_topk_prob": True},
+        {"expert_feed_forward_length": 32},
+    ),
     "gemma2": ("gemma2", GEMMA, GEMMA2_KEYS),
     "gemma3": ("gemma3", {**GEMMA, "num_hidden_layers": 7, "rope_parameters": GEMMA3_ROPE}, GEMMA3_KEYS),
+    "phi3": (
+        "phi3",
+        {"sliding_window": 40, "original_max_position_embeddings": 128},
+        {"rope.dimension_count": 16, "attention.sliding_window": 40, "rope.scaling.original_context_length": 128},
+    ),
+    "phi3 longrope": (
+        "phi3",
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32, "max_position_embeddings": 1024},
+        {
+            "rope.dimension_count": 12,
+            "attention.sliding_window": 0,
+            "rope.scaling.original_context_length": 32,
+            "rope.scaling.attn_factor": math.sqrt(2),
+        },
+    ),
+    "smollm3": ("smollm3", {"num_hidden_layers": 5}, {"rope.dimension_count": 16}),
+    "granite": (
+        "granite",
+        {
+            "attention_multiplier": 0.0625,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 8.0,
+            "attention_bias": True,
+        },
+        {"attention.scale": 0.0625, "embedding_scale": 12.0, "residual_scale": 0.22, "logit_scale": 8.0},
+    ),
+    "olmo2": ("olmo2", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}, {}),
+    "stablelm": (
+        "stablelm",
+        {"use_qkv_bias": True},
+        {"rope.dimension_count": 4, "use_parallel_residual": False, "rope.freq_base": None},
+    ),
+    "stablelm 12b": (
+        "stablelm",
+        {"use_parallel_residual": True, "qk_layernorm": True},
+        {"rope.dimension_count": 4, "use_parallel_residual": True, "rope.freq_base": None},
+    ),
+    "gpt2": ("gpt2", {"n_inner": 256}, {}),
+    "gptneox": (
+        "gptneox",
+        {"use_parallel_residual": False},
+        {"rope.dimension_count": 4, "use_parallel_residual": False, "rope.freq_base": None},
+    ),
+    "bloom": ("bloom", {"seq_length": 96}, {"attention.head_count_kv": 4}),
+    "falcon 7b": ("falcon", {"num_kv_heads": 1}, {"attention.head_count_kv": 1, "tensor_data_layout": "jploski"}),
+    "falcon 40b": (
+        "falcon",
+        {"num_kv_heads": 2, "new_decoder_architecture": True, "num_ln_in_parallel_attn": 2},
+        {"attention.head_count_kv": 2, "tensor_data_layout": "jploski"},
+    ),
+    "falcon 11b": (
+        "falcon",
+        {"num_kv_heads": 2, "new_decoder_architecture": True, "num_ln_in_parallel_attn": 1},
+        {"attention.head_count_kv": 2, "tensor_data_layout": "jploski"},
+    ),
 }
+# What no weight depends on: ids of tokens (generation_config), and how the config was made.
+UNSTORED = {"bos_token_id", "eos_token_id", "pad_token_id", "dtype", "architectures", "_name_or_path"}
 
 
 def source_of(path: Path) -> ModelSource:
@@ -67,13 +161,15 @@ def source_of(path: Path) -> ModelSource:
 
 @pytest.mark.parametrize("case", sorted(CASES))
 def test_tensors_and_config_come_back(
-    case: str, tiny_model: Callable[..., Any], write_gguf: Callable[..., Path]
+    case: str,
+    tiny_model: Callable[..., Any],
+    write_gguf: Callable[..., Path],
+    hub_tensors: Callable[..., dict[str, torch.Tensor]],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     architecture, options, extra = CASES[case]
     model = tiny_model(architecture, **options)
-    state = model.state_dict()
-    if model.config.tie_word_embeddings:
-        del state["lm_head.weight"]
+    state = hub_tensors(model)
     with open_checkpoint(source_of(write_gguf(model, architecture, extra=extra))) as checkpoint:
         assert set(checkpoint.names()) == set(state)
         for name, tensor in state.items():
@@ -82,12 +178,12 @@ def test_tensors_and_config_come_back(
             assert values.dtype == checkpoint.dtype(name) == torch.float32
             assert torch.equal(values, tensor), name
         assert checkpoint.nbytes == sum(tensor.nbytes for tensor in state.values())
+        assert checkpoint.config["architectures"] == model.config.architectures
         read = type(model.config)(**checkpoint.config).to_dict()
+    assert "ignores" not in caplog.text
     original = model.config.to_dict()
-    # What no weight depends on: ids of tokens (generation_config), and how the config was made.
-    ignored = {"bos_token_id", "eos_token_id", "pad_token_id", "dtype", "architectures", "_name_or_path"}
-    assert {key: read.get(key) for key in original if key not in ignored} == {
-        key: value for key, value in original.items() if key not in ignored
+    assert {key: read.get(key) for key in original if key not in UNSTORED} == {
+        key: value for key, value in original.items() if key not in UNSTORED
     }
 
 
@@ -105,18 +201,6 @@ def test_quantised_rows_are_unpermuted_like_dense_ones(
         dense = {"F16": torch.float16, "BF16": torch.bfloat16}
         name = "model.layers.0.self_attn.q_proj.weight"
         assert checkpoint.read(name).dtype == checkpoint.dtype(name) == dense.get(quantization, torch.float32)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_names_are_two_way(architecture: str) -> None:
-    names = [f"{stem}.weight" for stem in GLOBAL_NAMES]
-    names += [f"blk.11.{stem}.{suffix}" for stem in layer_names(architecture) for suffix in ("weight", "bias")]
-    translated = [to_hf(architecture, name) for name in names]
-    assert len(set(translated)) == len(names)
-    assert [to_gguf(architecture, name or "") for name in translated] == names
-    assert to_hf(architecture, "blk.0.ffn_gate_exps.weight") is None
-    assert to_hf(architecture, "token_embd") is None
-    assert to_gguf(architecture, "model.layers.0.mlp.experts.weight") is None
 
 
 def test_missing_tensor_and_use_after_close_are_named(
@@ -158,12 +242,49 @@ def test_what_we_cannot_run_is_refused_by_name(tmp_path: Path) -> None:
     experts = {"blk.0.ffn_gate_exps.weight": (np.zeros((2, 4, 8), np.float32), "F32")}
     with pytest.raises(UnsupportedModelError, match=r"ffn_gate_exps\.weight' has no place"):
         open_checkpoint(write_raw(path, {}, {**EMBEDDING, **experts}))
-    with pytest.raises(CheckpointError, match=r"'llama\.embedding_length' is missing"):
+    with pytest.raises(CheckpointError, match=r"'llama\.attention\.head_count' is missing"):
         open_checkpoint(write_raw(path, {}, EMBEDDING))
     with pytest.raises(CheckpointError, match=r"'token_embd\.weight' is missing"):
         open_checkpoint(write_raw(path, {}, {"output_norm.weight": (np.zeros(8, np.float32), "F32")}))
-    with pytest.raises(UnsupportedModelError, match="part 1 of 3"):
-        open_checkpoint(write_raw(path, {"split.count": 3}, EMBEDDING))
+
+
+@pytest.mark.parametrize(
+    ("case", "extra", "message"),
+    [
+        (
+            "llama",
+            {"attention.sliding_window": 64},
+            r"'llama\.attention\.sliding_window' is 64, which paceline does not",
+        ),
+        ("olmo2", {"attention.sliding_window": 64}, r"'olmo2\.attention\.sliding_window' is 64"),
+        ("llama", {"expert_count": 4}, r"'llama\.expert_count' is 4"),
+        ("qwen2", {"attention.causal": False}, r"'qwen2\.attention\.causal' is False"),
+        ("llama", {"rope.scaling.type": "longrope"}, r"rope\.scaling\.type' is 'longrope'"),
+        ("qwen2 yarn", {"rope.scaling.yarn_log_multiplier": 0.1}, r"yarn_log_multiplier' is 0\.1"),
+        ("llama", {"rope.dimension_count": 8}, "head size 16, values of 16 and rotary size 8 differ"),
+        ("falcon 11b", {"attention.head_count_kv": 4}, "as many key-value heads as heads"),
+    ],
+)
+def test_what_would_change_the_result_is_refused(
+    case: str, extra: dict[str, Any], message: str, tiny_model: Callable[..., Any], write_gguf: Callable[..., Path]
+) -> None:
+    architecture, options, keys = CASES[case]
+    path = write_gguf(tiny_model(architecture, **options), architecture, extra={**keys, **extra})
+    with pytest.raises(UnsupportedModelError, match=message):
+        open_checkpoint(source_of(path))
+
+
+def test_unknown_keys_are_logged(
+    tiny_model: Callable[..., Any], write_gguf: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    open_checkpoint(source_of(write_gguf(tiny_model("llama"), "llama", extra={"attention.novelty": 2})))
+    assert "does not know and ignores: llama.attention.novelty" in caplog.text
+
+
+def test_another_attention_factor_is_kept(tiny_model: Callable[..., Any], write_gguf: Callable[..., Path]) -> None:
+    _, options, keys = CASES["phi3 longrope"]
+    path = write_gguf(tiny_model("phi3", **options), "phi3", extra={**keys, "rope.scaling.attn_factor": 1.5})
+    assert open_checkpoint(source_of(path)).config["rope_scaling"]["attention_factor"] == 1.5
 
 
 def test_llama3_factors_of_another_rule_are_refused() -> None:

@@ -18,7 +18,7 @@ def test_directories_and_gguf_files(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert resolve(str(tmp_path)).path == resolve(str(tmp_path / "one.gguf")).path == tmp_path / "one.gguf"
     assert resolve(str(tmp_path)).kind == "gguf"
     (tmp_path / "two.gguf").write_bytes(b"")
-    with pytest.raises(ModelNotFoundError, match="holds 2 GGUF files: name one"):
+    with pytest.raises(ModelNotFoundError, match="holds 2 GGUF models: name one"):
         resolve(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     assert resolve(str(tmp_path)).kind == "directory"

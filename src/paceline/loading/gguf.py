@@ -14,7 +14,7 @@ import math
 import mmap
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -78,8 +78,9 @@ BLOCK_TYPES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `offset` and `nbytes` count bytes from the start of the file."""
+    """Where a tensor lies: `offset` and `nbytes` count bytes from the start of the file `path`."""
 
+    path: Path
     name: str
     type: BlockType
     shape: tuple[int, ...]
@@ -89,6 +90,8 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class GGUFFile:
+    """One file, or a whole model that was split: then `path` is its first part (gguf_split.py)."""
+
     path: Path
     version: int
     metadata: dict[str, Any]  # str, int, float, bool, or a list of one of them
@@ -208,7 +211,7 @@ class _Parser:
         block = BLOCK_TYPES[kind]
         if 0 in shape or shape[-1] % block.elements:
             self.corrupt(f"tensor {name!r} of type {block.name} has the impossible shape {list(shape)}")
-        return TensorInfo(name, block, shape, offset, math.prod(shape) // block.elements * block.nbytes)
+        return TensorInfo(self.path, name, block, shape, offset, math.prod(shape) // block.elements * block.nbytes)
 
     def placed(self, infos: list[TensorInfo], start: int, alignment: int) -> dict[str, TensorInfo]:
         tensors: dict[str, TensorInfo] = {}
@@ -220,7 +223,7 @@ class _Parser:
                 self.corrupt(f"tensor {info.name!r} begins at {info.offset}, not a multiple of {alignment}")
             if end > self.size:
                 self.truncated(f"tensor {info.name!r}", end)
-            tensors[info.name] = TensorInfo(info.name, info.type, info.shape, start + info.offset, info.nbytes)
+            tensors[info.name] = replace(info, offset=start + info.offset)
         return tensors
 
     def scalar(self, code: str) -> Any:

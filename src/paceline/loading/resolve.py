@@ -12,6 +12,7 @@ from typing import Literal
 
 from paceline.errors import DownloadError, ModelNotFoundError
 from paceline.loading.aliases import ALIASES, Alias
+from paceline.loading.gguf_split import first_part, parts_of
 from paceline.loading.hub import ANSWER_SECONDS, PROBE_SECONDS, fetch_snapshot
 from paceline.loading.progress import Progress, Silent
 from paceline.loading.wheel import cache_dir, cached_gguf, fetch_gguf
@@ -73,13 +74,14 @@ def _local(model: str) -> ModelSource | None:
         ggufs = sorted(path.glob("*.gguf"))
         if (path / "config.json").exists() or not ggufs:
             return ModelSource(model, "directory", path)
-        if len(ggufs) > 1:
-            raise ModelNotFoundError(f"{path} holds {len(ggufs)} GGUF files: name one of them, such as {ggufs[0]}")
-        return ModelSource(model, "gguf", ggufs[0])
+        models = list(dict.fromkeys(parts_of(gguf)[0] for gguf in ggufs))
+        if len(models) > 1:
+            raise ModelNotFoundError(f"{path} holds {len(models)} GGUF models: name one of them, such as {models[0]}")
+        return ModelSource(model, "gguf", first_part(models[0]))
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ModelNotFoundError(f"{path} is neither a directory nor a .gguf file: give the directory it lies in")
-        return ModelSource(model, "gguf", path)
+        return ModelSource(model, "gguf", first_part(path))
     if path.suffix.lower() == ".gguf" or path.is_absolute() or model.startswith((".", "~")):
         raise ModelNotFoundError(f"{path}: no such file or directory")
     return None
