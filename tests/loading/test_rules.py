@@ -51,3 +51,14 @@ def test_rows_that_lie_by_key_head_are_sorted(tail):
         )
     ]
     assert torch.equal(Layout(kv_groups=(kv_heads, queries)).ours(torch.cat(rows)), torch.cat((q, k, v)))
+
+
+def test_one_key_head_is_stored_in_our_order():
+    """Falcon 7B and StarCoder: with a single key head "by key head" is all queries, the key, the value."""
+    rows = torch.randn(6 * 4, 3)
+    assert torch.equal(Layout(kv_groups=(1, 4)).ours(rows), rows)
+
+
+def test_rows_by_key_head_have_the_shape_of_ours():
+    assert Layout(kv_groups=(3, 2)).stored_shape((48, 5)) == (48, 5)
+    assert Layout(kv_groups=(3, 2)).ours(torch.zeros(48, 5)).shape == (48, 5)

@@ -179,17 +179,18 @@ LONG_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 # Families that are not Llama's kin: layer norms, plain MLPs, learned positions or ALiBi.
 LAYER_NORM = {"layer_norm_epsilon": 0.03}
-GPT2 = {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 64, **LAYER_NORM}
 NEOX = {"layer_norm_eps": 0.03, "rope_parameters": {"rope_theta": 100.0, "partial_rotary_factor": 0.5}}
 FALCON40 = {"new_decoder_architecture": True, "num_kv_heads": 2, **LAYER_NORM}
 FALCON_RW = {"alibi": True, "bias": True, "multi_query": False, "parallel_attn": False, **LAYER_NORM}
-BLOOM = {"n_layer": 3, "n_head": 4, **LAYER_NORM}
 STARCODER2 = {"norm_epsilon": 0.03, "rope_parameters": {"rope_theta": 100.0, "rope_type": "default"}}
 VARIANTS |= {
-    "gpt2": ("GPT2Config", GPT2),
-    "gpt2-inner": ("GPT2Config", {**GPT2, "n_inner": 80, "activation_function": "relu", "tie_word_embeddings": False}),
-    "gpt-bigcode": ("GPTBigCodeConfig", GPT2),
-    "gpt-bigcode-mha": ("GPTBigCodeConfig", {**GPT2, "multi_query": False}),
+    "gpt2": ("GPT2Config", LAYER_NORM),
+    "gpt2-inner": (
+        "GPT2Config",
+        {**LAYER_NORM, "n_inner": 80, "activation_function": "relu", "tie_word_embeddings": False},
+    ),
+    "gpt-bigcode": ("GPTBigCodeConfig", LAYER_NORM),
+    "gpt-bigcode-mha": ("GPTBigCodeConfig", {**LAYER_NORM, "multi_query": False}),
     "gpt-neox": ("GPTNeoXConfig", NEOX),
     "gpt-neox-sequential": ("GPTNeoXConfig", {**NEOX, "use_parallel_residual": False, "hidden_act": "gelu_fast"}),
     "gpt-neox-no-bias": ("GPTNeoXConfig", {**NEOX, "attention_bias": False, "tie_word_embeddings": True}),
@@ -203,12 +204,12 @@ VARIANTS |= {
     ),
     "falcon-rw": ("FalconConfig", FALCON_RW),
     "falcon-alibi-mqa": ("FalconConfig", {"alibi": True, **LAYER_NORM}),
-    "bloom": ("BloomConfig", BLOOM),
-    "bloom-six-heads": ("BloomConfig", {**BLOOM, "n_head": 6}),  # slopes that are no single geometric series
-    "mpt": ("MptConfig", {"d_model": 48, "n_layers": 3, "n_heads": 4, **LAYER_NORM}),
+    "bloom": ("BloomConfig", LAYER_NORM),
+    "bloom-six-heads": ("BloomConfig", {**LAYER_NORM, "n_head": 6}),  # slopes that are no single geometric series
+    "mpt": ("MptConfig", LAYER_NORM),
     "mpt-scale": (
         "MptConfig",
-        {"d_model": 48, "n_layers": 3, "n_heads": 3, "attn_config": {"softmax_scale": 0.4}, **LAYER_NORM},
+        {**LAYER_NORM, "n_heads": 3, "attn_config": {"softmax_scale": 0.4}},
     ),
     "starcoder2": ("Starcoder2Config", STARCODER2),
     "starcoder2-window": ("Starcoder2Config", {**STARCODER2, "sliding_window": WINDOW, "use_bias": False}),
@@ -291,7 +292,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny
     def make(name: str) -> TinyModel:
         if name not in made:
             config_class, arguments = VARIANTS.get(name) or LONG_VARIANTS[name]
-            hf_config = getattr(transformers, config_class)(**{**SIZES, **deepcopy(arguments)})  # which fills them in
+            kind = getattr(transformers, config_class)
+            sizes = {key: value for key, value in SIZES.items() if hasattr(kind(), key)}
+            hf_config = kind(**{**sizes, **deepcopy(arguments)})  # which fills them in
             implementation = "sdpa" if name in THROUGH_SDPA else "eager"
             hf = transformers.AutoModelForCausalLM.from_config(hf_config, attn_implementation=implementation).eval()
             randomise(hf, seed=len(name) + sum(map(ord, name)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from paceline.config import AttentionConfig, DecoderConfig, MlpConfig, NormConfig
 from paceline.models.family import Family, Names, by_key_head
-from paceline.models.hf_config import HFConfig
+from paceline.models.hf_config import HFConfig, read_head_dim
 
 LAYER = "transformer.h.{i}."
 
@@ -12,7 +12,7 @@ LAYER = "transformer.h.{i}."
 def decoder_config(hf: HFConfig) -> DecoderConfig:
     hidden = hf.size(hf.spelling("hidden_size", "n_embed"))
     heads = hf.size(hf.spelling("n_head", "num_attention_heads"))
-    head_dim = hidden // heads
+    head_dim = read_head_dim(hf, hidden, heads)
     return DecoderConfig(
         family="bloom",
         vocab_size=hf.size("vocab_size"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from paceline.config import AttentionConfig, DecoderConfig, MlpConfig, NormConfig, ResidualConfig
 from paceline.models.family import Family, Names, by_key_head
-from paceline.models.hf_config import HFConfig, read_activation, read_max_position, read_rope
+from paceline.models.hf_config import HFConfig, read_activation, read_head_dim, read_max_position, read_rope
 
 LAYER = "transformer.h.{i}."
 
@@ -21,7 +21,7 @@ def decoder_config(hf: HFConfig) -> DecoderConfig:
     kv_heads = grouped if new else 1 if multi_query else heads
     parallel = hf.get("parallel_attn", True) or new
     norms = hf.get("num_ln_in_parallel_attn", 2 if new else 1)
-    head_dim, activation = hidden // heads, read_activation(hf, "activation", "gelu")
+    head_dim, activation = read_head_dim(hf, hidden, heads), read_activation(hf, "activation", "gelu")
     scale, rope = head_dim**-0.5, read_rope(hf, head_dim)
     return DecoderConfig(
         family="falcon",

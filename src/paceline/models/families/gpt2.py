@@ -5,7 +5,7 @@ from __future__ import annotations
 from paceline.config import AttentionConfig, DecoderConfig, MlpConfig, NormConfig
 from paceline.loading.rules import Layout, Stored
 from paceline.models.family import Family, Names, by_key_head
-from paceline.models.hf_config import HFConfig, read_activation
+from paceline.models.hf_config import HFConfig, read_activation, read_head_dim
 
 LAYER = "transformer.h.{i}."
 
@@ -14,8 +14,9 @@ def decoder_config(hf: HFConfig) -> DecoderConfig:
     big_code = "GPTBigCodeForCausalLM" in hf.require("architectures")
     hidden = hf.size(hf.spelling("n_embd", "hidden_size"))
     heads = hf.size(hf.spelling("n_head", "num_attention_heads"))
-    head_dim = hidden // heads
+    head_dim = read_head_dim(hf, hidden, heads)
     kv_heads = 1 if big_code and hf.get("multi_query", True) else heads
+    hf.optional("num_key_value_heads")  # written beside multi_query, which decides
     return DecoderConfig(
         family="gpt_bigcode" if big_code else "gpt2",
         vocab_size=hf.size("vocab_size"),

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from paceline.config import AttentionConfig, DecoderConfig, MlpConfig, NormConfig, ResidualConfig
 from paceline.models.family import Family, Names, by_key_head
-from paceline.models.hf_config import HFConfig, read_activation, read_max_position, read_rope
+from paceline.models.hf_config import HFConfig, read_activation, read_head_dim, read_max_position, read_rope
 
 LAYER = "gpt_neox.layers.{i}."
 
 
 def decoder_config(hf: HFConfig) -> DecoderConfig:
     heads, hidden = hf.size("num_attention_heads"), hf.size("hidden_size")
-    head_dim, bias = hidden // heads, hf.get("attention_bias", True)
+    head_dim, bias = read_head_dim(hf, hidden, heads), hf.get("attention_bias", True)
     rope = read_rope(hf, head_dim, theta_key="rotary_emb_base", partial_key="rotary_pct", default_partial=0.25)
     return DecoderConfig(
         family="gpt_neox",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from paceline.config import AttentionConfig, DecoderConfig, MlpConfig, NormConfig
 from paceline.errors import UnsupportedModelError
 from paceline.models.family import Family, Names
-from paceline.models.hf_config import HFConfig
+from paceline.models.hf_config import HFConfig, read_head_dim
 
 LAYER = "transformer.blocks.{i}."
 
@@ -13,7 +13,7 @@ LAYER = "transformer.blocks.{i}."
 def decoder_config(hf: HFConfig) -> DecoderConfig:
     hidden = hf.size(hf.spelling("d_model", "hidden_size"))
     heads = hf.size(hf.spelling("n_heads", "num_attention_heads"))
-    head_dim = hidden // heads
+    head_dim = read_head_dim(hf, hidden, heads)
     attention = HFConfig(hf.get("attn_config", {}))
     if not attention.get("alibi", True):
         raise UnsupportedModelError("config.json's 'attn_config' sets 'alibi' to False: paceline reads no MPT without")

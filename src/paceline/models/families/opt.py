@@ -5,14 +5,14 @@ from __future__ import annotations
 from paceline.config import AttentionConfig, DecoderConfig, MlpConfig, NormConfig
 from paceline.errors import UnsupportedModelError
 from paceline.models.family import Family, Names
-from paceline.models.hf_config import HFConfig, read_activation
+from paceline.models.hf_config import HFConfig, read_activation, read_head_dim
 
 LAYER = "model.decoder.layers.{i}."
 
 
 def decoder_config(hf: HFConfig) -> DecoderConfig:
     heads, hidden = hf.size("num_attention_heads"), hf.size("hidden_size")
-    head_dim, bias = hidden // heads, hf.get("enable_bias", True)
+    head_dim, bias = read_head_dim(hf, hidden, heads), hf.get("enable_bias", True)
     if hf.size("word_embed_proj_dim", hidden) != hidden:
         raise UnsupportedModelError(
             f"config.json sets 'word_embed_proj_dim' to {hf.require('word_embed_proj_dim')}, not the hidden size "

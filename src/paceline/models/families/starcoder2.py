@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from paceline.config import AttentionConfig, DecoderConfig, MlpConfig, NormConfig
 from paceline.models.family import Family, Names, hugging_face_names
-from paceline.models.hf_config import HFConfig, read_activation, read_max_position, read_rope
+from paceline.models.hf_config import (
+    HFConfig,
+    read_activation,
+    read_head_dim,
+    read_max_position,
+    read_rope,
+    read_windows,
+)
 
 
 def decoder_config(hf: HFConfig) -> DecoderConfig:
     heads, hidden, layers = (hf.size(k) for k in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
-    head_dim = hf.size("head_dim", hidden // heads)
+    head_dim = read_head_dim(hf, hidden, heads)
     rope, window, bias = read_rope(hf, head_dim), hf.optional("sliding_window"), hf.get("use_bias", True)
+    kind = "full_attention" if window is None else "sliding_attention"
     return DecoderConfig(
         family="starcoder2",
         vocab_size=hf.size("vocab_size"),
@@ -30,7 +38,7 @@ def decoder_config(hf: HFConfig) -> DecoderConfig:
             hf.size("intermediate_size"), read_activation(hf, "hidden_act", "gelu_pytorch_tanh"), bias=bias, gated=False
         ),
         norm=NormConfig(eps=hf.get("norm_epsilon", 1e-5), kind="layer", bias=True),
-        windows=() if window is None else (window,) * layers,
+        windows=read_windows(hf, [kind] * layers, window),
         tie_embeddings=hf.get("tie_word_embeddings", True),
     )
 
