@@ -18,24 +18,42 @@ FLAGS = {
         --min-tokens --model --quantize --quiet --raw --repetition-penalty --revision --seed --speculative --stop
         --system --temperature --threads --top-k --top-p
     """,
+    "models": "--debug --help --json",
+    "models delete": "--debug --help --yes",
+    "models path": "--debug --help",
+    "models pull": "--debug --help --quiet --revision",
 }
 
 
+def every_command(group: click.Group, prefix: str = "") -> dict[str, click.Command]:
+    """The commands below `group`, and those below these, by the words that call them."""
+    found: dict[str, click.Command] = {}
+    for name, command in group.commands.items():
+        found[prefix + name] = command
+        if isinstance(command, click.Group):
+            found |= every_command(command, f"{prefix}{name} ")
+    return found
+
+
+COMMANDS = every_command(commands)
+
+
 def test_the_commands_are_these():
-    assert set(commands.commands) == set(FLAGS)
+    assert set(COMMANDS) == set(FLAGS)
 
 
 @pytest.mark.parametrize("name", FLAGS)
 def test_the_flags_are_these(name):
-    command = commands.commands[name]
+    command = COMMANDS[name]
     with click.Context(command, info_name=name, help_option_names=["-h", "--help"]) as context:
         options = {flag for option in command.get_params(context) for flag in option.opts if flag.startswith("--")}
     assert options == set(FLAGS[name].split())
 
 
 @pytest.mark.parametrize("name", FLAGS)
-def test_every_flag_is_explained(name):
-    for option in commands.commands[name].params:
+def test_every_command_and_flag_is_explained(name):
+    assert COMMANDS[name].help
+    for option in COMMANDS[name].params:
         if isinstance(option, click.Option):
             assert option.help, option.name
             assert option.help.endswith("."), option.name

@@ -26,9 +26,20 @@ def heavy_modules_after(code: str) -> set[str]:
         "from paceline.cli import main; assert main(['--help']) == 0",
         "from paceline.cli import main; assert main(['generate', '--help']) == 0",
         "from paceline.cli import main; assert main(['chat', '--help']) == 0",
+        "from paceline.cli import main; assert main(['models', '--help']) == 0",
+        "from paceline.cli import main; assert main(['models', 'delete', '--help']) == 0",
         "from paceline.cli import main; assert main(['generate', '--top-p', '2', 'Hi']) == 2",
     ],
-    ids=["paceline", "params", "help", "generate-help", "chat-help", "usage-error"],
+    ids=[
+        "paceline",
+        "params",
+        "help",
+        "generate-help",
+        "chat-help",
+        "models-help",
+        "models-delete-help",
+        "usage-error",
+    ],
 )
 def test_nothing_heavy_is_imported(code):
     assert heavy_modules_after(code) == set()

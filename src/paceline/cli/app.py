@@ -13,21 +13,15 @@ from paceline import __version__
 from paceline.cli.chat import chat
 from paceline.cli.exit_codes import EXIT_CLOSED_PIPE, EXIT_FAILURE, EXIT_INTERRUPTED
 from paceline.cli.generate import generate
+from paceline.cli.group import NearestGroup
+from paceline.cli.models import models
 from paceline.errors import PacelineError
-from paceline.registry import nearest, unknown
+from paceline.registry import unknown
 
 
-class _Commands(click.Group):
-    """A group whose unknown command is answered with the nearest known one."""
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        name = args[0]
-        if self.get_command(ctx, name) is None and not name.startswith("-"):
-            hint = "" if nearest(name, self.commands) else f'; for a prompt: paceline generate "{name}"'
-            raise click.UsageError(unknown("command", name, self.commands) + hint, ctx)
-        return super().resolve_command(ctx, args)
+class _Commands(NearestGroup):
+    def hint(self, name: str) -> str:
+        return f'; for a prompt: paceline generate "{name}"'
 
 
 @click.group(
@@ -45,6 +39,7 @@ def commands() -> None:
 
 commands.add_command(generate)
 commands.add_command(chat)
+commands.add_command(models)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

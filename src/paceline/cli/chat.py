@@ -13,7 +13,7 @@ from paceline.cli.chat_commands import COMMANDS, run_command
 from paceline.cli.chat_input import Entry, history_path, piped_lines, read_entry, terminal_lines
 from paceline.cli.chat_session import ChatSession, check_text
 from paceline.cli.model import load_model
-from paceline.cli.options import configure_logging, engine_options, given_sampling, sampling_options
+from paceline.cli.options import configure_logging, debug_option, engine_options, given_sampling, sampling_options
 from paceline.errors import PacelineError, UsageError
 from paceline.sampling.params import SamplingParams
 
@@ -27,7 +27,7 @@ from paceline.sampling.params import SamplingParams
     "--no-history", is_flag=True, help="Neither read nor write chat_history in paceline's cache (readable by you only)."
 )
 @click.option("--quiet", is_flag=True, help="No progress and no lines of figures.")
-@click.option("--debug", is_flag=True, help="Log in detail, and show the traceback of an error.")
+@debug_option
 @click.pass_context
 def chat(context: click.Context, /, name: str | None, **options: Any) -> None:
     """Talk with MODEL: a hub id, a directory, a GGUF file or an alias (see paceline models).

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from paceline.cli.model import decode_figures, effective_sampling, load_model, stream_answer, write_stdout
-from paceline.cli.options import configure_logging, engine_options, given_sampling, sampling_options
+from paceline.cli.options import configure_logging, debug_option, engine_options, given_sampling, sampling_options
 from paceline.cli.prompt import read_prompt
 from paceline.cli.report import Report, final_line, json_report
 from paceline.errors import UsageError
@@ -24,7 +24,7 @@ from paceline.sampling.params import SamplingParams
 @click.option("--raw", is_flag=True, help="Continue the prompt as it stands: no chat template.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
 @click.option("--quiet", is_flag=True, help="No progress and no line of figures.")
-@click.option("--debug", is_flag=True, help="Log in detail, and show the traceback of an error.")
+@debug_option
 def generate(prompt: tuple[str, ...], **options: Any) -> None:
     """Answer PROMPT with a chat model. Without PROMPT, or with '-', the prompt is read from standard input.
 

@@ -29,19 +29,15 @@ _ENGINE = ("model", "revision", "dtype", "device", "threads", "max_model_len", "
 def load_model(options: Mapping[str, Any]) -> LLM:
     """The model that the engine options name, for one request at a time; a bar shows progress on a terminal."""
     with _interrupt_ends_at_once():
+        from paceline.cli.progress import terminal_progress
         from paceline.llm import LLM
 
-    progress = None
-    if sys.stderr is not None and sys.stderr.isatty() and not options["quiet"]:
-        from paceline.cli.progress import TerminalProgress
-
-        progress = TerminalProgress()
     return LLM(
         **{name: options[name] for name in _ENGINE},
         quantization=options["quantize"],
         speculative_config={"method": options["speculative"]} if options["speculative"] else None,
         max_num_seqs=1,
-        progress=progress,
+        progress=terminal_progress(options["quiet"]),
     )
 
 

@@ -65,6 +65,9 @@ def engine_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+debug_option = click.option("--debug", is_flag=True, help="Log in detail, and show the traceback of an error.")
+
+
 def given_sampling(options: dict[str, Any]) -> dict[str, Any]:
     """The sampling parameters that the user typed, as SamplingParams names them."""
     given = {name: options[name] for name in SAMPLING if options[name] is not None}

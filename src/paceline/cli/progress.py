@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import rich.console
 import rich.progress
 
@@ -34,3 +36,8 @@ class TerminalProgress:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def terminal_progress(quiet: bool) -> TerminalProgress | None:
+    """A bar where somebody can see it and wants it; None draws none."""
+    return TerminalProgress() if sys.stderr is not None and sys.stderr.isatty() and not quiet else None
