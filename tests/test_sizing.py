@@ -32,6 +32,9 @@ class RandomParts:
     def tensor(self, name: str, *shape: int) -> torch.Tensor:
         return torch.randn(shape).to(self.dtype)
 
+    def table(self, name: str, rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns)
+
     def linear(self, name: str, rows: tuple[int, ...], columns: int, *, bias: bool = False) -> Linear:
         values = self.tensor(name, sum(rows), columns)
         return Linear(self._pack(values), self.tensor(name, sum(rows)) if bias else None)

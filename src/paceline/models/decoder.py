@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from paceline.config import DecoderConfig, KVGroup, MoeConfig
+from paceline.formats.streamed import StreamedTable
 from paceline.inputs import AttentionMetadata, KVLayer, ModelInputs
 from paceline.layers.attention import Attention
 from paceline.layers.embedding import Embedding
@@ -35,7 +36,9 @@ class Parts(Protocol):
 
     def linear(self, name: str, rows: tuple[int, ...], columns: int, *, bias: bool = False) -> Linear: ...
 
-    def tied(self, table_VD: torch.Tensor) -> Linear: ...
+    def table(self, name: str, rows: int, columns: int) -> torch.Tensor | StreamedTable: ...
+
+    def tied(self, table_VD: torch.Tensor | StreamedTable) -> Linear: ...
 
 
 def build_norm(config: DecoderConfig, parts: Parts, name: str, size: int, *, bias: bool | None = None) -> Norm:
@@ -142,7 +145,7 @@ class Decoder(nn.Module):
         self.config = config
         self.dtype, self.device = parts.dtype, parts.device
         hidden, offset = config.hidden_size, config.learned_position_offset
-        table_VD = parts.tensor("embedding.weight", config.vocab_size, hidden)
+        table_VD = parts.table("embedding.weight", config.vocab_size, hidden)
         self.embedding = Embedding(table_VD, config.embedding_scale)
         self.positions = None
         if offset is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from logging import INFO, WARNING
 from typing import Protocol
 
@@ -16,6 +16,7 @@ import torch
 from paceline import formats
 from paceline.config import DecoderConfig
 from paceline.errors import CheckpointError
+from paceline.formats.streamed import PIECE_ROWS, StreamedTable, WeightStream, stream_matrix, stream_table
 from paceline.kernels.linear import TOO_SMALL, onednn_refusal
 from paceline.layers.linear import Linear
 from paceline.loading.progress import Progress, Silent
@@ -55,6 +56,7 @@ class CheckpointParts:
         dtype: torch.dtype,
         device: torch.device,
         format: str = "dense",
+        stream: WeightStream | None = None,
         progress: Progress,
     ) -> None:
         self.checkpoint = checkpoint
@@ -63,6 +65,7 @@ class CheckpointParts:
         self.dtype = dtype
         self.device = device
         self.format = format
+        self.stream = stream
         self.progress = progress
         self.used: set[str] = set()
         self.plain: Counter[str] = Counter()  # why matrices on the CPU are not packed for oneDNN
@@ -73,11 +76,26 @@ class CheckpointParts:
 
     def linear(self, name: str, rows: tuple[int, ...], columns: int, *, bias: bool = False) -> Linear:
         bias_N = self._read(f"{name}.bias", rows, ()) if bias else None
+        if self.stream is not None:
+            pieces = self._pieces(f"{name}.weight", rows, (columns,))
+            shape = (sum(rows), columns)
+            return Linear(stream_matrix(self.stream, pieces, shape, dtype=self.dtype, format=self.format), bias_N)
         return Linear(self._pack(self._read(f"{name}.weight", rows, (columns,))), bias_N)
 
-    def tied(self, table_VD: torch.Tensor) -> Linear:
+    def table(self, name: str, rows: int, columns: int) -> torch.Tensor | StreamedTable:
+        if self.stream is None:
+            return self.tensor(name, rows, columns)
+        offset = self.stream.store.nbytes
+        for values in self._pieces(name, (rows,), (columns,)):
+            self.stream.store.append(values.to(self.dtype))
+        return StreamedTable(self.stream.store, offset, (rows, columns), self.dtype, self.device)
+
+    def tied(self, table_VD: torch.Tensor | StreamedTable) -> Linear:
         """The output head over the embedding's values; shares their memory where the format keeps them as they are."""
-        return Linear(self._pack(table_VD))
+        if isinstance(table_VD, torch.Tensor):
+            return Linear(self._pack(table_VD))
+        assert self.stream is not None
+        return Linear(stream_table(self.stream, table_VD, format=self.format))
 
     def num_bytes(self) -> int:
         """Bytes of all the tensors that the names lead to, as read."""
@@ -92,18 +110,28 @@ class CheckpointParts:
         return formats.pack(values_NK, self.format, dtype=self.dtype, device=self.device)
 
     def _read(self, name: str, rows: tuple[int, ...], rest: tuple[int, ...]) -> torch.Tensor:
-        fused = torch.empty((sum(rows), *rest), dtype=self.dtype, device=self.device)
-        stored, start = self.names[name], 0
+        fused, start = torch.empty((sum(rows), *rest), dtype=self.dtype, device=self.device), 0
+        for values in self._stored(name, rows, rest):
+            fused[start : start + values.shape[0]].copy_(values)
+            start += values.shape[0]
+        return fused
+
+    def _pieces(self, name: str, rows: tuple[int, ...], rest: tuple[int, ...]) -> Iterator[torch.Tensor]:
+        """The same a few rows at a time, for what shall never be whole in memory."""
+        for values in self._stored(name, rows, rest):
+            yield from torch.split(values, PIECE_ROWS)
+
+    def _stored(self, name: str, rows: tuple[int, ...], rest: tuple[int, ...]) -> Iterator[torch.Tensor]:
+        """The tensors whose rows, one after the other, are the parameter's; views of the file where they can be."""
+        stored = self.names[name]
         if len(stored.names) == 1:  # fused in the checkpoint already
             rows = (sum(rows),)
         for part, count in zip(stored.names, rows, strict=True):
             file = self._check(part, stored.layout.stored_shape((count, *rest)))
             values = self.checkpoint.read(file)
-            fused[start : start + count].copy_(stored.layout.ours(values))
-            start += count
+            yield stored.layout.ours(values)
             self.used.add(file)
             self.progress.advance(values.nbytes)
-        return fused
 
     def _check(self, part: str, expected: tuple[int, ...]) -> str:
         if part not in self.files:
@@ -147,10 +175,12 @@ def load_decoder(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     quantize: str | None = None,
+    stream: WeightStream | None = None,
     progress: Progress | None = None,
 ) -> Decoder:
     """The model, in `dtype` on `device`; `quantize` names the weight format of every linear, the head included
-    (None: dense, lossless up to the cast to `dtype`). `progress` counts the bytes read.
+    (None: dense, lossless up to the cast to `dtype`). With `stream` matrices go into its store, and only the small
+    tensors stay on the device. `progress` counts the bytes read.
 
     Raises CheckpointError for a tensor that is missing or of the wrong shape, UsageError for an unknown format.
     """
@@ -166,6 +196,7 @@ def load_decoder(
         dtype=dtype,
         device=torch.device(device),
         format=quantize or "dense",
+        stream=stream,
         progress=progress or Silent(),
     )
     parts.progress.start("loading", parts.num_bytes())
