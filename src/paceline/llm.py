@@ -48,9 +48,11 @@ class LLM:
 
     `model`: a hub id (`org/name`, `org/name@revision`), a directory, a GGUF file or an alias. `dtype` "auto" keeps
     the checkpoint's. `quantization`: None or "int8". `max_model_len` None takes the model's own. `kv_cache_gib` None
-    sizes the cache by the scheduler's limits within a share of free memory. `speculative_config`: a SpeculativeConfig
-    or its fields. `generation_config`: "auto" applies the model's sampling defaults where a request sets none.
-    `threads` sets torch's CPU threads, for the whole process. `trust_remote_code` is refused: no code of a
+    sizes the cache by the scheduler's limits within a share of free memory. `memory_gib` bounds weights, cache and
+    activations on the device together. `offload` ("auto", "host", "disk") keeps the matrices off the device and
+    streams them, for models larger than it; `offload_dir` is where a file of them may lie. `speculative_config`: a
+    SpeculativeConfig or its fields. `generation_config`: "auto" applies the model's sampling defaults where a request
+    sets none. `threads` sets torch's CPU threads, for the whole process. `trust_remote_code` is refused: no code of a
     checkpoint is ever run.
 
     Raises UsageError for an unknown or impossible option, and the errors of loading (ModelNotFoundError,
@@ -76,6 +78,9 @@ class LLM:
         block_size: int = 16,
         num_blocks: int | None = None,
         kv_cache_gib: float | None = None,
+        memory_gib: float | None = None,
+        offload: str | None = None,
+        offload_dir: str | None = None,
         speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None,
         async_depth: int = 0,
         skip_tokenizer_init: bool = False,
@@ -104,6 +109,9 @@ class LLM:
             quantization=quantization,
             max_model_len=max_model_len,
             kv_cache_gib=kv_cache_gib,
+            memory_gib=memory_gib,
+            offload=offload,
+            offload_dir=offload_dir,
             seed=seed,
             cache=CacheConfig(block_size, num_blocks, enable_prefix_caching),
             scheduler=SchedulerConfig(
@@ -296,8 +304,10 @@ class LLM:
         """Give the weights and the cache back. Running streams end; later calls raise UsageError."""
         if self._model is None:
             return
-        device = self._model.device
+        device, stream = self._model.device, self._model.stream
         self._model = None
+        if stream is not None:
+            stream.close()
         self._answers.clear()
         gc.collect()  # the engine holds cycles
         if device.type == "cuda":

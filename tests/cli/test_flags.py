@@ -9,14 +9,16 @@ from paceline.cli.app import commands
 
 FLAGS = {
     "chat": """
-        --chat-template --debug --device --dtype --help --ignore-eos --max-model-len --max-tokens --min-p --min-tokens
-        --model --no-history --quantize --quiet --repetition-penalty --revision --seed --speculative --stop --system
-        --temperature --threads --top-k --top-p
+        --chat-template --debug --device --dtype --help --ignore-eos --max-model-len --max-tokens --memory-gib
+        --min-p --min-tokens --model --no-history --offload --offload-dir --offload-to --quantize --quiet
+        --repetition-penalty --revision --seed --speculative --stop --system --temperature --threads --top-k
+        --top-p
     """,
     "generate": """
-        --chat-template --debug --device --dtype --help --ignore-eos --json --max-model-len --max-tokens --min-p
-        --min-tokens --model --quantize --quiet --raw --repetition-penalty --revision --seed --speculative --stop
-        --system --temperature --threads --top-k --top-p
+        --chat-template --debug --device --dtype --help --ignore-eos --json --max-model-len --max-tokens
+        --memory-gib --min-p --min-tokens --model --offload --offload-dir --offload-to --quantize --quiet --raw
+        --repetition-penalty --revision --seed --speculative --stop --system --temperature --threads --top-k
+        --top-p
     """,
     "models": "--debug --help --json",
     "models delete": "--debug --help --yes",

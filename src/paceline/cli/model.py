@@ -23,7 +23,17 @@ if TYPE_CHECKING:
 # SamplingParams' temperature of 1 the default model answers "Why is the sky blue?" with "The art of the sky and the
 # Red Serenade dances"; at its authors' 0.2 it explains Rayleigh scattering.
 DEFAULT_TEMPERATURE = 0.2
-_ENGINE = ("model", "revision", "dtype", "device", "threads", "max_model_len", "chat_template")
+_ENGINE = (
+    "model",
+    "revision",
+    "dtype",
+    "device",
+    "threads",
+    "max_model_len",
+    "memory_gib",
+    "offload_dir",
+    "chat_template",
+)
 
 
 def load_model(options: Mapping[str, Any]) -> LLM:
@@ -35,6 +45,7 @@ def load_model(options: Mapping[str, Any]) -> LLM:
     return LLM(
         **{name: options[name] for name in _ENGINE},
         quantization=options["quantize"],
+        offload=options["offload_to"] or ("auto" if options["offload"] else None),
         speculative_config={"method": options["speculative"]} if options["speculative"] else None,
         max_num_seqs=1,
         progress=terminal_progress(options["quiet"]),

@@ -57,6 +57,12 @@ def engine_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads [default: every core]."),
         click.option("--quantize", type=click.Choice(["int8"]), help="Store weights in 8 bits: faster, not lossless."),
         click.option("--max-model-len", type=int, metavar="N", help="Longest context [default: the model's own]."),
+        click.option("--memory-gib", type=float, metavar="GIB", help="Take no more memory [default: what is free]."),
+        click.option("--offload", is_flag=True, help="Stream the weights, for a model larger than the device."),
+        click.option(
+            "--offload-to", type=click.Choice(["host", "disk"]), help="Where --offload keeps them [default: what fits]."
+        ),
+        click.option("--offload-dir", metavar="DIR", help="Where a file of offloaded weights may lie."),
         click.option("--chat-template", metavar="FILE", help="A Jinja chat template in place of the model's own."),
         click.option("--speculative", type=click.Choice(["ngram"]), help="Draft tokens ahead; the text is the same."),
     ]

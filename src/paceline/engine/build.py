@@ -15,8 +15,10 @@ from paceline.config import CacheConfig, DecoderConfig, EngineConfig, SchedulerC
 from paceline.engine.device import available_bytes, pick_device, pick_dtype
 from paceline.engine.engine import Engine
 from paceline.engine.model_runner import ModelRunner
+from paceline.engine.offload import PLACES, offloaded_weights, open_stream, tell_speed
 from paceline.errors import OutOfMemoryError, UsageError
 from paceline.formats import FORMATS, keeps_memory, resident_bytes, stored_bytes
+from paceline.formats.streamed import WeightStream
 from paceline.loading.checkpoint import Checkpoint, open_checkpoint
 from paceline.loading.progress import Progress
 from paceline.loading.resolve import ModelSource, resolve
@@ -38,7 +40,9 @@ CUDA_MEMORY_SHARE = 0.9  # of the memory free before loading, for weights, cache
 class LoadOptions:
     """What to load and how. `model`: a hub id, a directory, a GGUF file or an alias. `tokenizer`: the same, where
     it is not the model's own. `generation_config`: "auto" takes the model's sampling defaults, "none" does not.
-    `kv_cache_gib`: the cache's size; None takes what scheduler limits can use, within a share of free memory."""
+    `kv_cache_gib`: the cache's size; None takes what scheduler limits can use, within a share of free memory.
+    `memory_gib`: what weights, cache and activations may take on the device together; None: what is free there.
+    `offload`: "auto", "host" or "disk" keeps the matrices there and streams them (engine/offload.py)."""
 
     model: str
     tokenizer: str | None = None
@@ -48,6 +52,9 @@ class LoadOptions:
     quantization: str | None = None
     max_model_len: int | None = None
     kv_cache_gib: float | None = None
+    memory_gib: float | None = None
+    offload: str | None = None
+    offload_dir: str | None = None
     seed: int = 0
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
@@ -64,8 +71,14 @@ class LoadOptions:
             lookup({name: None for name in FORMATS if name != "dense"}, "quantization", self.quantization)
         if self.generation_config not in ("auto", "none"):
             raise UsageError(f"generation_config must be 'auto' or 'none', got {self.generation_config!r}")
-        if self.kv_cache_gib is not None and not self.kv_cache_gib > 0:
-            raise UsageError(f"kv_cache_gib must be greater than 0, got {self.kv_cache_gib}")
+        for name in ("kv_cache_gib", "memory_gib"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"{name} must be greater than 0, got {value}")
+        if self.offload is not None and self.offload not in PLACES:
+            raise UsageError(f"offload must be one of {', '.join(PLACES)}, got {self.offload!r}")
+        if self.offload_dir is not None and self.offload is None:
+            raise UsageError("offload_dir is given and offload is not: set offload='disk'")
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,7 @@ class LoadedModel:
     step_weight_bytes: int  # weights that one decode step reads
     kv_bytes_per_token: int  # cache that one token of context takes
     phases: Mapping[str, float]
+    stream: WeightStream | None  # that the weights come through, where they are offloaded
 
 
 class _Phases:
@@ -115,15 +129,27 @@ def load_model(options: LoadOptions, progress: Progress | None = None) -> Loaded
         config = read_decoder_config(checkpoint.config)
         dtype = pick_dtype(options.dtype, _stored_dtype(checkpoint), device)
         free = _check_weights_fit(config, options, dtype, device)
+        stream = _open_stream(config, options, dtype, device, free)
+        if stream is not None:
+            free -= stream.buffer_bytes
         max_model_len, num_blocks = _plan_cache(config, options, free, dtype, device)
         config = config.with_context(max_model_len)
         with phases.time("weights"):
             decoder = load_decoder(
-                checkpoint, config, dtype=dtype, device=device, quantize=options.quantization, progress=progress
+                checkpoint,
+                config,
+                dtype=dtype,
+                device=device,
+                quantize=options.quantization,
+                stream=stream,
+                progress=progress,
             )
         generation_config = _read_generation_config(options, checkpoint)
     with phases.time("cache"):
         engine = _build_engine(decoder, options, max_model_len, num_blocks)
+    step_bytes = sizing.step_weight_bytes(config, dtype.itemsize, stored_bytes(options.quantization or "dense", dtype))
+    if stream is not None:
+        tell_speed(stream, step_bytes)
     return LoadedModel(
         source=source,
         config=config,
@@ -132,11 +158,10 @@ def load_model(options: LoadOptions, progress: Progress | None = None) -> Loaded
         generation_config=generation_config,
         dtype=dtype,
         device=device,
-        step_weight_bytes=sizing.step_weight_bytes(
-            config, dtype.itemsize, stored_bytes(options.quantization or "dense", dtype)
-        ),
+        step_weight_bytes=step_bytes,
         kv_bytes_per_token=sum(sizing.kv_bytes_per_token(g, dtype.itemsize) for g in config.kv_groups),
         phases=phases.seconds,
+        stream=stream,
     )
 
 
@@ -179,12 +204,15 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 def _check_weights_fit(config: DecoderConfig, options: LoadOptions, dtype: torch.dtype, device: torch.device) -> int:
     """Bytes left for the cache once the weights are in. Raises OutOfMemoryError before anything is loaded."""
     format = options.quantization or "dense"
-    weights = sizing.weight_bytes(
-        config,
-        dtype.itemsize,
-        resident_bytes(format, dtype, device),
-        tied_head_shares=keeps_memory(format, (config.vocab_size, config.hidden_size), dtype, device),
-    ).total
+    if options.offload is None:
+        weights = sizing.weight_bytes(
+            config,
+            dtype.itemsize,
+            resident_bytes(format, dtype, device),
+            tied_head_shares=keeps_memory(format, (config.vocab_size, config.hidden_size), dtype, device),
+        ).total
+    else:
+        weights = offloaded_weights(config, format, dtype).resident
     step = sizing.activation_bytes(
         config, options.scheduler.max_num_batched_tokens, options.scheduler.max_num_seqs, dtype.itemsize
     )
@@ -192,14 +220,26 @@ def _check_weights_fit(config: DecoderConfig, options: LoadOptions, dtype: torch
     available = available_bytes(device)
     if device.type == "cuda":
         available = int(available * CUDA_MEMORY_SHARE)
+    if options.memory_gib is not None:
+        available = min(available, int(options.memory_gib * sizing.GIB))
     free = available - weights - step
     if free <= 0:
         raise OutOfMemoryError(
             f"{options.model} needs {sizing.gib(weights)} for weights and {sizing.gib(step)} for a step in "
             f"{str(dtype)[6:]}, and {sizing.gib(available)} are available on {device}: "
-            "use a narrower dtype, quantization='int8', a smaller max_num_batched_tokens or a smaller model"
+            "use a narrower dtype, quantization='int8', a smaller max_num_batched_tokens, "
+            "offload='auto' or a smaller model"
         )
     return free
+
+
+def _open_stream(
+    config: DecoderConfig, options: LoadOptions, dtype: torch.dtype, device: torch.device, free: int
+) -> WeightStream | None:
+    if options.offload is None:
+        return None
+    weights = offloaded_weights(config, options.quantization or "dense", dtype)
+    return open_stream(weights.streamed, options.offload, options.offload_dir, device=device, free=free)
 
 
 def _plan_cache(
@@ -213,7 +253,7 @@ def _plan_cache(
         )
     if options.cache.num_blocks is not None:
         return wanted, (options.cache.num_blocks,) * len(config.kv_groups)
-    budget = int(free * CPU_CACHE_SHARE) if device.type == "cpu" else free
+    budget = int(free * CPU_CACHE_SHARE) if device.type == "cpu" and options.memory_gib is None else free
     if options.kv_cache_gib is not None:
         budget = int(options.kv_cache_gib * sizing.GIB)
         if budget > free:

@@ -103,15 +103,17 @@ class DiskStore:
     def __init__(self, directory: Path) -> None:
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  # lives as long as the store
+            self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115  # lives as long as the store
         except OSError as error:
             raise CheckpointError(f"{directory}: no file for offloaded weights can be made there ({error})") from error
         self.nbytes = 0
 
     def append(self, values: torch.Tensor) -> int:
         flat = values.cpu().contiguous().view(-1).view(torch.uint8)
+        rest = flat.numpy().data
         try:
-            self._file.write(flat.numpy().data)
+            while rest:
+                rest = rest[self._file.write(rest) :]
         except OSError as error:
             raise OutOfMemoryError(
                 f"offloaded weights cannot be written ({error}): name a directory with room in offload_dir"
@@ -131,7 +133,6 @@ class DiskStore:
             target, offset = target[count:], offset + count
 
     def forget_cached(self) -> None:
-        self._file.flush()
         os.fsync(self._file.fileno())
         with suppress(AttributeError, OSError):  # not everywhere, and only ever a hint
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
