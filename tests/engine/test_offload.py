@@ -102,7 +102,9 @@ def test_a_gpu_takes_host_memory_while_there_is_room(monkeypatch, tmp_path):
     cuda = torch.device("cuda")
     assert offload.open_store("auto", None, 10**6, cuda) == ("host", 10**6, True)
     monkeypatch.setattr(offload, "available_bytes", lambda device: 10**6)
-    assert isinstance(offload.open_store("auto", str(tmp_path), 10**6, cuda), DiskStore)
+    store = offload.open_store("auto", str(tmp_path), 10**6, cuda)
+    assert isinstance(store, DiskStore)
+    store.close()
     with pytest.raises(OutOfMemoryError, match="use offload='disk'"):
         offload.open_store("host", None, 10**6, cuda)
 
