@@ -28,6 +28,14 @@ FILES = {
     "pytorch_model.bin": b"pickle",
     "original/consolidated.safetensors": b"again",
 }
+OLD_FILES = {
+    "config.json": b'{"model_type": "gpt2"}',
+    "pytorch_model-00001-of-00001.bin": b"pickle" * 100,
+    "pytorch_model.bin.index.json": b"{}",
+    "training_args.bin": b"no model",
+    "onnx/pytorch_model.bin": b"again",
+}
+REPOSITORIES = {"org/tiny": FILES, "org/old": OLD_FILES}
 RESOLVE = """
 import json, sys
 from paceline.errors import PacelineError
@@ -47,7 +55,7 @@ except PacelineError as error:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """What the hub answers for 'org/tiny' (branch main), 'org/gated' (403) and any other name (404)."""
+    """What the hub answers for REPOSITORIES (branch main), 'org/gated' (403) and any other name (404)."""
 
     def do_GET(self) -> None:
         self.answer(body=True)
@@ -59,18 +67,21 @@ class Hub(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         if "org/gated" in path:
             self.reply(403, b"{}", {"X-Error-Code": "GatedRepo"}, body)
-        elif path.startswith("/api/models/org/tiny/tree/"):
-            listing = [{"type": "file", "path": n, "size": len(d), "oid": "0" * 40} for n, d in FILES.items()]
+            return
+        repo = next((repo for repo in REPOSITORIES if f"/{repo}" in path), "org/none")
+        files = REPOSITORIES.get(repo, {})
+        if files and path.startswith(f"/api/models/{repo}/tree/"):
+            listing = [{"type": "file", "path": n, "size": len(d), "oid": "0" * 40} for n, d in files.items()]
             self.reply(200, json.dumps(listing).encode(), {}, body)
-        elif path in ("/api/models/org/tiny", *(f"/api/models/org/tiny/revision/{r}" for r in ("main", COMMIT))):
-            siblings = [{"rfilename": name, "size": len(data)} for name, data in FILES.items()]
-            info = {"id": "org/tiny", "sha": COMMIT, "siblings": siblings, "private": False, "tags": [], "downloads": 0}
+        elif files and path in (f"/api/models/{repo}", *(f"/api/models/{repo}/revision/{r}" for r in ("main", COMMIT))):
+            siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
+            info = {"id": repo, "sha": COMMIT, "siblings": siblings, "private": False, "tags": [], "downloads": 0}
             self.reply(200, json.dumps(info).encode(), {}, body)
-        elif path.startswith(f"/org/tiny/resolve/{COMMIT}/"):
-            data = FILES[path.removeprefix(f"/org/tiny/resolve/{COMMIT}/")]
+        elif path.startswith(f"/{repo}/resolve/{COMMIT}/"):
+            data = files[path.removeprefix(f"/{repo}/resolve/{COMMIT}/")]
             tag = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
             self.reply(200, data, tag, body)
-        elif path.startswith("/api/models/org/tiny/revision/"):
+        elif files and path.startswith(f"/api/models/{repo}/revision/"):
             self.reply(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
         else:
             self.reply(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
@@ -131,6 +142,18 @@ def test_download_then_the_cache_without_a_hub(hub: str, tmp_path: Path) -> None
     kind, message = run_resolve(f"org/tiny@{COMMIT}", tmp_path, HF_ENDPOINT=dead)
     assert kind == "DownloadError"
     assert "org/tiny" in message
+
+
+def test_pickled_weights_are_fetched_where_there_are_no_others(hub: str, tmp_path: Path) -> None:
+    path, _, _, progress = run_resolve("org/old", tmp_path, HF_ENDPOINT=hub)
+    taken = {"config.json", "pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"}
+    assert {str(file.relative_to(path)) for file in Path(path).rglob("*") if file.is_file()} == taken
+    assert progress == [["org/old", sum(len(OLD_FILES[name]) for name in taken)], "done"]
+    again, *_ = run_resolve("org/old", tmp_path, HF_ENDPOINT=hub, HF_HUB_OFFLINE="1")
+    assert again == path
+    (Path(path) / "pytorch_model-00001-of-00001.bin").unlink()
+    kind, message = run_resolve("org/old", tmp_path, HF_ENDPOINT=hub, HF_HUB_OFFLINE="1")
+    assert (kind, "org/old" in message) == ("DownloadError", True)
 
 
 @pytest.mark.parametrize(

@@ -144,10 +144,7 @@ def test_directories_that_are_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read as JSON"):
         open_checkpoint(source)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="no safetensors weights"):
-        open_checkpoint(source)
-    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(UnsupportedModelError, match=r"pickled weights \(pytorch_model\.bin\).*convert"):
+    with pytest.raises(CheckpointError, match=r"no weights \(expected model\.safetensors"):
         open_checkpoint(source)
     write_directory(tmp_path, quantization_config={"quant_method": "gptq"})
     with pytest.raises(UnsupportedModelError, match="quantised \\(gptq\\)"):

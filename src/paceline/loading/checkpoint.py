@@ -8,9 +8,13 @@ from typing import Any, Protocol
 
 import torch
 
+from paceline.loading.bin_checkpoint import BinCheckpoint, pickled_files
 from paceline.loading.gguf_checkpoint import GGUFCheckpoint
 from paceline.loading.resolve import ModelSource
 from paceline.loading.safetensors_checkpoint import SafetensorsCheckpoint
+from paceline.log import get_logger
+
+log = get_logger(__name__)
 
 
 class Checkpoint(Protocol):
@@ -49,4 +53,9 @@ def open_checkpoint(source: ModelSource) -> Checkpoint:
     """
     if source.kind == "gguf":
         return GGUFCheckpoint(source.path)
+    pickles = pickled_files(source.path)
+    if pickles and not any(source.path.glob("*.safetensors")):
+        return BinCheckpoint(source.path)
+    if pickles:
+        log.info("%s: reading the safetensors files; %s beside them is not used", source.path, pickles[0].name)
     return SafetensorsCheckpoint(source.path)

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
 
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.model"]
+PICKLES = ["pytorch_model*.bin"]  # fetched only of a repository that has no safetensors
 # Other layouts of the same weights: Meta's originals, Mistral's consolidated file, exports in folders of their own.
-NOT_FILES = ["*/*.safetensors", "*/*.json", "*/*.model", "consolidated*"]
+NOT_FILES = ["*/*.safetensors", "*/*.json", "*/*.model", "*/*.bin", "consolidated*"]
 # Name look-up and connection together. A resolver without a network can take 5 s a try and more, and the hub's own
 # client retries: 2.5 s is what a user without a network waits before the next road is taken.
 PROBE_SECONDS = 2.5
@@ -91,22 +92,28 @@ def _cached(repo: str, revision: str | None, download_dir: str | None, why: str)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    try:
+    def find(patterns: list[str]) -> Path:
         found = snapshot_download(
             repo,
             revision=revision,
             cache_dir=download_dir,
             local_files_only=True,
-            allow_patterns=FILES,
+            allow_patterns=patterns,
             ignore_patterns=NOT_FILES,
         )
+        return Path(found)
+
+    try:
+        path = find(FILES)
+        if not any(path.glob("*.safetensors")):
+            path = find(FILES + PICKLES)
     except HFValidationError as error:
         raise ModelNotFoundError(f"'{repo}' is not a hub id ({_first_line(error)})") from error
     except Exception as error:  # several types, which differ between versions of huggingface_hub
         raise DownloadError(f"'{repo}' is not in the cache and {why}; {LOCAL_WAYS}") from error
-    path = Path(found)
     # Older versions of huggingface_hub give a snapshot that holds only some of the files; newer ones raise above.
-    if not any(path.glob("*.safetensors")) or not (path / "config.json").exists():
+    weights = any(any(path.glob(pattern)) for pattern in ("*.safetensors", *PICKLES))
+    if not weights or not (path / "config.json").exists():
         raise DownloadError(f"the cache holds only a part of '{repo}' and {why}; {LOCAL_WAYS}")
     return Snapshot(path, path.name, f"commit {path.name[:12]} from the cache, as {why}")
 
@@ -128,7 +135,10 @@ def _download(repo: str, info: ModelInfo, token: str | None, download_dir: str |
     from huggingface_hub import constants, snapshot_download
 
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-    total = sum(size for name, size in sizes.items() if _matches(name, FILES) and not _matches(name, NOT_FILES))
+    patterns = FILES
+    if not any(_matches(name, ["*.safetensors"]) and not _matches(name, NOT_FILES) for name in sizes):
+        patterns = FILES + PICKLES
+    total = sum(size for name, size in sizes.items() if _matches(name, patterns) and not _matches(name, NOT_FILES))
     commit = info.sha or "main"
     blobs = Path(download_dir or constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "blobs"
     with _watched(blobs, repo, total, progress), _quiet_hub():
@@ -137,7 +147,7 @@ def _download(repo: str, info: ModelInfo, token: str | None, download_dir: str |
             revision=commit,
             token=token,
             cache_dir=download_dir,
-            allow_patterns=FILES,
+            allow_patterns=patterns,
             ignore_patterns=NOT_FILES,
         )
     return Snapshot(Path(path), commit, f"commit {commit[:12]}")

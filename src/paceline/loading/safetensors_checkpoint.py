@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from paceline.errors import CheckpointError, UnsupportedModelError
+from paceline.loading.directory import check_shard, read_config, read_generation_config, read_index
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -36,7 +37,6 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,8 @@ class SafetensorsCheckpoint:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self.config: dict[str, Any] = read_json(directory / "config.json")
-        refuse_quantized(directory, self.config)
-        generation = directory / "generation_config.json"
-        self.generation_config: dict[str, Any] = read_json(generation) if generation.exists() else {}
+        self.config = read_config(directory)
+        self.generation_config = read_generation_config(directory)
         self._entries = _entries(directory)
         self._open: dict[Path, Any] = {}
         self.nbytes = sum(entry.nbytes for entry in self._entries.values())
@@ -98,37 +96,12 @@ class SafetensorsCheckpoint:
             raise CheckpointError(f"{self._directory}: tensor '{name}' is missing") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises CheckpointError naming the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing; a model directory needs {path.name}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); download it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds a {type(value).__name__}, expected a JSON object")
-    return value
-
-
-def refuse_quantized(directory: Path, config: dict[str, Any]) -> None:
-    """Weights packed by another library would be read as nonsense: refuse them by the config's own word."""
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        raise UnsupportedModelError(
-            f"{directory}: the weights are quantised ({method}), which this version cannot read; use the original model"
-        )
-
-
 def _entries(directory: Path) -> dict[str, _Entry]:
     shards = _shards(directory)
     entries: dict[str, _Entry] = {}
     for file, expected in shards.items():
         found = read_header(file)
-        missing = [name for name in expected if name not in found]
-        if missing:
-            raise CheckpointError(f"{file}: tensor '{missing[0]}' is missing, though {INDEX} lists it here")
+        check_shard(file, expected, found, INDEX)
         entries.update({name: found[name] for name in expected} if expected else found)
     return entries
 
@@ -138,38 +111,13 @@ def _shards(directory: Path) -> dict[Path, list[str]]:
     if (directory / SINGLE).exists():
         return {directory / SINGLE: []}
     if (directory / INDEX).exists():
-        return _index(directory)
+        return read_index(directory / INDEX)
     files = sorted(directory.glob("*.safetensors"))
     if len(files) == 1:
         return {files[0]: []}
     if files:
         raise CheckpointError(f"{directory}: {len(files)} safetensors files but no {INDEX}; download it again")
-    pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES)
-    if pickles:
-        raise UnsupportedModelError(
-            f"{directory}: only pickled weights ({pickles[0]}), which can run code when read: "
-            "convert them to safetensors"
-        )
-    raise CheckpointError(f"{directory}: no safetensors weights (expected {SINGLE} or {INDEX})")
-
-
-def _index(directory: Path) -> dict[Path, list[str]]:
-    index = directory / INDEX
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: has no 'weight_map'; download it again")
-    shards: dict[Path, list[str]] = {}
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(f"{index}: tensor '{name}' is said to be in {file!r}, not a file of the directory")
-        shards.setdefault(directory / file, []).append(name)
-    absent = [shard.name for shard in shards if not shard.exists()]
-    if absent:
-        raise CheckpointError(
-            f"{directory}: {len(absent)} of {len(shards)} shards are missing, the first is {absent[0]}; "
-            "download it again"
-        )
-    return shards
+    raise CheckpointError(f"{directory}: no weights (expected {SINGLE} or {INDEX})")
 
 
 def read_header(file: Path) -> dict[str, _Entry]:
