@@ -62,7 +62,7 @@ def fetch_snapshot(
         info = _ask(repo, revision, token, patience)
         if isinstance(info, str):
             return _cached(repo, revision, download_dir, info)
-        return _download(repo, info, token, download_dir, progress)
+        return _download(repo, revision, info, token, download_dir, progress)
 
 
 def reachable(endpoint: str, seconds: float = PROBE_SECONDS) -> bool:
@@ -131,7 +131,9 @@ def _ask(repo: str, revision: str | None, token: str | None, patience: float) ->
         return f"the hub failed ({_first_line(error)})"
 
 
-def _download(repo: str, info: ModelInfo, token: str | None, download_dir: str | None, progress: Progress) -> Snapshot:
+def _download(
+    repo: str, revision: str | None, info: ModelInfo, token: str | None, download_dir: str | None, progress: Progress
+) -> Snapshot:
     from huggingface_hub import constants, snapshot_download
 
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
@@ -139,17 +141,17 @@ def _download(repo: str, info: ModelInfo, token: str | None, download_dir: str |
     if not any(_matches(name, ["*.safetensors"]) and not _matches(name, NOT_FILES) for name in sizes):
         patterns = FILES + PICKLES
     total = sum(size for name, size in sizes.items() if _matches(name, patterns) and not _matches(name, NOT_FILES))
-    commit = info.sha or "main"
     blobs = Path(download_dir or constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "blobs"
     with _watched(blobs, repo, total, progress), _quiet_hub():
         path = snapshot_download(
             repo,
-            revision=commit,
+            revision=revision,  # not the commit: the cache then knows which one the name led to, also offline
             token=token,
             cache_dir=download_dir,
             allow_patterns=patterns,
             ignore_patterns=NOT_FILES,
         )
+    commit = Path(path).name
     return Snapshot(Path(path), commit, f"commit {commit[:12]}")
 
 
