@@ -30,7 +30,8 @@ FILES = {
 }
 OLD_FILES = {
     "config.json": b'{"model_type": "gpt2"}',
-    "pytorch_model-00001-of-00001.bin": b"pickle" * 100,
+    "pytorch_model-00001-of-00002.bin": b"pickle" * 100,
+    "pytorch_model-00002-of-00002.bin": b"more",
     "pytorch_model.bin.index.json": b"{}",
     "training_args.bin": b"no model",
     "onnx/pytorch_model.bin": b"again",
@@ -146,12 +147,12 @@ def test_download_then_the_cache_without_a_hub(hub: str, tmp_path: Path) -> None
 
 def test_pickled_weights_are_fetched_where_there_are_no_others(hub: str, tmp_path: Path) -> None:
     path, _, _, progress = run_resolve("org/old", tmp_path, HF_ENDPOINT=hub)
-    taken = {"config.json", "pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"}
+    taken = OLD_FILES.keys() - {"training_args.bin", "onnx/pytorch_model.bin"}
     assert {str(file.relative_to(path)) for file in Path(path).rglob("*") if file.is_file()} == taken
     assert progress == [["org/old", sum(len(OLD_FILES[name]) for name in taken)], "done"]
     again, *_ = run_resolve("org/old", tmp_path, HF_ENDPOINT=hub, HF_HUB_OFFLINE="1")
     assert again == path
-    (Path(path) / "pytorch_model-00001-of-00001.bin").unlink()
+    (Path(path) / "pytorch_model-00002-of-00002.bin").unlink()
     kind, message = run_resolve("org/old", tmp_path, HF_ENDPOINT=hub, HF_HUB_OFFLINE="1")
     assert (kind, "org/old" in message) == ("DownloadError", True)
 
