@@ -166,6 +166,85 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# Multimodal models, of which the text part is read. Their vision is as small as they allow.
+SIGLIP = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+IMAGE = {**SIGLIP, "image_size": 16, "patch_size": 8}
+PATCHES = {"depth": 1, "num_heads": 2, "patch_size": 4}
+MROPE = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 2, 2]}
+TEXT = {k: v for k, v in SIZES.items() if k != "pad_token_id"}
+VARIANTS |= {
+    "gemma3-vision": (
+        "Gemma3Config",
+        {
+            "text_config": {**TEXT, **GEMMA, "num_hidden_layers": 6},
+            "vision_config": {"model_type": "siglip_vision_model", **IMAGE},
+            "mm_tokens_per_image": 4,
+        },
+    ),
+    "llava-llama": (
+        "LlavaConfig",
+        {
+            "text_config": {"model_type": "llama", **TEXT},
+            "vision_config": {"model_type": "clip_vision_model", **IMAGE},
+        },
+    ),
+    "llava-mistral-tied": (
+        "LlavaConfig",
+        {
+            "text_config": {"model_type": "mistral", **TEXT, "sliding_window": WINDOW, "tie_word_embeddings": True},
+            "vision_config": {"model_type": "clip_vision_model", **IMAGE},
+        },
+    ),
+    "mistral3": (
+        "Mistral3Config",
+        {
+            "text_config": {"model_type": "mistral", **TEXT, "head_dim": 16, "sliding_window": None},
+            "vision_config": {"model_type": "pixtral", "head_dim": 8, **IMAGE},
+        },
+    ),
+    "qwen2-vl": (
+        "Qwen2VLConfig",
+        {
+            "text_config": {**TEXT, "rope_parameters": MROPE},
+            "vision_config": {**PATCHES, "embed_dim": 16, "hidden_size": 48, "mlp_ratio": 1},
+        },
+    ),
+    "qwen2.5-vl": (
+        "Qwen2_5_VLConfig",
+        {
+            "text_config": {
+                **TEXT,
+                "rope_parameters": MROPE,
+                "use_sliding_window": True,
+                "sliding_window": WINDOW,
+                "max_window_layers": 1,
+            },
+            "vision_config": {
+                **PATCHES,
+                "hidden_size": 16,
+                "out_hidden_size": 48,
+                "intermediate_size": 16,
+                "fullatt_block_indexes": [0],
+            },
+        },
+    ),
+    "qwen3-vl": (
+        "Qwen3VLConfig",
+        {
+            "text_config": {**TEXT, "head_dim": 12, "rope_parameters": MROPE},
+            "vision_config": {
+                **PATCHES,
+                "hidden_size": 16,
+                "out_hidden_size": 48,
+                "intermediate_size": 16,
+                "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [0],
+            },
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+
 # Models run past the length that their rotary embedding was trained for. Their factors are fixed for prompts of
 # LONG_CONTEXT tokens; transformers moves them with the prompt's length, so the two agree at that length alone.
 LONG_CONTEXT = 23
@@ -292,11 +371,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny
     def make(name: str) -> TinyModel:
         if name not in made:
             config_class, arguments = VARIANTS.get(name) or LONG_VARIANTS[name]
-            kind = getattr(transformers, config_class)
-            sizes = {key: value for key, value in SIZES.items() if hasattr(kind(), key)}
+            kind, vision = getattr(transformers, config_class), "vision_config" in arguments
+            sizes = {} if vision else {key: value for key, value in SIZES.items() if hasattr(kind(), key)}
             hf_config = kind(**{**sizes, **deepcopy(arguments)})  # which fills them in
+            auto = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
             implementation = "sdpa" if name in THROUGH_SDPA else "eager"
-            hf = transformers.AutoModelForCausalLM.from_config(hf_config, attn_implementation=implementation).eval()
+            hf = auto.from_config(hf_config, attn_implementation=implementation).eval()
             randomise(hf, seed=len(name) + sum(map(ord, name)))
             directory = tmp_path_factory.mktemp(name)
             hf.save_pretrained(directory)

@@ -23,6 +23,7 @@ from paceline.loading.progress import Progress, Silent
 from paceline.loading.rules import Stored, stored_names
 from paceline.log import get_logger
 from paceline.models.decoder import Decoder
+from paceline.models.multimodal import OTHER_PARTS
 from paceline.models.registry import family_of
 
 log = get_logger(__name__)
@@ -213,6 +214,10 @@ def load_decoder(
 def _report_unused(parts: CheckpointParts, config: DecoderConfig) -> None:
     """Say once which tensors of the checkpoint the model has no place for."""
     stored = set(parts.checkpoint.names())
+    other = {name for name in stored if name.startswith(OTHER_PARTS)}
+    if other:
+        log.warning("text only: %d tensors, of the part that sees images, are not loaded", len(other))
+        stored -= other
     unused = sorted(name for name in stored - parts.used if not name.endswith(INERT_SUFFIXES))
     if config.tie_embeddings and "lm_head.weight" in unused:
         unused.remove("lm_head.weight")  # a copy of the embedding

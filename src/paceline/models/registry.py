@@ -30,6 +30,7 @@ from paceline.models.families import (
 )
 from paceline.models.family import Family
 from paceline.models.hf_config import HFConfig
+from paceline.models.multimodal import MULTIMODAL, text_config
 from paceline.registry import unknown
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
@@ -51,13 +52,15 @@ ARCHITECTURES: Mapping[str, Family] = MappingProxyType(
 
 
 def read_decoder_config(hf_config: Mapping[str, Any]) -> DecoderConfig:
-    """The DecoderConfig that a Hugging Face config.json (parsed) describes.
+    """The DecoderConfig that a Hugging Face config.json (parsed) describes; of a multimodal model, its text part.
 
     Raises UnsupportedModelError for an architecture or a feature that no family implements, naming the nearest
     supported architecture or the key; CheckpointError for a config.json that is incomplete.
     """
     architectures = hf_config.get("architectures") or []
     for architecture in architectures:
+        if architecture in MULTIMODAL:
+            return read_decoder_config(text_config(hf_config, architecture))
         if architecture in ARCHITECTURES:
             hf = HFConfig({**hf_config, "architectures": [architecture]})
             config = ARCHITECTURES[architecture].decoder_config(hf)
@@ -65,7 +68,7 @@ def read_decoder_config(hf_config: Mapping[str, Any]) -> DecoderConfig:
             return config
     if not architectures:
         raise CheckpointError("config.json has no 'architectures': it does not say what the model is")
-    raise UnsupportedModelError(unknown("architecture", str(architectures[0]), ARCHITECTURES))
+    raise UnsupportedModelError(unknown("architecture", str(architectures[0]), [*ARCHITECTURES, *MULTIMODAL]))
 
 
 def family_of(config: DecoderConfig) -> Family:
