@@ -27,6 +27,7 @@ def decoder_config(hf: HFConfig) -> DecoderConfig:
         raise CheckpointError(
             f"config.json has {len(rotated)} 'no_rope_layers' for {layers} layers: it is inconsistent"
         )
+    hf.optional("max_window_layers")  # stands in the file; which layers have windows follows from the rotated ones
     window = hf.optional("sliding_window")
     window = window if hf.get("use_sliding_window", False) else None
     kinds = ["full_attention" if window is None or rotated[i] else "sliding_attention" for i in range(layers)]
