@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Regex
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Punctuation, Sequence, Split
 
 from paceline.errors import CheckpointError, UnsupportedModelError
 from paceline.loading.resolve import ModelSource
@@ -22,6 +25,7 @@ from paceline.tokens.gguf_tokenizer import (
     merges_from_scores,
     tokenizer_from_metadata,
 )
+from paceline.tokens.pre_tokenizers import PRE_TOKENIZERS
 from paceline.tokens.tokenizer import Tokenizer, load_tokenizer
 
 Load = Callable[..., Tokenizer]
@@ -108,11 +112,71 @@ def test_token_types(tokenizer_dirs: dict[str, Path]) -> None:
         ("llama-bpe", ["it", "'S", "Ġ", "123", "45", "?!Ċ", "x"]),
         ("qwen2", ["it", "'S", "Ġ", "1", "2", "3", "4", "5", "?!Ċ", "x"]),
         ("tekken", ["it", "'S", "Ġ", "1", "2", "3", "4", "5", "?!Ċ", "x"]),
+        ("gpt-4o", ["it'S", "Ġ", "123", "45", "?!Ċ", "x"]),
+        ("falcon", ["it", "'", "S", "Ġ", "123", "45", "?!", "Ċ", "x"]),
+        ("bloom", ["it'S", "Ġ12345", "?!Ċ", "x"]),
+        ("deepseek-llm", ["it", "'", "S", "Ġ", "1", "2", "3", "4", "5", "?!", "Ċ", "x"]),
+        ("deepseek-coder", ["it", "'", "S", "Ġ", "1", "2", "3", "4", "5", "?!", "Ċ", "x"]),
     ],
 )
 def test_how_text_is_cut_before_merging(pre: str, pieces: list[str], tokenizer_dirs: dict[str, Path]) -> None:
     parts = tokenizer_from_metadata(gguf_metadata(tokenizer_dirs["llama3"], "gpt2", pre=pre))
     assert [piece for piece, _ in parts.backend.pre_tokenizer.pre_tokenize_str("it'S 12345?!\nx")] == pieces
+
+
+@pytest.mark.parametrize(
+    ("pre", "published"),
+    [
+        ("gpt-2", [ByteLevel(add_prefix_space=False)]),
+        ("starcoder", [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]),
+        (
+            "falcon",
+            [
+                Punctuation("contiguous"),
+                ByteLevel(add_prefix_space=False),
+                Digits(individual_digits=False),
+                Split(Regex("[0-9][0-9][0-9]"), "isolated"),
+            ],
+        ),
+    ],
+)
+def test_the_rule_is_the_published_one(pre: str, published: list[Any], nasty_texts: list[str]) -> None:
+    """As the tokenizer.json files spell it; Falcon's digits are cut within letters whose bytes look like digits."""
+    ours, theirs = PRE_TOKENIZERS[pre].build(), Sequence(published)
+    for text in [*nasty_texts, "м 1234567 x²y ½6 a$b c!`d"]:
+        assert [piece for piece, _ in ours.pre_tokenize_str(text)] == [
+            piece for piece, _ in theirs.pre_tokenize_str(text)
+        ]
+
+
+def test_deepseeks_rule_cuts_scripts_apart_and_spaces_at_the_end() -> None:
+    pieces = PRE_TOKENIZERS["deepseek-llm"].build().pre_tokenize_str("naïve 中文abc，👍ok👍 12\n👍  ")
+    text = [ByteLevelDecoder().decode([piece]) for piece, _ in pieces]
+    # Its punctuation runs from ":" to "~", which takes in the letters of ASCII.
+    assert text == ["na", "ï", "ve", " ", "中文", "abc", "，", "👍", "ok", "👍 ", "1", "2", "\n", "👍", "  "]
+
+
+@pytest.mark.parametrize(("pre", "composed"), [("mpt", True), ("qwen2", True), ("gpt-2", False), ("dbrx", False)])
+def test_which_vocabularies_compose_characters(pre: str, composed: bool, tokenizer_dirs: dict[str, Path]) -> None:
+    backend = tokenizer_from_metadata(gguf_metadata(tokenizer_dirs["llama3"], "gpt2", pre=pre)).backend
+    apart, one = (backend.encode(text, add_special_tokens=False).ids for text in ("e\u0301", "\u00e9"))
+    assert (apart == one) is composed
+
+
+def test_runs_of_spaces_that_a_vocabulary_declares(tokenizer_dirs: dict[str, Path]) -> None:
+    """Gemma's: stored as spaces, and as if they were no part of the merges."""
+    metadata = gguf_metadata(tokenizer_dirs["gemma"], "llama")
+    metadata["tokenizer.ggml.tokens"] += ["  ", "   "]
+    metadata["tokenizer.ggml.token_type"] += [USER_DEFINED, USER_DEFINED]
+    metadata["tokenizer.ggml.scores"] += [-1000.0, -1000.0]
+    size = len(metadata["tokenizer.ggml.tokens"])
+    tokenizer = Tokenizer(tokenizer_from_metadata(metadata))
+    assert tokenizer.vocab_size == size
+    assert tokenizer.encode("  ", add_special_tokens=False) == [size - 2]
+    assert tokenizer.encode("a   ", add_special_tokens=False)[-1] == size - 1
+    # By merges, as in the published tokenizer.json: the longest declared run first would be three and one.
+    assert tokenizer.encode("    ", add_special_tokens=False) == [size - 2, size - 2]
+    assert tokenizer.decode(tokenizer.encode("a   b  c")) == "a   b  c"
 
 
 def test_a_whole_word_needs_no_merges_where_the_vocabulary_says_so(tokenizer_dirs: dict[str, Path]) -> None:
@@ -159,8 +223,9 @@ def test_what_cannot_be_read_is_named(tokenizer_dirs: dict[str, Path]) -> None:
 
     with pytest.raises(UnsupportedModelError, match=r"tokenizer\.ggml\.pre 'smolm'; did you mean 'smollm'"):
         build(pre="smolm")
-    with pytest.raises(UnsupportedModelError, match=r"tokenizer\.ggml\.model 'bert' is not supported"):
-        build(model="bert")
+    for kind in ("bert", "t5"):
+        with pytest.raises(UnsupportedModelError, match=rf"tokenizer\.ggml\.model '{kind}' is not supported.*use the"):
+            build(model=kind)
     with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.merges is missing"):
         build(merges=None)
     with pytest.raises(CheckpointError, match="the merge 'ab' is not a pair"):

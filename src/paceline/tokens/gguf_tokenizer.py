@@ -8,67 +8,21 @@ and 48,900 merges takes 0.1 s, less than parsing the equivalent tokenizer.json (
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, normalizers, processors
 
 from paceline.errors import CheckpointError, UnsupportedModelError
 from paceline.log import get_logger
 from paceline.registry import unknown
 from paceline.tokens.parts import TokenizerParts
+from paceline.tokens.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 
 log = get_logger(__name__)
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 SPACE = "▁"
-
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-@dataclass(frozen=True)
-class PreTokenizer:
-    """How text is cut before merging: by each expression in turn, the matches and what lies between them.
-    `whole_words`: a piece that is itself a token is not merged up ("ignore_merges").
-    `bos`: added unless the file says otherwise."""
-
-    splits: tuple[str, ...]
-    nfc: bool = False
-    whole_words: bool = False
-    bos: bool = False
-
-
-_DIGITS_GPT2 = PreTokenizer((r"\p{N}", _GPT2))
-_LLAMA3_RULE = PreTokenizer((_LLAMA3,), whole_words=True, bos=True)
-_QWEN2_RULE = PreTokenizer((_QWEN2,), nfc=True)
-
-PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
-    "gpt-2": PreTokenizer((_GPT2,)),
-    "smollm": _DIGITS_GPT2,
-    "starcoder": _DIGITS_GPT2,
-    "refact": _DIGITS_GPT2,
-    "command-r": _DIGITS_GPT2,
-    "llama-bpe": _LLAMA3_RULE,
-    "llama-v3": _LLAMA3_RULE,
-    "llama3": _LLAMA3_RULE,
-    "smaug-bpe": _LLAMA3_RULE,
-    "qwen2": _QWEN2_RULE,
-    "deepseek-r1-qwen": _QWEN2_RULE,
-    "tekken": PreTokenizer((_TEKKEN,), whole_words=True, bos=True),
-    # What llama.cpp does for files whose converter did not know the vocabulary.
-    "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2.removesuffix(r"|\s+"), r"\p{N}+", r"[0-9][0-9][0-9]")),
-}
 
 # Files made before `eot_token_id` existed name only <eos>, and a chat would run on past its turn.
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>")
@@ -93,7 +47,9 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any]) -> TokenizerParts:
         tokens = [token if token.strip(" ") else token.replace(" ", SPACE) for token in tokens]
         backend, add_bos = _sentencepiece(metadata, tokens, types), True
     else:
-        raise UnsupportedModelError(f"GGUF: tokenizer.ggml.model '{kind}' is not supported (known: gpt2, llama)")
+        raise UnsupportedModelError(
+            f"GGUF: tokenizer.ggml.model '{kind}' is not supported (known: gpt2, llama); use the safetensors files"
+        )
     _add_declared(backend, tokens, types)
     named = _named_tokens(metadata, tokens)
     _add_bos_eos(
@@ -109,10 +65,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], rule: PreTokeniz
     backend = _bpe(_index(tokens), merges, ignore_merges=rule.whole_words)
     if rule.nfc:
         backend.normalizer = normalizers.NFC()
-    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in rule.splits]
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    backend.pre_tokenizer = rule.build()
     backend.decoder = decoders.ByteLevel()
     return backend
 
@@ -206,7 +159,9 @@ def _pre_tokenizer(metadata: Mapping[str, Any]) -> PreTokenizer:
         log.warning("the GGUF file does not say how its vocabulary splits text (tokenizer.ggml.pre): using 'default'")
         name = "default"
     if name not in PRE_TOKENIZERS:
-        raise UnsupportedModelError(f"GGUF: {unknown('tokenizer.ggml.pre', name, PRE_TOKENIZERS)}")
+        raise UnsupportedModelError(
+            f"GGUF: {unknown('tokenizer.ggml.pre', name, PRE_TOKENIZERS)}; use the model's safetensors files"
+        )
     return PRE_TOKENIZERS[name]
 
 
