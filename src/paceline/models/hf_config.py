@@ -46,7 +46,9 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "logit_scale": (None, 1),
     "logits_scaling": (None, 1),
     "mlp_bias": (None, False),
+    "mlp_type": (None, "default"),
     "no_bias": (None, True),
+    "norm_type": (None, "layer_norm", "layernorm", "low_precision_layernorm"),
     "num_experts": (None, 0),
     "num_local_experts": (None, 0, 1),
     "partial_rotary_factor": (None, 1),
@@ -76,16 +78,20 @@ INERT = frozenset(
         *("unsloth_version", "use_cache"),
         # The training of routers.
         *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),
-        # Dropout and initialisation of the older families, GPT-2's head for classification, and how the numbers of
-        # BLOOM, MPT and StarCoder are rounded or run (here every softmax and norm is taken in float32).
-        *("attention_probs_dropout_prob", "attn_pdrop", "classifier_dropout", "dropout", "embd_pdrop", "emb_pdrop"),
-        *("embedding_dropout", "hidden_dropout_prob", "init_std", "is_decoder", "layerdrop", "output_attentions"),
-        *("output_hidden_states", "resid_pdrop", "residual_dropout", "summary_activation", "summary_first_dropout"),
-        *("summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params"),
-        *("attention_softmax_in_fp32", "attn_impl", "attn_uses_sequence_id", "bias_dropout_fusion"),
-        *("embedding_fraction", "init_config", "init_device", "masked_softmax_fusion", "norm_type", "offset_alibi"),
+        # Dropout and initialisation.
+        *("activation_dropout", "attention_probs_dropout_prob", "attn_pdrop", "classifier_dropout", "dropout"),
+        *("embd_pdrop", "embedding_dropout", "embedding_fraction", "emb_pdrop", "hidden_dropout_prob", "init_config"),
+        *("init_device", "init_std", "layerdrop", "resid_pdrop", "residual_dropout"),
+        # GPT-2's head for classification, and what is no part of the model.
+        *("is_decoder", "n_ctx", "output_attentions", "output_hidden_states", "prefix", "summary_activation"),
+        *("summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"),
+        *("task_specific_params", "tokenizer_name", "verbose"),
+        # How BLOOM, MPT and StarCoder are run and rounded (here every softmax and norm is taken in float32); Falcon's
+        # repetition of its MLP's width.
+        *("attention_softmax_in_fp32", "attn_impl", "attn_uses_sequence_id", "bias_dropout_fusion", "ff_factor"),
+        *("inference_runner", "masked_softmax_fusion", "offset_alibi", "pad_key_length"),
         *("scale_attention_softmax_in_fp32", "skip_bias_add", "skip_bias_add_qkv", "slow_but_exact"),
-        *("tokenizer_name", "verbose"),
+        *("validate_runner_input",),
     }
 )
 

@@ -22,7 +22,7 @@ def decoder_config(hf: HFConfig) -> DecoderConfig:
         vocab_size=hf.size("vocab_size"),
         hidden_size=hidden,
         num_layers=hf.size(hf.spelling("n_layer", "num_hidden_layers")),
-        max_position=hf.size(hf.spelling("n_positions", "max_position_embeddings", "n_ctx"), 1024),
+        max_position=hf.size(hf.spelling("n_positions", "max_position_embeddings"), 1024),
         learned_position_offset=0,
         attention=AttentionConfig(heads, kv_heads, head_dim, head_dim**-0.5, qkv_bias=True, out_bias=True),
         rope=None,
