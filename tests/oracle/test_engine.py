@@ -124,7 +124,9 @@ def oracle(tiny_model: Callable[[str], Any]) -> Callable[[str], tuple[Any, Oracl
 MACHINERY = list(itertools.product([True, False], [1, 7, None], [ROOMY, TIGHT], [None, SpeculativeConfig()]))
 
 
-@pytest.mark.parametrize("name", ["llama-llama3", "llama-mqa", "qwen2-window", "qwen3", "gemma2", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["llama-llama3", "llama-mqa", "qwen2-window", "qwen3", "gemma2", "gemma3", "gpt2", "bloom-six-heads"]
+)
 @pytest.mark.parametrize(
     ("prefix_cache", "chunk", "blocks", "speculative"),
     MACHINERY,
