@@ -15,7 +15,18 @@ CONFIGS = Path(__file__).parent / "configs"
 
 # File -> the parameters of the model, those of its text part where there is another; as transformers counts them.
 PARAMETERS = {
+    "bloom": 176_247_271_424,
+    "bloom-560m": 559_214_592,
+    "bloomz-7b1": 7_069_016_064,
+    "falcon-11b": 11_102_822_400,
+    "falcon-180b": 178_557_088_768,
+    "falcon-40b": 41_303_293_952,
+    "falcon-7b": 6_921_720_704,
+    "falcon-rw-1b": 1_311_625_216,
     "gemma-3-4b-it": 3_880_263_168,
+    "gpt-neox-20b": 20_554_567_680,
+    "gpt2": 124_439_808,
+    "gpt2-xl": 1_557_611_200,
     "granite-3.1-2b-base": 2_533_525_504,
     "llava-1.5-7b-hf": 6_738_939_904,
     "mistral-7b-v0.1": 7_241_732_096,
@@ -23,14 +34,22 @@ PARAMETERS = {
     "mistral-nemo-base-2407": 12_247_782_400,
     "mistral-small-3.1-24b-base-2503": 23_572_403_200,
     "mixtral-8x7b-v0.1": 46_702_792_704,
+    "mpt-30b": 29_957_200_896,
+    "mpt-7b": 6_649_286_656,
     "olmo-2-1124-7b": 7_298_617_344,
     "olmo-3-1025-7b": 7_298_011_136,
+    "opt-125m": 125_239_296,
+    "opt-6.7b": 6_658_473_984,
     "phi-3-mini-4k-instruct": 3_821_079_552,
     "phi-4": 14_659_507_200,
+    "pythia-160m": 162_322_944,
+    "pythia-6.9b": 6_857_302_016,
     "qwen2-vl-7b-instruct": 7_615_616_512,
     "qwen3-30b-a3b": 30_532_122_624,
     "smollm3-3b": 3_075_098_624,
     "stablelm-2-1_6b": 1_644_515_328,
+    "starcoder": 15_517_456_384,
+    "starcoder2-3b": 3_030_371_328,
 }
 
 
