@@ -52,8 +52,9 @@ class LLM:
     activations on the device together. `offload` ("auto", "host", "disk") keeps the matrices off the device and
     streams them, for models larger than it; `offload_dir` is where a file of them may lie. `speculative_config`: a
     SpeculativeConfig or its fields. `generation_config`: "auto" applies the model's sampling defaults where a request
-    sets none. `threads` sets torch's CPU threads, for the whole process. `trust_remote_code` is refused: no code of a
-    checkpoint is ever run.
+    sets none. `model_impl`: "paceline" (one of its families), "transformers" (transformers' modules with our paged
+    attention, slower), or "auto", the first of them that runs the model. `threads` sets torch's CPU threads, for the
+    whole process. `trust_remote_code` is refused: no code of a checkpoint is ever run.
 
     Raises UsageError for an unknown or impossible option, and the errors of loading (ModelNotFoundError,
     DownloadError, CheckpointError, UnsupportedModelError, OutOfMemoryError).
@@ -89,6 +90,7 @@ class LLM:
         generation_config: str = "auto",
         hf_token: str | None = None,
         download_dir: str | None = None,
+        model_impl: str = "auto",
         threads: int | None = None,
         progress: Progress | None = None,
         **unknown: Any,
@@ -127,6 +129,7 @@ class LLM:
             generation_config=generation_config,
             hf_token=hf_token,
             download_dir=download_dir,
+            model_impl=model_impl,
         )
         self._model: LoadedModel | None = load_model(options, progress)
         self._ids = itertools.count()

@@ -10,14 +10,14 @@ from paceline.cli.app import commands
 FLAGS = {
     "chat": """
         --chat-template --debug --device --dtype --help --ignore-eos --max-model-len --max-tokens --memory-gib
-        --min-p --min-tokens --model --no-history --offload --offload-dir --offload-to --quantize --quiet
+        --min-p --min-tokens --model --model-impl --no-history --offload --offload-dir --offload-to --quantize --quiet
         --repetition-penalty --revision --seed --speculative --stop --system --temperature --threads --top-k
         --top-p
     """,
     "generate": """
         --chat-template --debug --device --dtype --help --ignore-eos --json --max-model-len --max-tokens
-        --memory-gib --min-p --min-tokens --model --offload --offload-dir --offload-to --quantize --quiet --raw
-        --repetition-penalty --revision --seed --speculative --stop --system --temperature --threads --top-k
+        --memory-gib --min-p --min-tokens --model --model-impl --offload --offload-dir --offload-to --quantize --quiet
+        --raw --repetition-penalty --revision --seed --speculative --stop --system --temperature --threads --top-k
         --top-p
     """,
     "models": "--debug --help --json",

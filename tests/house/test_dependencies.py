@@ -13,18 +13,17 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[2]
 
 
-def declared() -> set[str]:
-    (block,) = re.findall(
-        r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE
-    )
+def declared(field: str = "dependencies") -> set[str]:
+    (block,) = re.findall(rf"^{field} = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
     return {Requirement(text).name for text in re.findall(r'"(.+?)"', block)}
 
 
-def imported() -> set[str]:
-    """The third-party packages that src imports, anywhere in a file; not those under `if TYPE_CHECKING` alone."""
+def imported(*, at_import: bool = False) -> set[str]:
+    """The third-party packages that src imports, anywhere in a file, or outside of functions only."""
     names: set[str] = set()
     for path in (ROOT / "src").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        tree = ast.parse(path.read_text())
+        for node in tree.body if at_import else ast.walk(tree):
             if isinstance(node, ast.Import):
                 names |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
@@ -33,7 +32,11 @@ def imported() -> set[str]:
 
 
 def test_every_import_is_declared_and_every_dependency_imported():
-    assert imported() == declared()
+    assert imported() - declared("fallback") == declared()
+
+
+def test_an_optional_dependency_is_imported_only_where_it_is_used():
+    assert not imported(at_import=True) & declared("fallback")
 
 
 def test_the_readme_gives_a_reason_for_each():

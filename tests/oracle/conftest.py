@@ -362,6 +362,11 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
 
 
 @pytest.fixture(scope="session")
+def redraw() -> Callable[[torch.nn.Module, int], None]:
+    return randomise
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
     """`tiny_model(name)`: the small checkpoint of a name in VARIANTS or LONG_VARIANTS, made once a session."""
     import transformers

@@ -51,6 +51,7 @@ def generate(prompt: tuple[str, ...], **options: Any) -> None:
         report = Report(
             model=model.source.name,
             revision=model.source.revision,
+            implementation=model.implementation,
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(model.device),
             answer=answer,

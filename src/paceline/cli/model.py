@@ -33,6 +33,7 @@ _ENGINE = (
     "memory_gib",
     "offload_dir",
     "chat_template",
+    "model_impl",
 )
 
 

@@ -56,6 +56,13 @@ def engine_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--device", default="auto", show_default=True, metavar="NAME", help="cpu, cuda or cuda:N."),
         click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads [default: every core]."),
         click.option("--quantize", type=click.Choice(["int8"]), help="Store weights in 8 bits: faster, not lossless."),
+        click.option(
+            "--model-impl",
+            type=click.Choice(["auto", "paceline", "transformers"]),
+            default="auto",
+            show_default=True,
+            help="Whose definition of the model runs; auto takes paceline's where it has one.",
+        ),
         click.option("--max-model-len", type=int, metavar="N", help="Longest context [default: the model's own]."),
         click.option("--memory-gib", type=float, metavar="GIB", help="Take no more memory [default: what is free]."),
         click.option("--offload", is_flag=True, help="Stream the weights, for a model larger than the device."),

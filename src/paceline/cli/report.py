@@ -32,6 +32,7 @@ class Report:
 
     model: str
     revision: str | None
+    implementation: str  # "paceline" or "transformers": whose modules ran
     dtype: str
     device: str
     answer: Answer
@@ -74,6 +75,7 @@ def json_report(report: Report) -> dict[str, Any]:
     return {
         "model": report.model,
         "revision": report.revision,
+        "implementation": report.implementation,
         "dtype": report.dtype,
         "device": report.device,
         "prompt": last.prompt,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from paceline import sizing
-from paceline.config import CacheConfig, DecoderConfig, EngineConfig, SchedulerConfig, SpeculativeConfig
+from paceline.config import CacheConfig, DecoderConfig, EngineConfig, KVGroup, SchedulerConfig, SpeculativeConfig
 from paceline.engine.device import available_bytes, pick_device, pick_dtype
 from paceline.engine.engine import Engine
 from paceline.engine.model_runner import ModelRunner
@@ -23,9 +23,10 @@ from paceline.loading.checkpoint import Checkpoint, open_checkpoint
 from paceline.loading.progress import Progress
 from paceline.loading.resolve import ModelSource, resolve
 from paceline.log import get_logger
+from paceline.models.fallback import FallbackConfig, load_fallback, measure
+from paceline.models.implementation import Implementation, check_model_impl, choose_config, implementation_of
 from paceline.models.load import load_decoder
 from paceline.models.model import Model
-from paceline.models.registry import read_decoder_config
 from paceline.registry import lookup
 from paceline.sampling.params import generation_defaults
 from paceline.tokens.tokenizer import Tokenizer, load_tokenizer
@@ -42,7 +43,8 @@ class LoadOptions:
     it is not the model's own. `generation_config`: "auto" takes the model's sampling defaults, "none" does not.
     `kv_cache_gib`: the cache's size; None takes what scheduler limits can use, within a share of free memory.
     `memory_gib`: what weights, cache and activations may take on the device together; None: what is free there.
-    `offload`: "auto", "host" or "disk" keeps the matrices there and streams them (engine/offload.py)."""
+    `offload`: "auto", "host" or "disk" keeps the matrices there and streams them (engine/offload.py).
+    `model_impl`: "paceline", "transformers", or "auto", the first of them that runs the model."""
 
     model: str
     tokenizer: str | None = None
@@ -65,8 +67,10 @@ class LoadOptions:
     generation_config: str = "auto"
     hf_token: str | None = None
     download_dir: str | None = None
+    model_impl: str = "auto"
 
     def __post_init__(self) -> None:
+        check_model_impl(self.model_impl)
         if self.quantization is not None:
             lookup({name: None for name in FORMATS if name != "dense"}, "quantization", self.quantization)
         if self.generation_config not in ("auto", "none"):
@@ -86,7 +90,7 @@ class LoadedModel:
     """A model ready to run. `phases`: seconds of each part of the loading, in order."""
 
     source: ModelSource
-    config: DecoderConfig
+    config: DecoderConfig | FallbackConfig
     engine: Engine
     tokenizer: Tokenizer | None
     generation_config: Mapping[str, Any]
@@ -96,6 +100,23 @@ class LoadedModel:
     kv_bytes_per_token: int  # cache that one token of context takes
     phases: Mapping[str, float]
     stream: WeightStream | None  # that the weights come through, where they are offloaded
+
+    @property
+    def implementation(self) -> Implementation:
+        """Whose modules run: "paceline"'s or "transformers"'."""
+        return implementation_of(self.config)
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """A model on its device, and the cache that was planned for it."""
+
+    config: DecoderConfig | FallbackConfig
+    model: Model
+    max_model_len: int
+    num_blocks: tuple[int, ...]
+    step_bytes: int  # of weights that one decode step reads
+    stream: WeightStream | None = None
 
 
 class _Phases:
@@ -126,43 +147,82 @@ def load_model(options: LoadOptions, progress: Progress | None = None) -> Loaded
     with open_checkpoint(source) as checkpoint:
         with phases.time("tokenizer"):
             tokenizer = _load_tokenizer(options, source, checkpoint)
-        config = read_decoder_config(checkpoint.config)
+        config = choose_config(checkpoint.config, options.model_impl)
         dtype = pick_dtype(options.dtype, _stored_dtype(checkpoint), device)
-        free = _check_weights_fit(config, options, dtype, device)
-        stream = _open_stream(config, options, dtype, device, free)
-        if stream is not None:
-            free -= stream.buffer_bytes
-        max_model_len, num_blocks = _plan_cache(config, options, free, dtype, device)
-        config = config.with_context(max_model_len)
         with phases.time("weights"):
-            decoder = load_decoder(
-                checkpoint,
-                config,
-                dtype=dtype,
-                device=device,
-                quantize=options.quantization,
-                stream=stream,
-                progress=progress,
-            )
+            if isinstance(config, FallbackConfig):
+                weights = _load_fallback(config, checkpoint, options, dtype, device, progress)
+            else:
+                weights = _load_decoder(config, checkpoint, options, dtype, device, progress)
         generation_config = _read_generation_config(options, checkpoint)
     with phases.time("cache"):
-        engine = _build_engine(decoder, options, max_model_len, num_blocks)
-    step_bytes = sizing.step_weight_bytes(config, dtype.itemsize, stored_bytes(options.quantization or "dense", dtype))
-    if stream is not None:
-        tell_speed(stream, step_bytes)
+        engine = _build_engine(weights.model, options, weights.max_model_len, weights.num_blocks)
+    if weights.stream is not None:
+        tell_speed(weights.stream, weights.step_bytes)
     return LoadedModel(
         source=source,
-        config=config,
+        config=weights.config,
         engine=engine,
         tokenizer=tokenizer,
         generation_config=generation_config,
         dtype=dtype,
         device=device,
-        step_weight_bytes=step_bytes,
-        kv_bytes_per_token=sum(sizing.kv_bytes_per_token(g, dtype.itemsize) for g in config.kv_groups),
+        step_weight_bytes=weights.step_bytes,
+        kv_bytes_per_token=sum(sizing.kv_bytes_per_token(g, dtype.itemsize) for g in weights.model.kv_groups),
         phases=phases.seconds,
-        stream=stream,
+        stream=weights.stream,
     )
+
+
+def _load_decoder(
+    config: DecoderConfig,
+    checkpoint: Checkpoint,
+    options: LoadOptions,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None,
+) -> _Weights:
+    free = _free_after(*_decoder_bytes(config, options, dtype, device), options, dtype, device)
+    stream = _open_stream(config, options, dtype, device, free)
+    if stream is not None:
+        free -= stream.buffer_bytes
+    max_model_len, num_blocks = _plan_cache(config.kv_groups, config.max_position, options, free, dtype, device)
+    config = config.with_context(max_model_len)
+    decoder = load_decoder(
+        checkpoint,
+        config,
+        dtype=dtype,
+        device=device,
+        quantize=options.quantization,
+        stream=stream,
+        progress=progress,
+    )
+    step_bytes = sizing.step_weight_bytes(config, dtype.itemsize, stored_bytes(options.quantization or "dense", dtype))
+    return _Weights(config, decoder, max_model_len, num_blocks, step_bytes, stream)
+
+
+def _load_fallback(
+    config: FallbackConfig,
+    checkpoint: Checkpoint,
+    options: LoadOptions,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None,
+) -> _Weights:
+    for name in ("quantization", "offload"):
+        if getattr(options, name) is not None:
+            raise UsageError(
+                f"{name}={getattr(options, name)!r} needs a model that paceline defines itself, and "
+                f"{config.architecture} runs through transformers' modules: leave it out"
+            )
+    tokens, rows = options.scheduler.max_num_batched_tokens, options.scheduler.max_num_seqs
+    sizes = measure(config, dtype)
+    step = sizes.activations(config, tokens, rows) + sizing.logprob_workspace_bytes(config.vocab_size, tokens)
+    free = _free_after(sizes.weights, step, options, dtype, device)
+    model = load_fallback(checkpoint, config, dtype=dtype, device=device, progress=progress)
+    # Only the loaded model says what cache it needs: its layers are asked, not its configuration.
+    max_model_len, num_blocks = _plan_cache(model.kv_groups, config.max_position, options, free, dtype, device)
+    return _Weights(config, model, max_model_len, num_blocks, sizes.step_weights)
 
 
 def _read_generation_config(options: LoadOptions, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -201,8 +261,10 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def _check_weights_fit(config: DecoderConfig, options: LoadOptions, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes left for the cache once the weights are in. Raises OutOfMemoryError before anything is loaded."""
+def _decoder_bytes(
+    config: DecoderConfig, options: LoadOptions, dtype: torch.dtype, device: torch.device
+) -> tuple[int, int]:
+    """Bytes of weights on the device, and of what a step holds besides."""
     format = options.quantization or "dense"
     if options.offload is None:
         weights = sizing.weight_bytes(
@@ -217,6 +279,11 @@ def _check_weights_fit(config: DecoderConfig, options: LoadOptions, dtype: torch
         config, options.scheduler.max_num_batched_tokens, options.scheduler.max_num_seqs, dtype.itemsize
     )
     step += sizing.logprob_workspace_bytes(config.vocab_size, options.scheduler.max_num_batched_tokens)
+    return weights, step
+
+
+def _free_after(weights: int, step: int, options: LoadOptions, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes left for the cache once the weights are in. Raises OutOfMemoryError before anything is loaded."""
     available = available_bytes(device)
     if device.type == "cuda":
         available = int(available * CUDA_MEMORY_SHARE)
@@ -243,16 +310,19 @@ def _open_stream(
 
 
 def _plan_cache(
-    config: DecoderConfig, options: LoadOptions, free: int, dtype: torch.dtype, device: torch.device
+    groups: Sequence[KVGroup],
+    max_position: int,
+    options: LoadOptions,
+    free: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[int, tuple[int, ...]]:
     """max_model_len, and the blocks of each KV group."""
-    wanted = options.max_model_len or config.max_position
-    if wanted > config.max_position:
-        raise UsageError(
-            f"max_model_len {wanted} is more than the {config.max_position} positions this model was trained for"
-        )
+    wanted = options.max_model_len or max_position
+    if wanted > max_position:
+        raise UsageError(f"max_model_len {wanted} is more than the {max_position} positions this model was trained for")
     if options.cache.num_blocks is not None:
-        return wanted, (options.cache.num_blocks,) * len(config.kv_groups)
+        return wanted, (options.cache.num_blocks,) * len(groups)
     budget = int(free * CPU_CACHE_SHARE) if device.type == "cpu" and options.memory_gib is None else free
     if options.kv_cache_gib is not None:
         budget = int(options.kv_cache_gib * sizing.GIB)
@@ -261,7 +331,7 @@ def _plan_cache(
                 f"a cache of {options.kv_cache_gib:g} GiB does not fit: {sizing.gib(free)} are left by the weights"
             )
     plan = sizing.plan_cache(
-        config.kv_groups,
+        groups,
         block_size=options.cache.block_size,
         bytes_per_value=dtype.itemsize,
         budget_bytes=budget,

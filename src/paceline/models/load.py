@@ -205,22 +205,20 @@ def load_decoder(
         decoder = Decoder(config, parts, family.block)
     finally:
         parts.progress.done()
-    _report_unused(parts, config)
+    tied_copy = {"lm_head.weight"} if config.tie_embeddings else set()  # a copy of the embedding
+    stored = set(checkpoint.names())
+    other = {name for name in stored if name.startswith(OTHER_PARTS)}
+    if other:
+        log.warning("text only: %d tensors, of the part that sees images, are not loaded", len(other))
+    report_unused(stored - other - parts.used - tied_copy)
     for reason, count in parts.plain.items():
         log.log(INFO if reason == TOO_SMALL else WARNING, "%d matrices run through plain torch: %s", count, reason)
     return decoder
 
 
-def _report_unused(parts: CheckpointParts, config: DecoderConfig) -> None:
+def report_unused(names: Collection[str]) -> None:
     """Say once which tensors of the checkpoint the model has no place for."""
-    stored = set(parts.checkpoint.names())
-    other = {name for name in stored if name.startswith(OTHER_PARTS)}
-    if other:
-        log.warning("text only: %d tensors, of the part that sees images, are not loaded", len(other))
-        stored -= other
-    unused = sorted(name for name in stored - parts.used if not name.endswith(INERT_SUFFIXES))
-    if config.tie_embeddings and "lm_head.weight" in unused:
-        unused.remove("lm_head.weight")  # a copy of the embedding
+    unused = sorted(name for name in names if not name.endswith(INERT_SUFFIXES))
     if unused:
         shown = ", ".join(unused[:5]) + (", ..." if len(unused) > 5 else "")
         log.warning("%d tensors of the checkpoint are not used by this model: %s", len(unused), shown)
