@@ -14,6 +14,7 @@ FLAGS = {
         --repetition-penalty --revision --seed --speculative --stop --system --temperature --threads --top-k
         --top-p
     """,
+    "env": "--debug --help --json --measure",
     "generate": """
         --chat-template --debug --device --dtype --help --ignore-eos --json --max-model-len --max-tokens
         --memory-gib --min-p --min-tokens --model --model-impl --offload --offload-dir --offload-to --quantize --quiet

@@ -11,6 +11,7 @@ import click
 
 from paceline import __version__
 from paceline.cli.chat import chat
+from paceline.cli.env import env
 from paceline.cli.exit_codes import EXIT_CLOSED_PIPE, EXIT_FAILURE, EXIT_INTERRUPTED
 from paceline.cli.generate import generate
 from paceline.cli.group import NearestGroup
@@ -40,6 +41,7 @@ def commands() -> None:
 commands.add_command(generate)
 commands.add_command(chat)
 commands.add_command(models)
+commands.add_command(env)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
