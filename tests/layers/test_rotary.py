@@ -8,6 +8,8 @@ import torch
 from paceline.config import RopeConfig, RopeScaling
 from paceline.kernels.rotary import apply_rotary
 from paceline.layers.rotary import Rotary, inverse_frequencies
+from paceline.models.hf_config import HFConfig
+from paceline.models.hf_rope import read_rope
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -24,19 +26,50 @@ def test_frequencies_are_the_papers():
     assert torch.allclose(inverse_frequencies(RopeConfig(10_000.0, 64)), torch.tensor(expected), rtol=1e-6, atol=0)
 
 
+SHORT, LONG = [1.0 + i / 8 for i in range(16)], [1.0 + i for i in range(16)]
+LONGROPE = {"original_max_position_embeddings": 1024, "short_factor": SHORT, "long_factor": LONG}
+SCALED = {
+    "llama3": LLAMA3,
+    "linear": {"rope_type": "linear", "factor": 8.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 3.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024},
+    "yarn-lengths": {
+        "rope_type": "yarn",
+        "factor": 40.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 16.0,
+        "beta_slow": 2.0,
+        "mscale": 0.7,
+        "mscale_all_dim": 1.1,
+    },
+    "yarn-exact": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "original_max_position_embeddings": 512,
+        "truncate": False,
+        "attention_factor": 1.3,
+    },
+    "longrope": {"rope_type": "longrope", "partial_rotary_factor": 0.25, **LONGROPE},
+    "longrope-factor": {"rope_type": "longrope", "partial_rotary_factor": 0.25, "factor": 32.0, **LONGROPE},
+}
+
+
+@pytest.mark.parametrize("context", [1, 1024, 1025, 4096, 4097, 50_000])
 @pytest.mark.parametrize("theta", [1e4, 5e5])
-def test_scaled_frequencies_are_those_of_transformers(theta):
+@pytest.mark.parametrize("name", SCALED)
+def test_scaled_frequencies_and_lengths_are_those_of_transformers(name, theta, context):
+    """Of heads of 128 in a model of 4,096 positions, at contexts on either side of both trained lengths."""
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    for kind, scaling in (
-        ("llama3", RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)),
-        ("linear", RopeScaling("linear", 8.0)),
-    ):
-        parameters = LLAMA3 if kind == "llama3" else {"rope_type": "linear", "factor": 8.0}
-        config = LlamaConfig(head_dim=128, rope_parameters={**parameters, "rope_theta": theta})
-        expected, _ = ROPE_INIT_FUNCTIONS[kind](config, CPU)
-        assert torch.allclose(inverse_frequencies(RopeConfig(theta, 128, scaling)), expected, rtol=3e-7, atol=0)
+    parameters = {**SCALED[name], "rope_theta": theta}
+    config = LlamaConfig(head_dim=128, max_position_embeddings=4096, rope_parameters=dict(parameters))
+    hf = HFConfig({"max_position_embeddings": 4096, "rope_parameters": parameters})
+    rope = read_rope(hf, 128, partial_key="partial_rotary_factor").with_context(context)
+    expected_F, length = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, CPU, seq_len=context)
+    assert torch.allclose(inverse_frequencies(rope), expected_F, rtol=3e-7, atol=0)
+    assert rope.scaling is not None
+    assert rope.scaling.attention_factor == pytest.approx(length, rel=1e-12)
 
 
 def test_llama3_keeps_the_fast_divides_the_slow_and_blends_between():

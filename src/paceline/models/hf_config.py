@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
-from paceline.config import RopeConfig, RopeKind, RopeScaling
 from paceline.errors import CheckpointError, UnsupportedModelError
 from paceline.log import get_logger
 from paceline.registry import unknown
@@ -43,6 +41,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "interpolate_factor": (None, 1),
     "is_encoder_decoder": (None, False),
     "layer_norm_elementwise_affine": (None, True),
+    "llama_4_scaling_beta": (None, 0),
     "logit_scale": (None, 1),
     "logits_scaling": (None, 1),
     "mlp_bias": (None, False),
@@ -117,6 +116,13 @@ class HFConfig:
             raise CheckpointError(f"config.json sets '{key}' to {value!r}: expected a positive whole number")
         return value
 
+    def number(self, key: str, default: float | None = None) -> float:
+        """The value of `key`, a number above 0. Raises CheckpointError naming the key and what it holds."""
+        value = self.require(key) if default is None else self.get(key, default)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+            raise CheckpointError(f"config.json sets '{key}' to {value!r}: expected a number above 0")
+        return float(value)
+
     def get(self, key: str, default: T) -> T:
         """The value of `key`, or `default` where it is absent or null."""
         value = self.optional(key)
@@ -178,141 +184,6 @@ def read_head_dim(hf: HFConfig, hidden_size: int, num_heads: int) -> int:
             "and it has no 'head_dim': it is inconsistent"
         )
     return hf.size("head_dim", hidden_size // num_heads)
-
-
-def read_rope(
-    hf: HFConfig,
-    head_dim: int,
-    *,
-    layer_type: str | None = None,
-    theta_key: str = "rope_theta",
-    default_theta: float = 1e4,
-    partial_key: str | None = None,
-    default_partial: float = 1.0,
-) -> RopeConfig:
-    """The rotary embedding of all layers, or of those of `layer_type`.
-
-    transformers 5 writes `rope_parameters` (nested by layer type where there are several); transformers 4 wrote the
-    base under `theta_key` and, for the layers that are not windowed, `rope_scaling`. `partial_key`: where a family
-    that turns only a part of each head says how much; for others a part is refused.
-    """
-    parameters: dict[str, Any] = dict(hf.get("rope_parameters", {}))
-    if layer_type is not None:
-        parameters = dict(parameters.get(layer_type) or {})
-    if layer_type != "sliding_attention":
-        parameters = {**hf.get("rope_scaling", {}), **parameters}
-    partial = parameters.get("partial_rotary_factor")
-    if partial_key is not None:
-        partial = partial if partial is not None else hf.get(partial_key, default_partial)
-    elif partial not in NEUTRAL["partial_rotary_factor"]:
-        raise UnsupportedModelError(
-            f"config.json sets 'partial_rotary_factor' to {partial!r}, which paceline does not implement for this model"
-        )
-    dim = int(head_dim * (partial or 1.0))
-    if dim < 2 or dim % 2:
-        raise CheckpointError(
-            f"config.json rotates {dim} of the {head_dim} dimensions of a head, which does not make pairs: "
-            "it is inconsistent"
-        )
-    theta = hf.get(theta_key, default_theta)
-    original = parameters.get("original_max_position_embeddings") or hf.optional("original_max_position_embeddings")
-    max_position = hf.optional("max_position_embeddings")
-    scaling = _rope_scaling(parameters, original, max_position, dim)
-    return RopeConfig(float(parameters.get("rope_theta") or theta), dim, scaling)
-
-
-ROPE_KINDS: Mapping[str, RopeKind] = {
-    "linear": "linear",
-    "dynamic": "dynamic",
-    "yarn": "yarn",
-    "llama3": "llama3",
-    "longrope": "longrope",
-    "su": "longrope",  # its name in the first Phi-3 files
-}
-# "default" turns nothing; for text alone multimodal rotary embedding gives the three positions of a token one value.
-UNSCALED_ROPE = ("default", "mrope")
-
-
-def _rope_scaling(
-    parameters: Mapping[str, Any], original: int | None, max_position: int | None, dim: int
-) -> RopeScaling | None:
-    name = str(parameters.get("rope_type") or parameters.get("type") or "default")
-    if name in UNSCALED_ROPE:
-        return None
-    if name not in ROPE_KINDS:
-        known = [*ROPE_KINDS, *UNSCALED_ROPE]
-        raise UnsupportedModelError(f"config.json's rotary embedding: {unknown('rope_type', name, known)}")
-    kind, rope = ROPE_KINDS[name], HFConfig(parameters)
-    # The trained length: a key of its own, or, for the kinds that stretch at run time, max_position_embeddings.
-    trained = int(original or max_position or 8192)
-    factor = rope.optional("factor")
-    if factor is None and kind in ("yarn", "longrope") and max_position:
-        factor = max_position / trained  # DeepSeek-V3, Phi-3: the ratio says it
-    if factor is None:
-        factor = rope.require("factor")
-    if kind == "llama3":
-        low, high = float(rope.require("low_freq_factor")), float(rope.require("high_freq_factor"))
-        return RopeScaling(kind, float(factor), low, high, trained)
-    if kind == "dynamic":
-        return RopeScaling(kind, float(factor), original_max_position=int(max_position or trained))
-    if kind == "yarn":
-        return _read_yarn(rope, float(factor), trained)
-    if kind == "longrope":
-        return _read_longrope(rope, float(factor), trained, dim)
-    return RopeScaling(kind, float(factor))
-
-
-def _read_yarn(rope: HFConfig, factor: float, trained: int) -> RopeScaling:
-    def lengthened(multiplier: float) -> float:
-        return 0.1 * multiplier * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    length = rope.optional("attention_factor")
-    if length is None:
-        over, under = rope.optional("mscale"), rope.optional("mscale_all_dim")
-        length = lengthened(over) / lengthened(under) if over and under else lengthened(1.0)
-    return RopeScaling(
-        "yarn",
-        factor,
-        original_max_position=trained,
-        beta_fast=float(rope.optional("beta_fast") or 32),
-        beta_slow=float(rope.optional("beta_slow") or 1),
-        truncate=rope.get("truncate", True),
-        attention_factor=float(length),
-    )
-
-
-def _read_longrope(rope: HFConfig, factor: float, trained: int, dim: int) -> RopeScaling:
-    length = rope.optional("attention_factor")
-    if length is None:
-        length = math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
-    factors = {}
-    for which in ("short_factor", "long_factor"):
-        factors[which] = tuple(float(value) for value in rope.require(which))
-        if len(factors[which]) != dim // 2:
-            raise CheckpointError(
-                f"config.json's '{which}' has {len(factors[which])} values for {dim // 2} pairs of rotated dimensions: "
-                "it is inconsistent"
-            )
-    return RopeScaling(
-        "longrope",
-        factor,
-        original_max_position=trained,
-        attention_factor=float(length),
-        short_factors=factors["short_factor"],
-        long_factors=factors["long_factor"],
-    )
-
-
-def read_max_position(hf: HFConfig, rope: RopeConfig | None, default: int) -> int:
-    """The longest context: `max_position_embeddings`, or, where the rotary scaling stretches beyond it, as far as that
-    reaches. Dynamic and linear scaling stretch the written length, YaRN the trained one."""
-    written = hf.size("max_position_embeddings", default)
-    scaling = None if rope is None else rope.scaling
-    if scaling is None or scaling.kind in ("llama3", "longrope"):
-        return written
-    if scaling.kind == "yarn":
-        return max(written, int(scaling.original_max_position * scaling.factor))
-    return int(written * scaling.factor) if scaling.kind == "dynamic" else written
 
 
 def read_windows(hf: HFConfig, default: Sequence[str], window: int | None) -> tuple[int | None, ...]:

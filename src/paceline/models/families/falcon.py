@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from paceline.config import AttentionConfig, DecoderConfig, MlpConfig, NormConfig, ResidualConfig
 from paceline.models.family import Family, Names, by_key_head
-from paceline.models.hf_config import HFConfig, read_activation, read_head_dim, read_max_position, read_rope
+from paceline.models.hf_config import HFConfig, read_activation, read_head_dim
+from paceline.models.hf_rope import read_max_position, read_rope
 
 LAYER = "transformer.h.{i}."
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from paceline.config import AttentionConfig, DecoderConfig, MlpConfig, NormConfig, ResidualConfig, RopeConfig
 from paceline.models.family import Family, hugging_face_names
-from paceline.models.hf_config import HFConfig, read_activation, read_rope, read_windows
+from paceline.models.hf_config import HFConfig, read_activation, read_windows
+from paceline.models.hf_rope import read_rope
 
 
 def decoder_config(hf: HFConfig) -> DecoderConfig:
