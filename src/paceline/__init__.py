@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from paceline.errors import PacelineError, UsageError
     from paceline.llm import LLM
     from paceline.outputs import CompletionOutput, RequestOutput
-    from paceline.sampling.params import SamplingParams
+    from paceline.sampling.params import BeamSearchParams, SamplingParams
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "BeamSearchParams",
     "CompletionOutput",
     "PacelineError",
     "RequestOutput",
@@ -31,6 +32,7 @@ __all__ = [
 
 _HOME = {
     "LLM": "paceline.llm",
+    "BeamSearchParams": "paceline.sampling.params",
     "CompletionOutput": "paceline.outputs",
     "PacelineError": "paceline.errors",
     "RequestOutput": "paceline.outputs",

@@ -14,7 +14,7 @@ from rich.progress import Progress as ProgressBar
 
 from paceline.config import CacheConfig, SchedulerConfig, SpeculativeConfig
 from paceline.engine.build import LoadedModel, LoadOptions, load_model
-from paceline.engine.engine import EngineRequest, child_id
+from paceline.engine.engine import EngineRequest, answer_ids
 from paceline.engine.output import RequestState
 from paceline.engine.prompts import Prompt, TokenPrompt, bad_word_ids, check_prompt, read_prompt
 from paceline.errors import UsageError
@@ -23,7 +23,7 @@ from paceline.loading.progress import Progress
 from paceline.log import get_logger
 from paceline.outputs import RequestOutput
 from paceline.registry import refuse_unknown_keys
-from paceline.sampling.params import SamplingParams, with_defaults
+from paceline.sampling.params import BeamSearchParams, SamplingParams, with_defaults
 from paceline.tokens.chat_template import Messages
 from paceline.tokens.tokenizer import Tokenizer
 
@@ -155,6 +155,14 @@ class LLM:
         read = [read_prompt(prompt, self.model.tokenizer) for prompt in many]  # type: ignore[arg-type]
         return self._run(read, sampling_params, priority, show=use_tqdm, chat=False)
 
+    def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[RequestOutput]:
+        """The `beam_width` best answers to each prompt, best first, each with its `score`.
+
+        vLLM's call, but with RequestOutputs, and with scores over the generated tokens as transformers counts them.
+        Raises as `generate`.
+        """
+        return self.generate(prompts, params.sampling_params())
+
     def chat(
         self,
         messages: Messages | Sequence[Messages],
@@ -175,7 +183,7 @@ class LLM:
         self, prompt: Prompt | Messages, sampling_params: Params = None, **template_options: Any
     ) -> Iterator[RequestOutput]:
         """One prompt or conversation, token by token: each value's `outputs[i].text` is what is new. Leaving the
-        loop early aborts the request."""
+        loop early aborts the request. Beam search and best_of rank whole answers: they yield once, at their end."""
         chat = _is_one_conversation(prompt)
         read = self._read_chat(prompt, template_options) if chat else read_prompt(prompt, self.model.tokenizer)  # type: ignore[arg-type]
         params = self.effective_sampling_params(sampling_params)[0]
@@ -185,7 +193,7 @@ class LLM:
     def _stream(self, state: RequestState) -> Iterator[RequestOutput]:
         try:
             while not state.finished:
-                if state in self._step():
+                if state in self._step() and state.can_show:
                     yield state.output(delta=True)
         finally:
             self._forget(state)
@@ -247,8 +255,8 @@ class LLM:
                 bad_words_token_ids=bad_word_ids(params, model.tokenizer),
             )
         )
-        for index in range(params.n):
-            self._answers[child_id(request_id, index, params.n)] = (state, index)
+        for index, answer_id in enumerate(answer_ids(request_id, params)):
+            self._answers[answer_id] = (state, index)
         return state
 
     def _eos_token_ids(self) -> frozenset[int]:
@@ -270,10 +278,11 @@ class LLM:
         return list(changed.values())
 
     def _forget(self, state: RequestState) -> None:
-        for index in range(len(state.answers)):
-            request_id = child_id(state.request_id, index, len(state.answers))
-            if self._model is not None:
+        answers = answer_ids(state.request_id, state.params)
+        if self._model is not None:
+            for request_id in {state.request_id, *answers}:
                 self._model.engine.abort(request_id)
+        for request_id in answers:
             self._answers.pop(request_id, None)
 
     # ------------------------------------------------------------------------------------------------- about

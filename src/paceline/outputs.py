@@ -22,8 +22,10 @@ class CompletionOutput:
     """One of a request's n answers. `finish_reason`: "stop", "length", "abort", "error", or None while it runs.
     `stop_reason`: the stop string or stop token id that ended it, None for the model's own end.
     `logprobs`: a mapping a token, token id -> Logprob, the chosen token's included; None unless asked for.
-    With `echo`, text, token_ids and logprobs begin with the prompt's (the first token's log probability is None);
-    `cumulative_logprob` sums over the generated tokens alone."""
+    With `echo`, text, token_ids and logprobs begin with the prompt's (the first token's log probability is None).
+    `cumulative_logprob`: the sum of the generated tokens' raw log probabilities; None unless `logprobs` or a rank ask.
+    `score`: what answers of beam search or best_of are ranked by, a summed log probability over
+    length ** length_penalty. A beam's sum is that after penalties and masks; best_of's is `cumulative_logprob`."""
 
     index: int
     text: str
@@ -33,6 +35,7 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    score: float | None = None
 
     @property
     def finished(self) -> bool:

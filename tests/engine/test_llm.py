@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from paceline.engine import build
+from paceline.engine.prompts import read_prompt
 from paceline.errors import ChatTemplateError, ModelNotFoundError, OutOfMemoryError, PromptTooLongError, UsageError
 from paceline.llm import LLM
-from paceline.sampling.params import SamplingParams
+from paceline.sampling.params import BeamSearchParams, SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
@@ -272,3 +273,74 @@ def test_a_stop_string_inside_accepted_drafts_cuts_the_tokens(tiny_directory):
         answer = llm.generate("aaaaaaaa", params)[0].outputs[0]
     assert (answer.text, answer.token_ids, answer.stop_reason) == ("", (3,) * 4, "aaaa")
     assert len(answer.logprobs) == 4
+
+
+def test_beam_search_is_vllms_call(llm):
+    params = BeamSearchParams(beam_width=3, max_tokens=5, ignore_eos=True)
+    first, second = llm.beam_search(["hello", "q"], params)
+    for output in (first, second):
+        assert [answer.index for answer in output.outputs] == [0, 1, 2]
+        scores = [answer.score for answer in output.outputs]
+        assert scores == sorted(scores, reverse=True)
+        assert scores == pytest.approx([answer.cumulative_logprob / 5 for answer in output.outputs])
+        assert len({answer.text for answer in output.outputs}) == 3
+        assert all(answer.logprobs is None and answer.finish_reason == "length" for answer in output.outputs)
+    greedy = llm.generate("hello", SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, logprobs=0))[0].outputs[
+        0
+    ]
+    assert first.outputs[0].cumulative_logprob >= greedy.cumulative_logprob
+
+
+def test_beams_have_the_log_probabilities_of_their_own_tokens(llm):
+    params = {"use_beam_search": True, "n": 2, "max_tokens": 4, "logprobs": 2, "prompt_logprobs": 0}
+    output = llm.generate("hello", params)[0]
+    for answer in output.outputs:
+        chosen = [entry[token].logprob for token, entry in zip(answer.token_ids, answer.logprobs, strict=True)]
+        assert sum(chosen) == pytest.approx(answer.cumulative_logprob)
+        path = [*output.prompt_token_ids, *answer.token_ids]
+        scored = llm.generate(path, SamplingParams(max_tokens=0, prompt_logprobs=0))[0].prompt_logprobs[1:]
+        forced = [entry[token].logprob for token, entry in zip(path[1:], scored, strict=True)]
+        assert chosen == pytest.approx(forced[-len(chosen) :], abs=1e-4)
+        known = [entry[token].logprob for token, entry in zip(path[1:], output.prompt_logprobs[1:], strict=False)]
+        assert known == pytest.approx(forced[: -len(chosen)], abs=1e-4)
+
+
+def test_best_of_returns_the_best_of_what_is_sampled(llm):
+    given = {"temperature": 1.0, "top_k": 0, "seed": 7, "max_tokens": 8}
+    every = llm.generate("hello", SamplingParams.from_dict({**given, "n": 6, "logprobs": 0}))[0].outputs
+    assert len({len(answer.token_ids) for answer in every}) > 1  # or the two rankings below would be one
+    for penalty in (1.0, 0.0):
+        params = SamplingParams.from_dict({**given, "n": 2, "best_of": 6, "length_penalty": penalty})
+        best = llm.generate("hello", params)[0].outputs
+        ranked = sorted(every, key=lambda a: -a.cumulative_logprob / len(a.token_ids) ** penalty)
+        assert [answer.token_ids for answer in best] == [answer.token_ids for answer in ranked[:2]]
+        assert [answer.index for answer in best] == [0, 1]
+        assert best[0].score == pytest.approx(ranked[0].cumulative_logprob / len(ranked[0].token_ids) ** penalty)
+        assert best[0].cumulative_logprob == pytest.approx(ranked[0].cumulative_logprob)
+        assert best[0].logprobs is None
+
+
+@pytest.mark.parametrize("params", [{"use_beam_search": True, "n": 3}, {"best_of": 4, "n": 2, "seed": 1}])
+def test_ranked_answers_are_streamed_once_at_their_end(llm, params):
+    (only,) = llm.stream("hello", params)
+    whole = llm.generate("hello", params)[0]
+    assert only.finished
+    assert [answer.text for answer in only.outputs] == [answer.text for answer in whole.outputs]
+
+
+def test_leaving_beams_early_frees_their_blocks(tiny_directory):
+    with make(tiny_directory, enable_prefix_caching=False) as llm:
+        params = SamplingParams(use_beam_search=True, n=3, max_tokens=50, ignore_eos=True)
+        state = llm._add(llm._checked(read_prompt("hello", llm.get_tokenizer()), params), params, None, chat=False)
+        for _ in range(3):
+            llm._step()
+        llm._forget(state)
+        assert llm.model.engine.scheduler.stats.cache.used_blocks == (0,)
+        assert not llm.model.engine.scheduler.has_unfinished
+
+
+def test_more_beams_than_sequences_are_refused(tiny_directory):
+    with make(tiny_directory, max_num_seqs=2) as llm:
+        with pytest.raises(UsageError, match=r"3 beams need .* max_num_seqs is 2: lower best_of \(or n\), or raise"):
+            llm.beam_search("hello", BeamSearchParams(3, 5))
+        assert llm.generate("hello", GREEDY)[0].finished

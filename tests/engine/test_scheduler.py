@@ -483,3 +483,15 @@ def test_a_request_for_no_token_ends_with_its_prompt(depth):
             updates |= answer(scheduler, oldest, prompt_logprobs=scores)
     assert (updates["a"].new_token_ids, updates["a"].finish_reason) == ((), "length")
     assert len(updates["a"].prompt_logprobs) == 9
+
+
+def test_a_request_that_generates_nothing_takes_no_drafts():
+    """Its prompt's log probabilities are reported with the last but one token, and may be answered with drafts."""
+    scheduler = make(max_chunk=2)
+    add(scheduler, "a", range(3), max_tokens=0, prompt_logprobs=0)
+    output = scheduler.schedule()
+    answer(scheduler, output, prompt_logprobs={"a": (TokenLogprobs(1, -1.0, 1, {}), TokenLogprobs(2, -1.0, 1, {}))})
+    scheduler.set_drafts("a", [5, 6])
+    shared, updates = step(scheduler)
+    assert shared == [("a", 2, 1)]
+    assert updates["a"].finish_reason == "length"

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import pytest
 
 from paceline.config import CacheConfig, EngineConfig, KVGroup, SchedulerConfig, SpeculativeConfig
+from paceline.engine.beam_request import BeamRequest
+from paceline.engine.beams import BeamAnswer, BeamSearch
 from paceline.engine.request import Request, RequestSpec
 from paceline.engine.scheduler import Scheduler
 from paceline.engine.step import PLACEHOLDER, ScheduledRequest, SchedulerOutput, StepOutput
-from paceline.sampling.logprobs import TokenLogprobs
+from paceline.sampling.logprobs import Candidates, TokenLogprobs, num_candidates
 
 VOCAB = 4  # few tokens, so that prefixes meet, drafts are sometimes right and stop ids come up
 
@@ -44,6 +46,34 @@ def alone(spec: RequestSpec, max_model_len: int) -> tuple[list[int], str]:
     return [], "length"
 
 
+def beam_candidates(spec: RequestSpec, state: int, num_output: int) -> Candidates:
+    """What stands for a beam's likeliest next tokens. Stop ids are masked until min_tokens are there."""
+    stops = Request(spec).stop_token_ids
+    masked = stops if num_output < spec.params.min_tokens else frozenset()
+    logprobs = {t: -((hash((state, t)) >> 7) % 1000 + 1) / 300 for t in range(VOCAB) if t not in masked}
+    ids = sorted(logprobs, key=lambda token: -logprobs[token])[: num_candidates(spec.params.width, len(stops))]
+    values = tuple(logprobs[token] for token in ids)
+    return Candidates(tuple(ids), values, values)
+
+
+def beams_alone(spec: RequestSpec, max_model_len: int) -> tuple[list[BeamAnswer], list[list[list[int]]]]:
+    """The answers that a beam request gets by itself, and the tokens of the beams before each step: the same search
+    with nothing between it and the model."""
+    limits = [max_model_len - len(spec.prompt_token_ids)]
+    limits += [] if spec.params.max_tokens is None else [spec.params.max_tokens]
+    search = BeamSearch(spec.params, Request(spec).stop_token_ids, min(limits))
+    states = []
+    while search.beams:
+        states.append([[*spec.prompt_token_ids, *beam.token_ids] for beam in search.beams])
+        ends = [history(spec.namespace, tokens)[-1] for tokens in states[-1]]
+        search.advance([beam_candidates(spec, end, len(search.beams[0].token_ids)) for end in ends])
+    return search.answers, states
+
+
+def as_request(spec: RequestSpec) -> Request:
+    return BeamRequest(spec) if spec.params.use_beam_search else Request(spec)
+
+
 def score(hashes: Sequence[int], prompt: Sequence[int], position: int) -> TokenLogprobs:
     """What stands for the log probability of the prompt token after `position`: it depends on all up to there."""
     return TokenLogprobs(prompt[position + 1], float(hashes[position] % 1000), 1, {})
@@ -66,7 +96,11 @@ class Device:
         for new in output.new_requests:
             assert new.request_id not in self.known, "a request was announced twice"
             self.known[new.request_id] = list(new.prompt_token_ids)
-            self.specs[new.request_id] = specs[new.request_id]
+            self.specs[new.request_id] = specs[new.request_id.removesuffix("#beam0")]
+        parents = [(list(self.known[b.parent_id]), self.specs[b.parent_id]) for b in output.branches]
+        for branch, (tokens, spec) in zip(output.branches, parents, strict=True):
+            self.known[branch.request_id] = [*tokens, branch.token_id]
+            self.specs[branch.request_id] = spec
         self._copy(output)
         ids = [r.request_id for r in output.scheduled]
         assert len(ids) == len(set(ids)), "a request is scheduled twice in a step"
@@ -74,10 +108,16 @@ class Device:
         for scheduled, hashes in zip(output.scheduled, rows, strict=True):
             self._read(scheduled, hashes)
         together = list(zip(output.scheduled, rows, strict=True))
+        choosing = [(r, h, self.specs[r.request_id].params.use_beam_search) for r, h in together if r.samples]
         return StepOutput(
-            {r.request_id: self._sample(r, h) for r, h in together if r.samples},
+            {r.request_id: self._sample(r, h) for r, h, is_beam in choosing if not is_beam},
+            candidates={r.request_id: self._candidates(r, h) for r, h, is_beam in choosing if is_beam},
             prompt_logprobs={r.request_id: self._score(r, h) for r, h in together if r.scored},
         )
+
+    def _candidates(self, scheduled: ScheduledRequest, hashes: list[int]) -> Candidates:
+        spec = self.specs[scheduled.request_id]
+        return beam_candidates(spec, hashes[-1], len(hashes) - len(spec.prompt_token_ids))
 
     def _score(self, scheduled: ScheduledRequest, hashes: list[int]) -> tuple[TokenLogprobs, ...]:
         assert scheduled.start <= scheduled.scored.start, "a position is scored that the step does not compute"
@@ -174,8 +214,10 @@ class World:
         )
         self.scheduler = Scheduler(config, script.groups, script.num_blocks)
         self.device = Device(script.groups, script.num_blocks, script.block_size)
-        self.specs = {spec.request_id: spec for spec in script.specs}
-        self.outputs: dict[str, list[int]] = {spec.request_id: [] for spec in script.specs}
+        self.by_id = {spec.request_id: spec for spec in script.specs}
+        self.specs = {answer: spec for spec in script.specs for answer in as_request(spec).answer_ids}
+        self.outputs: dict[str, list[int]] = {answer: [] for answer in self.specs}
+        self.scores: dict[str, float | None] = {}
         self.reasons: dict[str, str] = {}
         self.cached: dict[str, int] = {}
         self.scored: set[str] = set()
@@ -189,7 +231,7 @@ class World:
             output = self.scheduler.schedule()
             self._check_output(output)
             self.scheduler.check_invariants()
-            result = self.device.run(output, self.specs)
+            result = self.device.run(output, self.by_id)
             if output.scheduled:
                 self.queue.append((output, result))
             elif output.finished or not self.queue:
@@ -206,9 +248,9 @@ class World:
         script = self.script
         for spec, arrival, abort in zip(script.specs, script.arrivals, script.aborts, strict=True):
             if arrival == step:
-                self.scheduler.add(Request(spec))
+                self.scheduler.add(as_request(spec))
             if abort == step and self.scheduler.abort(spec.request_id):
-                self.reasons[spec.request_id] = "abort"
+                self.reasons |= dict.fromkeys(as_request(spec).answer_ids, "abort")
         if script.reset_at == step:
             self.scheduler.reset_prefix_cache()
         self.scheduler.check_invariants()
@@ -220,6 +262,7 @@ class World:
             if limits.max_chunk is not None:
                 assert len(request.token_ids) - request.num_drafts <= limits.max_chunk, "over the chunk"
         self.known_to_device |= {new.request_id for new in output.new_requests}
+        self.known_to_device |= {branch.request_id for branch in output.branches}
 
     def _take(self, output: SchedulerOutput, result: StepOutput) -> None:
         for update in self.scheduler.update(output, result):
@@ -232,6 +275,7 @@ class World:
             if update.error is None and leader and self._is_scoring(leader):
                 assert leader in self.scored, "an answer came before its prompt's log probabilities"
             self.cached[request_id] = update.num_cached_tokens
+            self.scores[request_id] = update.score
             if update.finish_reason is not None:
                 self.reasons[request_id] = update.finish_reason
             elif self.script.drafts:
@@ -279,6 +323,9 @@ class World:
         assert not self.device.known, "the device was not told that requests ended"
         assert self.device.forgotten == len(self.known_to_device)
         for spec in script.specs:
+            if spec.params.use_beam_search:
+                self._check_beams(spec)
+                continue
             tokens, reason = alone(spec, script.max_model_len)
             got, why = self.outputs[spec.request_id], self.reasons[spec.request_id]
             if why in ("abort", "error"):
@@ -290,6 +337,37 @@ class World:
                 wanted = spec.params.num_prompt_logprobs is not None and spec.fork_of is None
                 assert not wanted or spec.request_id in self.scored, "the prompt's log probabilities never came"
         assert set(self.scheduler.stats.cache.used_blocks) == {0}, "blocks were never given back"
+
+    def _check_beams(self, spec: RequestSpec) -> None:
+        answers, states = beams_alone(spec, self.script.max_model_len)
+        ids = as_request(spec).answer_ids
+        reasons = {self.reasons[request_id] for request_id in ids}
+        if reasons == {"abort"} or (reasons == {"error"} and answers):
+            assert reasons == {"abort"} or self._beams_overflow(states), "failed without need"
+            return
+        for rank, request_id in enumerate(ids):
+            if rank < len(answers):
+                answer = answers[rank]
+                assert tuple(self.outputs[request_id]) == answer.beam.token_ids, "not the beam that it gets alone"
+                assert self.scores[request_id] == answer.score
+                assert self.reasons[request_id] == answer.finish_reason
+            else:
+                assert self.reasons[request_id] == "error", "an answer that does not exist"
+        assert spec.params.num_prompt_logprobs is None or spec.request_id in self.scored, "no prompt_logprobs"
+
+    def _beams_overflow(self, states: Sequence[Sequence[Sequence[int]]]) -> bool:
+        """Whether the beams need more blocks at some step than a pool has. Beams share the blocks of common tokens but
+        for the one being written. While a request is computed again, a window group may hold a block more a row."""
+        size = self.script.block_size
+        for group, blocks in zip(self.script.groups, self.script.num_blocks, strict=True):
+            for beams in states:
+                last = len(beams[0]) - 1
+                first = 0 if group.window is None else max(0, last - group.window + 1) // size
+                shared = {tuple(tokens[: (i + 1) * size]) for tokens in beams for i in range(first, last // size)}
+                spare = 0 if group.window is None else len(beams)
+                if len(shared) + len(beams) + spare > blocks:
+                    return True
+        return False
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@ every slot read holds what was written for exactly that history (the checks are 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,7 +23,19 @@ STEMS = [[1, 2, 3, 0, 1, 2, 3, 0, 2, 2, 1, 3], [1, 2, 3, 0, 3, 3], [0] * 16]
 
 
 @st.composite
-def requests(draw: st.DrawFn, block_size: int) -> tuple[list[RequestSpec], list[int], list[int | None]]:
+def beams(draw: st.DrawFn, max_num_seqs: int) -> dict[str, object]:
+    width = draw(st.integers(2, min(4, max_num_seqs)))
+    return {
+        "use_beam_search": True,
+        "best_of": width,
+        "n": draw(st.integers(1, width)),
+        "early_stopping": draw(st.sampled_from([False, True, "never"])),
+        "length_penalty": draw(st.sampled_from([-1.0, 0.0, 1.0])),
+    }
+
+
+@st.composite
+def requests(draw: st.DrawFn, max_num_seqs: int) -> tuple[list[RequestSpec], list[int], list[int | None]]:
     specs: list[RequestSpec] = []
     arrivals: list[int] = []
     aborts: list[int | None] = []
@@ -40,10 +54,12 @@ def requests(draw: st.DrawFn, block_size: int) -> tuple[list[RequestSpec], list[
             priority=draw(st.integers(0, 2)),
         )
         namespace, arrival = draw(st.sampled_from(["", "", "lora"])), draw(st.integers(0, 6))
-        for child in range(draw(st.sampled_from([1, 1, 3]))):
+        if max_num_seqs > 1 and max_tokens != 0 and draw(st.integers(0, 2)) == 0:
+            params = replace(params, **draw(beams(max_num_seqs)))
+        for child in range(1 if params.use_beam_search else draw(st.sampled_from([1, 1, 3]))):
             specs.append(
                 RequestSpec(
-                    request_id=f"r{index}#{child}",
+                    request_id=f"r{index}" if params.use_beam_search else f"r{index}#{child}",
                     prompt_token_ids=tuple(prompt),
                     params=params,
                     seed=child,
@@ -61,11 +77,11 @@ def requests(draw: st.DrawFn, block_size: int) -> tuple[list[RequestSpec], list[
 def scripts(draw: st.DrawFn) -> dict[str, object]:
     block_size = draw(st.sampled_from([1, 2, 4]))
     groups = draw(st.sampled_from(LAYOUTS))
-    specs, arrivals, aborts = draw(requests(block_size))
+    max_num_seqs = draw(st.sampled_from([1, 3, 16]))
+    specs, arrivals, aborts = draw(requests(max_num_seqs))
     # From "one request just fits" to "plenty".
     least = max(-(-(len(spec.prompt_token_ids) + 1) // block_size) for spec in specs)
     num_blocks = tuple(least + draw(st.sampled_from([0, 2, 5, 60])) for _ in groups)
-    max_num_seqs = draw(st.sampled_from([1, 3, 16]))
     return {
         "specs": tuple(specs),
         "arrivals": tuple(arrivals),

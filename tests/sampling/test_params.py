@@ -10,12 +10,20 @@ import numpy as np
 import pytest
 
 from paceline.errors import UsageError
-from paceline.sampling.params import FIELD_NAMES, SamplingParams, with_defaults
+from paceline.sampling.params import FIELD_NAMES, BeamSearchParams, SamplingParams, with_defaults
 
 WRONG = [
     ("n", 0),
     ("n", True),
     ("n", 1.0),
+    ("best_of", 0),
+    ("best_of", 2.0),
+    ("use_beam_search", 1),
+    ("length_penalty", math.nan),
+    ("length_penalty", 10.5),
+    ("early_stopping", "always"),
+    ("early_stopping", 1),
+    ("early_stopping", True),  # nothing is searched
     ("temperature", math.nan),
     ("temperature", math.inf),
     ("temperature", -0.1),
@@ -104,6 +112,61 @@ def test_greedy_refuses_copies_and_stop_strings_need_text() -> None:
         SamplingParams(stop="x", detokenize=False)
 
 
+CONTRADICTIONS = [
+    ({"temperature": 0.7}, "temperature"),
+    ({"temperature": 1e-6}, "temperature"),
+    ({"top_k": 5}, "top_k"),
+    ({"top_p": 0.9}, "top_p"),
+    ({"min_p": 0.1}, "min_p"),
+    ({"typical_p": 0.9}, "typical_p"),
+    ({"stop": "x"}, "stop_token_ids"),
+    ({"n": 5}, "best_of"),
+    ({"n": 1, "best_of": 1}, "temperature=0"),
+    ({"n": 1, "best_of": None}, "at least 2 beams"),
+    ({"max_tokens": 0, "echo": True}, "max_tokens 0"),
+]
+
+
+@pytest.mark.parametrize(("given", "named"), CONTRADICTIONS)
+def test_beams_refuse_what_contradicts_them(given: dict[str, object], named: str) -> None:
+    with pytest.raises(UsageError, match=named) as refused:
+        SamplingParams(**{"use_beam_search": True, "n": 2, "best_of": 4, **given})
+    assert len(str(refused.value)) < 200
+
+
+def test_beams_go_with_what_changes_no_ranking_of_their_own() -> None:
+    for given in ({"temperature": 0}, {"temperature": 1}, {"top_k": -1}, {"repetition_penalty": 2.0}, {"seed": 1}):
+        params = SamplingParams(use_beam_search=True, n=3, early_stopping="never", length_penalty=-2, **given)
+        assert (params.width, params.num_answers, params.is_ranked) == (3, 3, True)
+
+
+def test_ranks_need_answers_to_rank() -> None:
+    with pytest.raises(UsageError, match="length_penalty ranks answers and none are ranked here"):
+        SamplingParams(n=2, best_of=2, length_penalty=0)
+    with pytest.raises(UsageError, match=r"best_of \(2\) must be at least n \(3\)"):
+        SamplingParams(n=3, best_of=2)
+    with pytest.raises(UsageError, match="best_of must be 1 when temperature is 0"):
+        SamplingParams(best_of=2, temperature=0)
+    with pytest.raises(UsageError, match="max_tokens 0 makes no answers to rank"):
+        SamplingParams(best_of=2, max_tokens=0, echo=True)
+    params = SamplingParams(n=2, best_of=5, length_penalty=0)
+    assert (params.width, params.num_answers, params.is_ranked, params.num_logprobs) == (5, 5, True, 0)
+    assert not SamplingParams(n=2, best_of=2).is_ranked
+    assert SamplingParams(n=2).num_logprobs is None
+    assert SamplingParams(best_of=2, logprobs=3).num_logprobs == 3
+
+
+def test_beam_search_params_are_vllms() -> None:
+    given = BeamSearchParams(beam_width=4, max_tokens=9, ignore_eos=True, length_penalty=0.5)
+    assert given.sampling_params() == SamplingParams(
+        n=4, use_beam_search=True, max_tokens=9, ignore_eos=True, temperature=0.0, length_penalty=0.5
+    )
+    with pytest.raises(UsageError, match="beam_width must be an integer of at least 2"):
+        BeamSearchParams(beam_width=1, max_tokens=9).sampling_params()
+    with pytest.raises(UsageError, match="temperature"):
+        BeamSearchParams(beam_width=2, max_tokens=9, temperature=0.5).sampling_params()
+
+
 def test_nothing_is_generated_only_where_the_prompt_is_wanted() -> None:
     for wanted in ({"prompt_logprobs": 0}, {"echo": True}):
         assert SamplingParams(max_tokens=0, **wanted).max_tokens == 0
@@ -174,6 +237,12 @@ def test_the_models_defaults_apply_where_the_user_said_nothing() -> None:
     params, taken = with_defaults({"temperature": 1.0, "max_tokens": None, "seed": 4}, MODEL)
     assert params == SamplingParams(temperature=1.0, top_k=20, top_p=0.95, max_tokens=None, seed=4)
     assert sorted(taken) == ["top_k", "top_p"]
+
+
+def test_beams_leave_the_models_sampling_defaults_aside() -> None:
+    params, taken = with_defaults({"use_beam_search": True, "n": 2}, {**MODEL, "repetition_penalty": 1.3})
+    assert params == SamplingParams(use_beam_search=True, n=2, max_tokens=99, repetition_penalty=1.3)
+    assert sorted(taken) == ["max_tokens", "repetition_penalty"]
 
 
 def test_a_params_object_is_used_as_it_stands() -> None:

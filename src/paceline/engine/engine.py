@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from paceline.config import EngineConfig, KVGroup
+from paceline.engine.beam_request import BeamRequest
 from paceline.engine.model_runner import ModelRunner
-from paceline.engine.request import Request, RequestSpec
+from paceline.engine.request import Request, RequestSpec, child_id
 from paceline.engine.scheduler import Scheduler
 from paceline.engine.step import FinishReason, RequestUpdate, SchedulerOutput, StepOutput
 from paceline.sampling.params import SamplingParams
@@ -28,9 +29,9 @@ class EngineRequest:
     namespace: str = ""
 
 
-def child_id(request_id: str, index: int, n: int) -> str:
-    """The id of answer `index` of a request with n answers: the request's own where n is 1."""
-    return request_id if n == 1 else f"{request_id}#{index}"
+def answer_ids(request_id: str, params: SamplingParams) -> list[str]:
+    """The ids under which a request's answers are reported."""
+    return [child_id(request_id, index, params.num_answers) for index in range(params.num_answers)]
 
 
 class Engine:
@@ -51,28 +52,34 @@ class Engine:
         return self.scheduler.has_work
 
     def add_request(self, request: EngineRequest) -> None:
-        """Queue a request: `params.n` answers, each a request of the scheduler's named by `child_id`; the second and
-        later ones share the first's prompt blocks. Raises PromptTooLongError when the cache could never hold it."""
+        """Queue a request. Its updates are named by `answer_ids`.
+
+        `params.width` sampled answers are as many requests of the scheduler's; the second and later ones share the
+        first's prompt blocks. Beams are one. Raises PromptTooLongError when the cache could never hold it, UsageError
+        for more beams than max_num_seqs.
+        """
         self._arrivals += 1
         params = request.params
         seed = params.seed if params.seed is not None else bits64(self.config.seed, self._arrivals, stream=1)
-        for index in range(params.n):
+        count = 1 if params.use_beam_search else params.width
+        for index in range(count):
             spec = RequestSpec(
-                child_id(request.request_id, index, params.n),
+                child_id(request.request_id, index, count),
                 request.prompt_token_ids,
                 params,
                 seed=seed if index == 0 else bits64(seed, index, stream=2),
                 eos_token_ids=request.eos_token_ids,
                 bad_words_token_ids=request.bad_words_token_ids,
                 namespace=request.namespace,
-                fork_of=None if index == 0 else child_id(request.request_id, 0, params.n),
+                fork_of=None if index == 0 else child_id(request.request_id, 0, count),
             )
-            self.scheduler.add(Request(spec))
-            if self.config.speculative is not None:
+            self.scheduler.add(BeamRequest(spec) if params.use_beam_search else Request(spec))
+            if not params.use_beam_search and self.config.speculative is not None:
                 self._proposers[spec.request_id] = NgramIndex(self.config.speculative, request.prompt_token_ids)
 
     def abort(self, request_id: str) -> None:
-        """Forget a request and give its blocks back; unknown and finished ids are ignored."""
+        """Forget a request and give its blocks back; unknown and finished ids are ignored. Sampled answers are named
+        each, beams by their request's own id."""
         self.finish(request_id, "abort")
 
     def finish(self, request_id: str, reason: FinishReason, stop_reason: int | str | None = None) -> None:

@@ -10,17 +10,18 @@ import math
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import accumulate, islice
 
 import torch
 
 from paceline.cache.kv_cache import allocate_kv, copy_block
-from paceline.engine.step import PLACEHOLDER, NewRequest, ScheduledRequest, SchedulerOutput, StepOutput
+from paceline.engine.step import PLACEHOLDER, Branch, NewRequest, ScheduledRequest, SchedulerOutput, StepOutput
 from paceline.inputs import ModelInputs
 from paceline.kernels.attention_plan import build_attention
 from paceline.log import get_logger
 from paceline.models.model import Model
-from paceline.sampling.logprobs import TokenLogprobs
+from paceline.sampling.candidates import find_candidates
+from paceline.sampling.logprobs import Candidates, TokenLogprobs
 from paceline.sampling.sampler import NOT_FINITE, Sampled, SamplingRow, sample
 from paceline.sampling.scoring import score_hidden
 from paceline.speculative.verify import rows_with_drafts, verify
@@ -60,6 +61,7 @@ class ModelRunner:
             self._requests.pop(request_id, None)
         for new in output.new_requests:
             self._requests[new.request_id] = RequestTokens(new, array("q", new.prompt_token_ids), array("q"))
+        self._branch(output.branches)
         for copy in output.copies:
             copy_block(self.kv, copy.group, copy.source, copy.target, self.block_size)
         if not output.scheduled:
@@ -68,6 +70,12 @@ class ModelRunner:
         step = self._sample(output.scheduled, hidden_TD)
         prompt_logprobs = self._score_prompts(output.scheduled, hidden_TD)
         return replace(step, prompt_logprobs=prompt_logprobs, errors=self._errors(step.errors, prompt_logprobs))
+
+    def _branch(self, branches: Sequence[Branch]) -> None:
+        parents = [self._requests[branch.parent_id] for branch in branches]
+        for branch, parent in zip(branches, parents, strict=True):
+            output = parent.output + array("q", (branch.token_id,))
+            self._requests[branch.request_id] = RequestTokens(parent.new, parent.prompt, output)
 
     def _inputs(self, scheduled: Sequence[ScheduledRequest]) -> ModelInputs:
         token_ids: list[int] = []
@@ -126,22 +134,44 @@ class ModelRunner:
 
     def _sample(self, scheduled: Sequence[ScheduledRequest], hidden_TD: torch.Tensor) -> StepOutput:
         """The last 1 + num_drafts rows of every request that samples choose tokens; drafts are kept as they agree."""
+        ends = accumulate(len(request.token_ids) for request in scheduled)
+        sampling = [(request, end) for request, end in zip(scheduled, ends, strict=True) if request.samples]
+        sampling.sort(key=lambda one: self._is_beam(one[0]))  # stable: the beams come last
         choosing: list[tuple[ScheduledRequest, int]] = []  # and its first row
         picked: list[int] = []  # rows of hidden_TD
         rows: list[SamplingRow] = []
-        end = 0
-        for request in scheduled:
-            end += len(request.token_ids)
-            if request.samples:
+        beams: list[str] = []
+        for request, end in sampling:
+            if self._is_beam(request):
+                beams.append(request.request_id)
+            else:
                 choosing.append((request, len(rows)))
-                picked += range(end - 1 - request.num_drafts, end)
-                rows += self._rows(request)
+            picked += range(end - 1 - request.num_drafts, end)
+            rows += self._rows(request)
         if not rows:
             return StepOutput({})
-        if len(picked) < hidden_TD.shape[0]:
+        if picked != list(range(hidden_TD.shape[0])):
             hidden_TD = hidden_TD[torch.tensor(picked, device=hidden_TD.device)]
-        sampled = sample(self.model.logits(hidden_TD), rows)
-        return self._collect(choosing, sampled)
+        logits_RV = self.model.logits(hidden_TD)
+        if not beams:
+            return self._collect(choosing, sample(logits_RV, rows))
+        first = len(rows) - len(beams)
+        step = self._collect(choosing, sample(logits_RV[:first], rows[:first]))
+        return self._add_beams(step, beams, find_candidates(logits_RV[first:], rows[first:]))
+
+    def _is_beam(self, request: ScheduledRequest) -> bool:
+        return self._requests[request.request_id].new.params.use_beam_search
+
+    def _add_beams(self, step: StepOutput, beams: Sequence[str], found: Sequence[Candidates | str]) -> StepOutput:
+        errors = dict(step.errors)
+        candidates: dict[str, Candidates] = {}
+        for request_id, one in zip(beams, found, strict=True):
+            if isinstance(one, Candidates):
+                candidates[request_id] = one
+            else:
+                errors[request_id] = one
+                self._isolate(request_id, one)
+        return replace(step, errors=errors, candidates=candidates)
 
     def _rows(self, request: ScheduledRequest) -> list[SamplingRow]:
         state = self._requests[request.request_id]
@@ -170,7 +200,7 @@ class ModelRunner:
                 continue
             state.output.extend(chosen)
             token_ids[request.request_id] = tuple(chosen)
-            if state.new.params.logprobs is not None:
+            if state.new.params.num_logprobs is not None:
                 logprobs[request.request_id] = tuple(sampled.logprobs[first + i] for i in range(len(chosen)))
         return StepOutput(token_ids, logprobs, errors)
 

@@ -6,12 +6,13 @@ never sees text.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 
 from paceline.engine.step import RequestUpdate
 from paceline.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, decoded_logprobs
-from paceline.sampling.logprobs import TokenLogprobs
+from paceline.sampling.logprobs import TokenLogprobs, penalised
 from paceline.sampling.params import SamplingParams
 from paceline.tokens.detokenizer import IncrementalDetokenizer
 from paceline.tokens.tokenizer import Tokenizer
@@ -22,14 +23,12 @@ class Answer:
 
     def __init__(
         self,
-        index: int,
         params: SamplingParams,
         tokenizer: Tokenizer | None,
         *,
         chat: bool,
         echoed: tuple[str, Sequence[int]] = ("", ()),
     ) -> None:
-        self.index = index
         self.params = params
         self.tokenizer = tokenizer if params.detokenize else None
         self.detokenizer = (
@@ -51,6 +50,7 @@ class Answer:
         self.logprobs: list[Mapping[int, Logprob] | None] = [None] * len(token_ids)
         self._num_echoed = len(token_ids)
         self.cumulative_logprob = 0.0
+        self.score: float | None = None
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self.error: str | None = None
@@ -68,10 +68,16 @@ class Answer:
             kept = kept if stop is None else delta.num_kept
         self.token_ids += token_ids[:kept]
         self._add_logprobs(update.logprobs[:kept])
+        if update.cumulative_logprob is not None:
+            self.cumulative_logprob = update.cumulative_logprob
         if stop is not None:
             self.finish_reason, self.stop_reason = "stop", stop
         elif update.finish_reason is not None:
             self.finish(update.finish_reason, update.stop_reason, update.error)
+        if self.finish_reason is not None and self.params.is_ranked and update.error is None:
+            length = max(1, len(self.token_ids) - self._num_echoed)  # a stop string may leave no token
+            score = penalised(self.cumulative_logprob, length, self.params.length_penalty)
+            self.score = score if update.score is None else update.score
         return stop
 
     def finish(self, reason: str, stop_reason: int | str | None = None, error: str | None = None) -> None:
@@ -88,26 +94,31 @@ class Answer:
         """The prompt's log probabilities, which come once its last chunk is computed."""
         self.logprobs[: self._num_echoed] = entries[: self._num_echoed]
 
-    def output(self, *, delta: bool) -> CompletionOutput:
+    def output(self, index: int, *, delta: bool) -> CompletionOutput:
         """All of the answer so far, or with `delta` what no earlier delta has carried."""
         pieces, tokens = self._shown if delta else (0, 0)
         if delta:
             self._shown = (len(self.text), len(self.token_ids))
         wants_logprobs = self.params.logprobs is not None
+        wants_sum = self.params.num_logprobs is not None
         return CompletionOutput(
-            self.index,
+            index,
             "".join(self.text[pieces:]),
             tuple(self.token_ids[tokens:]),
-            self.cumulative_logprob if wants_logprobs else None,
+            self.cumulative_logprob if wants_sum else None,
             tuple(self.logprobs[tokens:]) if wants_logprobs else None,
             self.finish_reason,
             self.stop_reason,
             self.error,
+            self.score,
         )
 
 
 class RequestState:
-    """A request and its n answers. `chat`: the answer begins a text of its own; otherwise it continues the prompt."""
+    """A request and its answers. `chat`: the answer begins a text of its own; otherwise it continues the prompt.
+
+    Where answers are ranked (beam search, best_of), there is nothing to show before all have ended.
+    """
 
     def __init__(
         self,
@@ -122,9 +133,10 @@ class RequestState:
         self.request_id = request_id
         self.prompt = prompt
         self.prompt_token_ids = prompt_token_ids
+        self.params = params
         self.tokenizer = tokenizer if params.detokenize else None
         echoed = (self._echoed_text(params), prompt_token_ids) if params.echo else ("", ())
-        self.answers = [Answer(index, params, tokenizer, chat=chat, echoed=echoed) for index in range(params.n)]
+        self.answers = [Answer(params, tokenizer, chat=chat, echoed=echoed) for _ in range(params.num_answers)]
         self.prompt_logprobs: list[Mapping[int, Logprob] | None] | None = None
         self._prompt_logprobs_shown = False  # a delta has carried them
         self.num_cached_tokens = 0
@@ -135,6 +147,11 @@ class RequestState:
     @property
     def finished(self) -> bool:
         return all(answer.finish_reason is not None for answer in self.answers)
+
+    @property
+    def can_show(self) -> bool:
+        """Whether `output` has something to say yet."""
+        return self.finished or not self.params.is_ranked
 
     def apply(self, index: int, update: RequestUpdate) -> str | None:
         """Add one answer's update; returns the stop string it completed, at which the engine must end it."""
@@ -157,6 +174,14 @@ class RequestState:
             return self.prompt
         return self.tokenizer.decode(self.prompt_token_ids, params.skip_special_tokens)
 
+    def _shown_answers(self) -> list[Answer]:
+        """The n best, best first, where they are ranked; an answer that failed has no score and comes last."""
+        if not self.params.is_ranked:
+            return self.answers
+        if not self.finished:
+            return []
+        return sorted(self.answers, key=lambda a: math.inf if a.score is None else -a.score)[: self.params.n]
+
     def output(self, *, delta: bool = False) -> RequestOutput:
         prompt_logprobs = None if delta and self._prompt_logprobs_shown else self.prompt_logprobs
         self._prompt_logprobs_shown |= delta and prompt_logprobs is not None
@@ -164,7 +189,7 @@ class RequestState:
             self.request_id,
             self.prompt,
             self.prompt_token_ids,
-            tuple(answer.output(delta=delta) for answer in self.answers),
+            tuple(answer.output(index, delta=delta) for index, answer in enumerate(self._shown_answers())),
             self.finished,
             RequestMetrics(self._arrival, self._first, self._last),
             self.num_cached_tokens,

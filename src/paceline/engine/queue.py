@@ -19,15 +19,18 @@ class RequestQueue:
     def __init__(self, policy: Literal["fcfs", "priority"]) -> None:
         self._key = _by_priority if policy == "priority" else _by_arrival
         self._requests: list[Request] = []
+        self.num_rows = 0  # rows of a step that they may take, together
 
     def add(self, request: Request) -> None:
         insort(self._requests, request, key=self._key)
+        self.num_rows += request.num_rows
 
     def remove(self, request: Request) -> None:
         """Remove a request that is in the queue."""
         index = bisect_left(self._requests, self._key(request), key=self._key)
         assert self._requests[index] is request, f"request {request.id} is not where its key says"
         del self._requests[index]
+        self.num_rows -= request.num_rows
 
     def last(self) -> Request:
         return self._requests[-1]

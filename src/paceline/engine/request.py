@@ -6,9 +6,14 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from paceline.engine.step import FinishReason, NewRequest
+from paceline.engine.step import FinishReason, NewRequest, RequestUpdate
 from paceline.sampling.logprobs import TokenLogprobs
 from paceline.sampling.params import SamplingParams
+
+
+def child_id(request_id: str, index: int, n: int) -> str:
+    """The id of answer `index` of a request with n answers: the request's own where n is 1."""
+    return request_id if n == 1 else f"{request_id}#{index}"
 
 
 class Status(enum.Enum):
@@ -94,6 +99,11 @@ class Request:
         return len(self.token_ids)
 
     @property
+    def length(self) -> int:
+        """Tokens of its sequence: `num_tokens`, but for beams, which keep their own."""
+        return len(self.token_ids)
+
+    @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 
@@ -128,6 +138,35 @@ class Request:
         return not self.drafts_in_flight and len(self.token_ids) + self.num_placeholders < self.max_total_tokens
 
     @property
+    def num_rows(self) -> int:
+        """Rows of a step, of the max_num_seqs, that the request may take."""
+        return 1
+
+    @property
+    def table_ids(self) -> Sequence[str]:
+        """Ids under which a running request holds blocks."""
+        return (self.id,)
+
+    @property
+    def runner_ids(self) -> Sequence[str]:
+        """Ids by which the runner knows the request."""
+        return (self.id,) if self.sent else ()
+
+    @property
+    def answer_ids(self) -> Sequence[str]:
+        """Ids under which its updates are reported, one an answer."""
+        return (self.id,)
+
+    def num_tokens_to_hold(self, block_size: int) -> int:
+        """Tokens that the cache must hold before the next one can be chosen, in whole blocks but for the last."""
+        return len(self.token_ids)
+
+    def lose_tables(self) -> None:
+        """Its blocks are gone: all its tokens must be computed again."""
+        self.num_computed_tokens = 0
+        self.drafts = ()
+
+    @property
     def stop_token_ids(self) -> frozenset[int]:
         """Ids that end the output: the model's ends, unless ignored, and the user's."""
         eos = frozenset() if self.spec.params.ignore_eos else self.spec.eos_token_ids
@@ -135,9 +174,13 @@ class Request:
 
     def announcement(self) -> NewRequest:
         """What the runner is told, once."""
+        return self.announcement_as(self.id)
+
+    def announcement_as(self, runner_id: str) -> NewRequest:
+        """The same under another id."""
         spec = self.spec
         return NewRequest(
-            request_id=spec.request_id,
+            request_id=runner_id,
             prompt_token_ids=spec.prompt_token_ids,
             params=spec.params,
             seed=spec.seed,
@@ -154,6 +197,19 @@ class Request:
             return None
         complete, self.prompt_logprobs = tuple(self.prompt_logprobs), None
         return complete
+
+    def failure(self, message: str, answer_ids: Sequence[str] | None = None) -> list[RequestUpdate]:
+        """The updates that report an error, one for each answer or for those given."""
+        return [
+            RequestUpdate(
+                request_id=answer_id,
+                new_token_ids=(),
+                finish_reason="error",
+                error=message,
+                num_cached_tokens=self.num_cached_tokens,
+            )
+            for answer_id in (self.answer_ids if answer_ids is None else answer_ids)
+        ]
 
     def append(self, new_token_ids: Sequence[int]) -> tuple[int, FinishReason | None, int | None]:
         """Append tokens up to the first that ends the request; return (how many, finish reason, stop reason).

@@ -19,11 +19,13 @@ from dataclasses import dataclass
 
 from paceline.cache.manager import CacheManager, CacheStats
 from paceline.config import EngineConfig, KVGroup
+from paceline.engine.beam_request import BeamRequest
 from paceline.engine.queue import RequestQueue
 from paceline.engine.request import Request, Status
 from paceline.engine.step import (
     PLACEHOLDER,
     BlockCopy,
+    Branch,
     FinishReason,
     NewRequest,
     RequestUpdate,
@@ -52,7 +54,15 @@ class _Step:
         self.starts: dict[str, int] = {}  # the first position that a request computes in this step
         self.new: list[NewRequest] = []
         self.copies: list[BlockCopy] = []
+        self.branches: list[Branch] = []
         self.preempted = False
+
+    def put(self, request: Request, scheduled: ScheduledRequest) -> None:
+        """A request's share, or that of one of its beams."""
+        self.scheduled.append(scheduled)
+        self.held.append(request)
+        self.budget -= len(scheduled.token_ids)
+        request.num_in_flight += 1
 
 
 class Scheduler:
@@ -77,7 +87,8 @@ class Scheduler:
     # --------------------------------------------------------------------------------- requests come and go
 
     def add(self, request: Request) -> None:
-        """Queue a request. UsageError: no tokens, or an id in use; PromptTooLongError: it and one token cannot fit."""
+        """Queue a request. UsageError: no tokens, an id in use, or more beams than rows; PromptTooLongError: it
+        and one token cannot fit."""
         length, limit = request.num_prompt_tokens, self.config.max_model_len
         max_tokens = request.spec.params.max_tokens
         least = length if max_tokens == 0 else length + 1  # tokens that it has at its end, at least
@@ -85,6 +96,11 @@ class Scheduler:
             raise UsageError(f"request id '{request.id}' is in use by an unfinished request: choose another")
         if length == 0:
             raise UsageError(f"request '{request.id}' has an empty prompt: give at least one token")
+        if request.num_rows > self.config.scheduler.max_num_seqs:
+            raise UsageError(
+                f"{request.num_rows} beams need as many sequences at once, and max_num_seqs is "
+                f"{self.config.scheduler.max_num_seqs}: lower best_of (or n), or raise max_num_seqs"
+            )
         if least > limit:
             raise PromptTooLongError(
                 f"the prompt has {length} tokens, and with one more it exceeds max_model_len {limit}: shorten it, set "
@@ -116,24 +132,27 @@ class Scheduler:
 
     def set_drafts(self, request_id: str, token_ids: Sequence[int]) -> None:
         """Propose tokens to verify in the request's next step. Ignored where they could not be: the request has ended,
-        is not at its last token, or has a step in flight, which may choose something else."""
+        generates nothing, is not at its last token, or has a step in flight, which may choose something else."""
         request = self._requests.get(request_id)
         if request is None or request.status is not Status.RUNNING or request.num_in_flight:
             return
-        if request.num_uncomputed_tokens == 1:
+        if request.generates and request.num_uncomputed_tokens == 1:
             request.drafts = tuple(token_ids)
 
     def _end(self, request: Request, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         if request.status is Status.RUNNING:
             self._running.remove(request)
-            self.cache.free(request.id)
+            self._free(request)
         else:
             self._waiting.remove(request)
         request.status = Status.FINISHED
         request.finish_reason, request.stop_reason = reason, stop_reason
         del self._requests[request.id]
-        if request.sent:
-            self._finished_ids.append(request.id)
+        self._finished_ids += request.runner_ids
+
+    def _free(self, request: Request) -> None:
+        for table_id in request.table_ids:
+            self.cache.free(table_id)
 
     # ------------------------------------------------------------------------------------------- schedule
 
@@ -152,18 +171,24 @@ class Scheduler:
         self._schedule_running(step)
         if not step.preempted:  # blocks ran out: what is free now belongs to those who run
             self._schedule_waiting(step)
-        output = SchedulerOutput(tuple(step.scheduled), tuple(step.new), tuple(step.copies), tuple(self._finished_ids))
+        output = SchedulerOutput(
+            tuple(step.scheduled),
+            tuple(step.new),
+            tuple(step.copies),
+            tuple(self._finished_ids),
+            tuple(step.branches),
+        )
         self._finished_ids.clear()
         if output.scheduled:
             self._in_flight.append((output, step.held))
         return output
 
     def _schedule_running(self, step: _Step) -> None:
-        index = 0
+        index = rows = 0
         while index < len(self._running):
             request = self._running[index]
-            # One token is kept for each request further back, so that a long prompt never stops others' decoding.
-            budget = step.budget - (len(self._running) - index - 1)
+            # One token is kept for each row further back, so that a long prompt never stops others' decoding.
+            budget = step.budget - (self._running.num_rows - rows - request.num_rows)
             if request.can_step and request.num_uncomputed_tokens > 0 and not self._compute(step, request, budget):
                 if len(self._running) > 1:
                     self._preempt(self._running.last())
@@ -173,15 +198,18 @@ class Scheduler:
                     self._fail_for_room(request)
                     return
             index += 1
+            rows += request.num_rows
 
     def _schedule_waiting(self, step: _Step) -> None:
         limit = self.config.scheduler.max_num_seqs
         index = 0
-        while step.budget > 0 and len(self._running) < limit and index < len(self._waiting):
+        while step.budget > 0 and self._running.num_rows < limit and index < len(self._waiting):
             request = self._waiting[index]
             if request.num_in_flight or not request.can_step or self._waits_for_leader(step, request):
                 index += 1
                 continue
+            if self._running.num_rows + request.num_rows > limit:
+                return  # beams wait for rows, and nobody overtakes them
             if not self._admit(step, request):
                 if self._running:
                     return
@@ -189,6 +217,30 @@ class Scheduler:
 
     def _admit(self, step: _Step, request: Request) -> bool:
         """Start or resume a waiting request; False, and nothing changed, if blocks are lacking."""
+        start = self._open_table(request)
+        # All its tokens must fit, not just the first chunk: else it would be preempted half-way, for nothing.
+        num_tokens = request.num_tokens_to_hold(self.cache.block_size)
+        if not self.cache.has_room_for_all(request.table_ids[0], num_tokens) or not self._compute(
+            step, request, step.budget
+        ):
+            self._free(request)
+            request.lose_tables()
+            return False
+        if request.status is Status.WAITING:
+            request.num_cached_tokens = start
+            self.cache.count_prefix(request.num_tokens, start)
+        if not request.sent:
+            request.sent = True
+            step.new.append(request.announcement())
+        self._waiting.remove(request)
+        request.status = Status.RUNNING
+        self._running.add(request)
+        return True
+
+    def _open_table(self, request: Request) -> int:
+        """Open the table of a waiting request on what is computed already: a leader's prompt, or a cached prefix."""
+        if isinstance(request, BeamRequest):
+            return request.open_table(self.cache)
         leader = self._requests.get(request.spec.fork_of or "")
         start = request.num_prompt_tokens - 1
         forked = (
@@ -202,23 +254,7 @@ class Scheduler:
             limit = None if request.is_scored else request.num_scored_tokens
             start = self.cache.begin(request.id, request.spec.namespace, request.token_ids, limit)
         request.num_computed_tokens = start
-        # All its tokens must fit, not just the first chunk: else it would be preempted half-way, for nothing.
-        if not self.cache.has_room_for_all(request.id, request.num_tokens) or not self._compute(
-            step, request, step.budget
-        ):
-            self.cache.free(request.id)
-            request.num_computed_tokens = 0
-            return False
-        if request.status is Status.WAITING:
-            request.num_cached_tokens = start
-            self.cache.count_prefix(request.num_tokens, start)
-        if not request.sent:
-            request.sent = True
-            step.new.append(request.announcement())
-        self._waiting.remove(request)
-        request.status = Status.RUNNING
-        self._running.add(request)
-        return True
+        return start
 
     def _waits_for_leader(self, step: _Step, request: Request) -> bool:
         """Whether sharing the leader's prompt is still to be expected. Not of one that was preempted: that would only
@@ -235,6 +271,8 @@ class Scheduler:
 
     def _compute(self, step: _Step, request: Request, budget: int) -> bool:
         """Put the request into the step with as many tokens as budget, chunk and blocks allow; False if no block."""
+        if isinstance(request, BeamRequest):
+            return self._compute_beams(step, request, budget)
         start = request.num_computed_tokens
         uncomputed = request.num_uncomputed_tokens
         drafts = request.drafts[: request.max_total_tokens - request.num_tokens - 1]
@@ -251,46 +289,55 @@ class Scheduler:
         num_drafts = max(0, stop - start - uncomputed)
         samples = request.generates and stop >= start + uncomputed
         scored = range(max(start, request.num_scored_tokens), min(stop, request.num_prompt_tokens - 1))
-        step.scheduled.append(
-            ScheduledRequest(
-                request_id=request.id,
-                start=start,
-                token_ids=_tokens_of(request, start, stop, drafts[:num_drafts]),
-                num_drafts=num_drafts,
-                samples=samples,
-                block_tables=self.cache.block_tables(request.id),
-                scored=scored,
-            )
+        scheduled = ScheduledRequest(
+            request_id=request.id,
+            start=start,
+            token_ids=_tokens_of(request, start, stop, drafts[:num_drafts]),
+            num_drafts=num_drafts,
+            samples=samples,
+            block_tables=self.cache.block_tables(request.id),
+            scored=scored,
         )
-        step.held.append(request)
+        step.put(request, scheduled)
         step.starts[request.id] = start
         step.copies.extend([BlockCopy(*copy) for copy in copies])
-        step.budget -= stop - start
         request.num_computed_tokens = stop
         request.num_scored_tokens += len(scored)
-        request.num_in_flight += 1
         request.drafts = ()
         request.drafts_in_flight = num_drafts > 0
         request.num_placeholders += samples
         return True
 
+    def _compute_beams(self, step: _Step, request: BeamRequest, budget: int) -> bool:
+        share = request.step(self.cache, budget, self.config.scheduler.max_chunk)
+        if share is None:
+            return False
+        for scheduled in share.scheduled:
+            step.put(request, scheduled)
+        step.copies.extend([BlockCopy(*copy) for copy in share.copies])
+        step.branches.extend(share.branches)
+        return True
+
     def _preempt(self, request: Request) -> None:
         """Take all its blocks; its tokens stay, and are computed again when it is resumed."""
         self._running.remove(request)
-        self.cache.free(request.id)
+        self._free(request)
         request.status = Status.PREEMPTED
-        request.num_computed_tokens = 0
-        request.drafts = ()
+        request.lose_tables()
         self._num_preemptions += 1
         self._waiting.add(request)
 
     def _fail_for_room(self, request: Request) -> None:
-        group = self.cache.too_small_group(request.num_tokens + request.num_placeholders + 1) or 0
+        length = request.num_tokens_to_hold(self.cache.block_size) + request.num_placeholders
+        group = self.cache.too_small_group(length + 1) or 0
+        beams, fewer = "", ""
+        if isinstance(request, BeamRequest):
+            beams, fewer = f" in each of {request.num_rows} beams", ", or the number of beams"
         message = (
-            f"request '{request.id}' has {request.num_tokens} tokens and the KV cache holds no more: "
-            f"{self.cache.describe_group(group)}; raise num_blocks, or lower max_tokens"
+            f"request '{request.id}' has {request.length} tokens{beams} and the KV cache holds no more: "
+            f"{self.cache.describe_group(group)}; raise num_blocks, or lower max_tokens{fewer}"
         )
-        self._failures.append(_failure(request, message))
+        self._failures += request.failure(message)
         self._end(request, "error")
 
     # --------------------------------------------------------------------------------------------- update
@@ -311,16 +358,28 @@ class Scheduler:
         _, held = self._in_flight.popleft()
         for scheduled, request in zip(output.scheduled, held, strict=True):
             request.num_in_flight -= 1
-            if request.status is not Status.FINISHED:
-                update = self._update_request(request, scheduled, step)
-                if update is not None:
-                    updates.append(update)
+            if request.status is Status.FINISHED:
+                continue
+            if scheduled.request_id in step.errors:
+                self._end(request, "error")
+                updates += request.failure(step.errors[scheduled.request_id])
+            elif isinstance(request, BeamRequest):
+                updates += self._update_beams(request, scheduled, step)
+            else:
+                updates += self._update_request(request, scheduled, step)
         return updates
 
-    def _update_request(self, request: Request, scheduled: ScheduledRequest, step: StepOutput) -> RequestUpdate | None:
-        if request.id in step.errors:
-            self._end(request, "error")
-            return _failure(request, step.errors[request.id])
+    def _update_beams(self, request: BeamRequest, scheduled: ScheduledRequest, step: StepOutput) -> list[RequestUpdate]:
+        candidates = step.candidates.get(scheduled.request_id)
+        if scheduled.samples and candidates is None:
+            raise EngineError(f"beam '{scheduled.request_id}' got no candidates")
+        prompt_logprobs = step.prompt_logprobs.get(scheduled.request_id, ())
+        if not request.take(self.cache, scheduled, candidates, prompt_logprobs):
+            return []
+        self._end(request, "stop")
+        return request.answers()
+
+    def _update_request(self, request: Request, scheduled: ScheduledRequest, step: StepOutput) -> list[RequestUpdate]:
         new: tuple[int, ...] = ()
         count, reason, stop_reason = 0, None, None
         prompt_logprobs = request.add_prompt_logprobs(step.prompt_logprobs.get(request.id, ()))
@@ -343,8 +402,8 @@ class Scheduler:
         if reason is not None:
             self._end(request, reason, stop_reason)
         if not scheduled.samples and prompt_logprobs is None and reason is None:
-            return None
-        return RequestUpdate(
+            return []
+        update = RequestUpdate(
             request_id=request.id,
             new_token_ids=new[:count],
             logprobs=step.logprobs[request.id][:count] if request.id in step.logprobs else (),
@@ -353,6 +412,7 @@ class Scheduler:
             num_cached_tokens=request.num_cached_tokens,
             prompt_logprobs=prompt_logprobs,
         )
+        return [update]
 
     # ------------------------------------------------------------------------------------------ questions
 
@@ -392,13 +452,17 @@ class Scheduler:
         """AssertionError unless the books agree; meant for tests, O(everything)."""
         self.cache.check_invariants()
         assert len(self._running) + len(self._waiting) == len(self._requests), "a request is in no queue, or in two"
-        assert set(self.cache.request_ids) == {r.id for r in self._running}, "others than the running hold blocks"
-        assert len(self._running) <= self.config.scheduler.max_num_seqs, "more requests run than max_num_seqs"
+        tables = [table_id for request in self._running for table_id in request.table_ids]
+        assert sorted(self.cache.request_ids) == sorted(tables), "others than the running hold blocks"
+        rows = sum(request.num_rows for request in self._running)
+        assert rows == self._running.num_rows <= self.config.scheduler.max_num_seqs, "more rows than max_num_seqs"
         for request in self._requests.values():
             assert request.num_computed_tokens >= 0, "negative progress"
             assert request.num_placeholders <= request.num_in_flight, "a placeholder that no step will fill"
             assert request.num_tokens < request.max_total_tokens + (not request.generates), "it outlived its limit"
-            if request.status is Status.RUNNING and not request.drafts_in_flight:
+            if isinstance(request, BeamRequest):
+                request.check_invariants()
+            elif request.status is Status.RUNNING and not request.drafts_in_flight:
                 assert request.num_uncomputed_tokens >= 0, "computed more tokens than there are"
 
 
@@ -407,13 +471,3 @@ def _tokens_of(request: Request, start: int, stop: int, drafts: tuple[int, ...])
     known = tuple(request.token_ids[start:stop])
     missing = stop - start - len(known) - len(drafts)
     return known + (PLACEHOLDER,) * missing + drafts if missing or drafts else known
-
-
-def _failure(request: Request, message: str) -> RequestUpdate:
-    return RequestUpdate(
-        request_id=request.id,
-        new_token_ids=(),
-        finish_reason="error",
-        error=message,
-        num_cached_tokens=request.num_cached_tokens,
-    )

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from paceline.sampling.logprobs import TokenLogprobs
+from paceline.sampling.logprobs import Candidates, TokenLogprobs
 from paceline.sampling.params import SamplingParams
 
 PLACEHOLDER = -1  # a token that an earlier step, still in flight, will choose; the runner knows it by then
@@ -62,6 +62,16 @@ class BlockCopy:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """What a beam is from now on: all the tokens that `parent_id` had, then `token_id`. A step's branches are read all
+    at once, before any takes effect; a `request_id` that the runner does not know begins with its branch."""
+
+    request_id: str
+    parent_id: str
+    token_id: int
+
+
+@dataclass(frozen=True)
 class SchedulerOutput:
     """One step. `finished` ids are forgotten by the runner before it looks at the rest."""
 
@@ -69,6 +79,7 @@ class SchedulerOutput:
     new_requests: tuple[NewRequest, ...] = ()
     copies: tuple[BlockCopy, ...] = ()
     finished: tuple[str, ...] = ()
+    branches: tuple[Branch, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -79,12 +90,13 @@ class SchedulerOutput:
 class StepOutput:
     """What a step chose. A request that `samples` has 1 to 1 + num_drafts tokens (accepted drafts, then one more)
     in `token_ids`, or a message in `errors`; a prefill chunk has neither. `logprobs` parallels `token_ids` for the
-    requests that asked; `prompt_logprobs` parallels `scored`."""
+    requests that asked; `prompt_logprobs` parallels `scored`. A beam that `samples` has `candidates`, not tokens."""
 
     token_ids: Mapping[str, tuple[int, ...]]
     logprobs: Mapping[str, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     errors: Mapping[str, str] = field(default_factory=dict)
     prompt_logprobs: Mapping[str, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
+    candidates: Mapping[str, Candidates] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,6 +104,8 @@ class RequestUpdate:
     """What one step changed for one request, as Scheduler.update() reports it: tokens after any stop are cut off.
 
     `prompt_logprobs`: those of all prompt tokens but the first, in the one update that completes them; else None.
+    A beam's answer comes whole, in one update; it alone has `score` and `cumulative_logprob` (the sum of the raw log
+    probabilities, known whether or not `logprobs` were asked for).
     """
 
     request_id: str
@@ -102,3 +116,5 @@ class RequestUpdate:
     error: str | None = None
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    score: float | None = None
+    cumulative_logprob: float | None = None

@@ -10,13 +10,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal
 
 from paceline.errors import UsageError
 from paceline.registry import refuse_unknown_keys
 
 GREEDY_BELOW = 1e-5  # a temperature under this means greedy
 LOGIT_BIAS_LIMIT = 100.0  # OpenAI's range; at 100 a token is certain or impossible already
+LENGTH_PENALTY_LIMIT = 10.0  # a million tokens to the power of 10 is still a float
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,19 @@ class SamplingParams:
     probabilities with the prompt's, as OpenAI's /v1/completions does; with `logprobs` it implies prompt_logprobs of
     as many. `max_tokens` 0 computes the prompt and chooses nothing; it needs one of the two.
 
+    `best_of` makes so many answers and returns the `n` best. Sampled answers are ranked by their score, the sum of
+    their tokens' raw log probabilities / length ** length_penalty: 1 ranks by the mean (OpenAI's best_of), 0 by the sum
+    (vLLM's). `use_beam_search` searches with `best_of` (or `n`) beams as transformers does; engine/beams.py says how,
+    and what `length_penalty` and `early_stopping` do there. Both are told at their end only, streamed or not.
+
     Raises UsageError, naming the parameter and its range, for a value out of range or of the wrong type.
     """
 
     n: int = 1
+    best_of: int | None = None
+    use_beam_search: bool = False
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -79,6 +89,26 @@ class SamplingParams:
             return self.prompt_logprobs
         return self.logprobs if self.echo else None
 
+    @property
+    def width(self) -> int:
+        """Sequences made at once, of which the n best are returned: beams, or sampled answers."""
+        return self.best_of or self.n
+
+    @property
+    def num_answers(self) -> int:
+        """Answers that the engine reports: all that are sampled, but only the n best of the beams."""
+        return self.n if self.use_beam_search else self.width
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether the answers are ranked by a score, so that none can be shown before all have ended."""
+        return self.use_beam_search or self.width > self.n
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Log probabilities that the sampler is to return: `logprobs`, or the chosen token's where a rank needs it."""
+        return 0 if self.logprobs is None and self.is_ranked else self.logprobs
+
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> SamplingParams:
         """Parameters from JSON's types: unknown keys are refused with the nearest known name, and the token ids
@@ -99,11 +129,41 @@ class SamplingParams:
                     raise UsageError(f"{name} holds token id {token}, but the vocabulary ends at {vocab_size - 1}")
 
 
+@dataclass(frozen=True)
+class BeamSearchParams:
+    """What `LLM.beam_search` takes, under vLLM's names. All `beam_width` answers are returned, best first."""
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    length_penalty: float = 1.0
+
+    def sampling_params(self) -> SamplingParams:
+        """The same as SamplingParams. Raises UsageError as they do, and for a beam_width below 2."""
+        return SamplingParams(
+            n=_integer("beam_width", self.beam_width, 2, ": one beam is greedy decoding (temperature=0)"),
+            use_beam_search=True,
+            max_tokens=self.max_tokens,
+            ignore_eos=self.ignore_eos,
+            temperature=self.temperature,
+            length_penalty=self.length_penalty,
+        )
+
+
 FIELD_NAMES = tuple(field.name for field in dataclasses.fields(SamplingParams))
 
 
 # ------------------------------------------------------------------------- defaults of generation_config.json
 
+# What only sampling reads, and the values at which it changes nothing.
+_SAMPLING_ONLY: dict[str, tuple[float, ...]] = {
+    "temperature": (0.0, 1.0),
+    "top_k": (0, -1),
+    "top_p": (1.0,),
+    "min_p": (0.0,),
+    "typical_p": (1.0,),
+}
 _GENERATION_CONFIG_FIELDS = {
     "temperature": "temperature",
     "top_k": "top_k",
@@ -135,8 +195,8 @@ def with_defaults(
 
     The model's values apply where the user said nothing, and only a mapping (an HTTP body, command line options)
     or None (no parameters at all) can say nothing of a field: a SamplingParams object is complete and is used as
-    it stands, as in vLLM. So no object has to remember which of its fields were typed and which defaulted.
-    Raises UsageError, for the model's values too.
+    it stands, as in vLLM. So no object has to remember which of its fields were typed and which defaulted. A request
+    for beams leaves aside the model's values that are for sampling. Raises UsageError, for the model's values too.
     """
     if isinstance(given, SamplingParams):
         return given, []
@@ -146,6 +206,8 @@ def with_defaults(
     except UsageError as error:
         raise UsageError(f"the model's generation_config.json is wrong: {error}") from None
     fields = dict(given or {})
+    if fields.get("use_beam_search") is True:
+        defaults = {name: value for name, value in defaults.items() if name not in _SAMPLING_ONLY}
     taken = [name for name in defaults if name not in fields]
     return SamplingParams.from_dict({**defaults, **fields}), taken
 
@@ -157,6 +219,15 @@ def _checked_fields(params: SamplingParams) -> dict[str, Any]:
     """Every field that needs a check, checked on its own and brought to one type."""
     return {
         "n": _integer("n", params.n, 1),
+        "best_of": _optional_integer("best_of", params.best_of, 1),
+        "use_beam_search": _boolean("use_beam_search", params.use_beam_search),
+        "length_penalty": _number(
+            "length_penalty",
+            params.length_penalty,
+            f"in [-{LENGTH_PENALTY_LIMIT:g}, {LENGTH_PENALTY_LIMIT:g}]",
+            lambda x: -LENGTH_PENALTY_LIMIT <= x <= LENGTH_PENALTY_LIMIT,
+        ),
+        "early_stopping": _early_stopping(params.early_stopping),
         "temperature": _number("temperature", params.temperature, "at least 0", lambda x: x >= 0),
         "top_k": _integer("top_k", params.top_k, -1, "; 0 or -1 is off"),
         "top_p": _number("top_p", params.top_p, "in (0, 1]", lambda x: 0 < x <= 1),
@@ -196,6 +267,8 @@ def _checked_fields(params: SamplingParams) -> dict[str, Any]:
 
 def _check_together(params: SamplingParams) -> None:
     """The rules that tie two parameters."""
+    if params.max_tokens == 0 and params.is_ranked:
+        raise UsageError("max_tokens 0 makes no answers to rank: leave out best_of and use_beam_search, or raise it")
     if params.max_tokens == 0 and not params.echo and params.prompt_logprobs is None:
         raise UsageError(
             "max_tokens must be an integer of at least 1 or None, got 0: only a request with prompt_logprobs or echo "
@@ -203,12 +276,50 @@ def _check_together(params: SamplingParams) -> None:
         )
     if params.max_tokens is not None and params.min_tokens > params.max_tokens:
         raise UsageError(f"min_tokens ({params.min_tokens}) must not exceed max_tokens ({params.max_tokens})")
-    if params.greedy and params.n > 1:
-        raise UsageError(
-            f"n must be 1 when temperature is 0, got {params.n}: greedy decoding gives {params.n} times the same text"
-        )
+    if params.width < params.n:
+        raise UsageError(f"best_of ({params.best_of}) must be at least n ({params.n}): the n best of them are returned")
+    if params.use_beam_search:
+        _check_beams(params)
+    else:
+        _check_without_beams(params)
     if params.stop and not params.detokenize:
         raise UsageError("stop strings need detokenize=True: without text they cannot be found; use stop_token_ids")
+
+
+def _check_beams(params: SamplingParams) -> None:
+    """Beam search ranks tokens and samples none. The default temperature of 1 changes nothing, so it may stand."""
+    for name, off in _SAMPLING_ONLY.items():
+        value = getattr(params, name)
+        if value not in off:
+            raise UsageError(
+                f"{name} ({value:g}) and use_beam_search contradict each other, since beam search samples nothing: "
+                f"leave {name} out, or use_beam_search"
+            )
+    if params.width < 2:
+        raise UsageError(
+            "use_beam_search needs at least 2 beams: set best_of (or n) to their number; for one, which is greedy "
+            "decoding, set temperature=0 instead"
+        )
+    if params.stop:
+        raise UsageError(
+            "stop strings cannot end a beam, because beams are compared as tokens: use stop_token_ids, or cut the text"
+        )
+
+
+def _check_without_beams(params: SamplingParams) -> None:
+    if params.greedy and params.width > 1:
+        name = "n" if params.n > 1 else "best_of"
+        raise UsageError(
+            f"{name} must be 1 when temperature is 0, got {params.width}: greedy decoding gives {params.width} times "
+            "the same text; raise the temperature, or set use_beam_search=True"
+        )
+    if params.early_stopping is not False:
+        raise UsageError("early_stopping is for beams: set use_beam_search=True, or leave it out")
+    if params.length_penalty != 1.0 and not params.is_ranked:
+        raise UsageError(
+            "length_penalty ranks answers and none are ranked here: set use_beam_search=True, or best_of greater "
+            "than n, or leave it out"
+        )
 
 
 def _shown(value: object) -> str:
@@ -239,6 +350,12 @@ def _number(name: str, value: object, bounds: str, within: Any) -> float:
 def _boolean(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise UsageError(f"{name} must be True or False, got {_shown(value)}")
+    return value
+
+
+def _early_stopping(value: object) -> bool | Literal["never"]:
+    if not isinstance(value, bool) and value != "never":
+        raise UsageError(f"early_stopping must be True, False or 'never', got {_shown(value)}")
     return value
 
 

@@ -73,7 +73,7 @@ def sample(logits_RV: torch.Tensor, rows: Sequence[SamplingRow]) -> Sampled:
     """
     if not rows:
         return Sampled([])
-    edited_RV = _edit_tokens(logits_RV, rows)
+    edited_RV = edit_tokens(logits_RV, rows)
     greedy = [r for r, row in enumerate(rows) if row.params.greedy]
     sampled = [r for r, row in enumerate(rows) if not row.params.greedy]
     parts: list[torch.Tensor] = []
@@ -87,7 +87,7 @@ def sample(logits_RV: torch.Tensor, rows: Sequence[SamplingRow]) -> Sampled:
         if check == 1.0:
             token_ids[r] = int(token)
         else:
-            errors[r] = _why(logits_RV[r])
+            errors[r] = why_no_token(logits_RV[r])
     return Sampled(token_ids, _logprobs(logits_RV, rows, token_ids), errors)
 
 
@@ -128,7 +128,8 @@ def _rows(logits_RV: torch.Tensor, chosen: list[int], total: int) -> torch.Tenso
     return logits_RV if len(chosen) == total else logits_RV[chosen]
 
 
-def _why(logits_V: torch.Tensor) -> str:
+def why_no_token(logits_V: torch.Tensor) -> str:
+    """The message for a row that found no token."""
     if bool((logits_V.isnan() | (logits_V == torch.inf)).any()):
         return NOT_FINITE
     return (
@@ -140,7 +141,7 @@ def _why(logits_V: torch.Tensor) -> str:
 # -------------------------------------------------------------------------------------- masks, bias, penalties
 
 
-def _edit_tokens(logits_RV: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+def edit_tokens(logits_RV: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     """Everything that changes single tokens, on a float32 copy; the logits themselves when no row asks."""
     params = [row.params for row in rows]
     allowed = [(r, p.allowed_token_ids) for r, p in enumerate(params) if p.allowed_token_ids is not None]
@@ -203,9 +204,9 @@ def _logprobs(
 ) -> dict[int, TokenLogprobs]:
     """The entries of the rows that asked and have a token, by row."""
     wanting = {
-        r: row.params.logprobs
+        r: num
         for r, row in enumerate(rows)
-        if row.params.logprobs is not None and token_ids[r] != NO_TOKEN
+        if (num := row.params.num_logprobs) is not None and token_ids[r] != NO_TOKEN
     }
     if not wanting:
         return {}
