@@ -11,7 +11,7 @@ import pytest
 import paceline.cli.chat_session as module
 from paceline.cli.app import main
 from paceline.cli.chat_commands import COMMANDS, SETTABLE, run_command
-from paceline.cli.chat_session import ChatSession
+from paceline.cli.chat_session import ChatSession, dimmed
 from paceline.errors import ChatTemplateError, PromptTooLongError, UsageError
 from paceline.sampling.params import FIELD_NAMES
 
@@ -247,10 +247,18 @@ def test_a_pipe_gets_answers_alone_and_ends_at_the_first_error(paceline, default
     assert not (tmp_path / "chat_history").exists()
 
 
+def test_no_color_is_honoured(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert dimmed("Hi") == "\x1b[2mHi\x1b[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert dimmed("Hi") == "Hi"
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["a.gguf", "--model", "b.gguf"], "two models: 'a.gguf' and --model 'b.gguf'"),
+        (["--raw"], "paceline generate --raw"),
         (["--top-p", "2"], "top_p must be a number in (0, 1]"),
         (["--temprature", "1"], "did you mean '--temperature'"),
     ],

@@ -26,6 +26,7 @@ from paceline.sampling.params import SamplingParams
 @click.option(
     "--no-history", is_flag=True, help="Neither read nor write chat_history in paceline's cache (readable by you only)."
 )
+@click.option("--raw", is_flag=True, hidden=True, help="Refused, with where to find it.")
 @click.option("--quiet", is_flag=True, help="No progress and no lines of figures.")
 @debug_option
 @click.pass_context
@@ -43,6 +44,8 @@ def chat(context: click.Context, /, name: str | None, **options: Any) -> None:
         if context.get_parameter_source("model") is not ParameterSource.DEFAULT:
             raise UsageError(f"two models: '{name}' and --model '{options['model']}'; give one of them")
         options["model"] = name
+    if options["raw"]:
+        raise UsageError("a chat needs a chat template; without one, as for a base model: paceline generate --raw")
     if sys.stdin is None:
         raise UsageError("chat needs a standard input; for one answer: paceline generate")
     given = given_sampling(options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -134,8 +135,8 @@ class ChatSession:
             self.note(f"the context is full, so the answer may be cut off; {MAKE_ROOM}")
 
     def note(self, text: str) -> None:
-        """Say something beside the answers: dim, on stderr."""
-        click.echo(click.style(text, dim=True), err=True)
+        """Say something beside the answers: on stderr, dim where that is a terminal."""
+        click.echo(dimmed(text), err=True)
 
     def stats(self) -> list[tuple[str, str]]:
         """What /stats shows: names and values."""
@@ -154,6 +155,11 @@ class ChatSession:
         rows.append(("last prompt", f"{last.num_cached_tokens} of {len(last.prompt_token_ids)} tokens from the cache"))
         rows.append(("all prompts", f"{hits} of {queries} tokens from the cache ({hits / max(queries, 1):.0%})"))
         return rows
+
+
+def dimmed(text: str) -> str:
+    """`text` in a terminal's faint type, unless NO_COLOR (no-color.org) is set."""
+    return text if os.environ.get("NO_COLOR") else click.style(text, dim=True)
 
 
 def check_text(text: str) -> str:

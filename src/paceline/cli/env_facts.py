@@ -132,6 +132,7 @@ def _torch() -> Facts:
     import torch
 
     return {
+        "version": torch.__version__,  # with what it was built for, which its package's version may leave out
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
         "onednn": torch.backends.mkldnn.is_available(),  # type: ignore[no-untyped-call]
         "onednn_bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported(),
