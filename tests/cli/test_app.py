@@ -138,3 +138,33 @@ def test_a_closed_pipe_is_quiet():
     os.close(writer)
     assert process.returncode == 141
     assert process.stderr == b""
+
+
+SWALLOWED_DURING_THE_IMPORT = """
+import os, signal, sys, time
+
+class AsTorchDoes:  # an interrupt within the import of torch is swallowed, at some of its places
+    def find_spec(self, name, path=None, target=None):
+        if name == "paceline.llm":
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.1)
+            except KeyboardInterrupt:
+                pass
+
+sys.meta_path.insert(0, AsTorchDoes())
+from paceline.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("arguments", [["generate", "Hi", "--model", "/no/such.gguf"], ["chat", "/no/such.gguf"]])
+def test_an_interrupt_that_an_import_swallows_ends_the_program_all_the_same(arguments):
+    process = subprocess.run(
+        [sys.executable, "-c", SWALLOWED_DURING_THE_IMPORT, *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (130, b"", b"")

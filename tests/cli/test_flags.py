@@ -11,7 +11,7 @@ FLAGS = {
     "chat": """
         --chat-template --debug --device --dtype --help --ignore-eos --max-model-len --max-tokens --memory-gib
         --min-p --min-tokens --model --model-impl --no-history --offload --offload-dir --offload-to --quantize --quiet
-        --repetition-penalty --revision --seed --speculative --stop --system --temperature --threads --top-k
+        --raw --repetition-penalty --revision --seed --speculative --stop --system --temperature --threads --top-k
         --top-p
     """,
     "env": "--debug --help --json --measure",

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -112,9 +113,21 @@ def test_ctrl_c_ends_cleanly_in_the_middle_of_an_answer(default_model_gguf):
     assert errors == b""
 
 
+def until_torch_loads(pid: int) -> None:
+    """Return as soon as the process maps torch's libraries, long before its import ends; elsewhere than on Linux, when
+    that is likely. On a busy machine the interpreter itself may take a second to start."""
+    maps, stop = Path(f"/proc/{pid}/maps"), time.monotonic() + 30
+    if not maps.exists():
+        time.sleep(0.6)
+        return
+    while "libtorch" not in maps.read_text():
+        assert time.monotonic() < stop, "torch was never loaded"
+        time.sleep(0.01)
+
+
 def test_ctrl_c_ends_cleanly_while_torch_loads(default_model_gguf):
     process = start()
-    time.sleep(0.6)
+    until_torch_loads(process.pid)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
