@@ -33,7 +33,7 @@ class RandomParts:
         return torch.randn(shape).to(self.dtype)
 
     def table(self, name: str, rows: int, columns: int) -> torch.Tensor:
-        return torch.randn(rows, columns)
+        return self.tensor(name, rows, columns)
 
     def linear(self, name: str, rows: tuple[int, ...], columns: int, *, bias: bool = False) -> Linear:
         values = self.tensor(name, sum(rows), columns)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from paceline.errors import PacelineError, UsageError
     from paceline.llm import LLM
     from paceline.outputs import CompletionOutput, RequestOutput
+    from paceline.planner.inference import plan
     from paceline.sampling.params import BeamSearchParams, SamplingParams
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __all__ = [
     "SpeculativeConfig",
     "UsageError",
     "__version__",
+    "plan",
 ]
 
 _HOME = {
@@ -39,6 +41,7 @@ _HOME = {
     "SamplingParams": "paceline.sampling.params",
     "SpeculativeConfig": "paceline.config",
     "UsageError": "paceline.errors",
+    "plan": "paceline.planner.inference",
 }
 
 

@@ -12,6 +12,13 @@ from dataclasses import dataclass
 from paceline.config import DecoderConfig, KVGroup
 
 GIB = 1 << 30
+SAMPLING_BYTES = 60  # of one logit while a token is chosen, every filter on and a flat distribution
+PENALTY_BYTES = 40  # of one token of a request's history where every penalty is on
+BATCHED_QUERIES = 8  # up to here a request's queries cost less in a batch than the calls of a segment of its own
+BATCHED_KEYS = 1 << 17  # keys that one batch of decodes gathers: 512 MiB a layer of 8 heads of 128 in 16 bits
+# Float32 scores that one request's queries may take at once where they are written out; 64 MiB are 2,048 queries over
+# 1,024 keys of 8 heads.
+SCORE_BYTES = 64 << 20
 LOGPROB_WORKSPACE = 64 << 20  # bytes that scoring a slice of rows takes: 27 rows of 152,000 tokens
 LOGIT_BYTES = 16  # of one value while it is scored: the head's output, float32 logits, log softmax, a comparison
 TOP_BYTES = 12  # of one returned value: float32 and its int64 index
@@ -151,15 +158,95 @@ def kv_bytes_per_token(group: KVGroup, bytes_per_value: int) -> int:
     return 2 * len(group.layers) * group.num_kv_heads * group.head_dim * bytes_per_value
 
 
-def activation_bytes(config: DecoderConfig, num_tokens: int, num_rows: int, bytes_per_value: int) -> int:
-    """The most that a step of `num_tokens` tokens, `num_rows` of which are sampled, holds at once: the residual
-    stream, the widest layer's input and output, and float32 logits with their sampling copies."""
+@dataclass(frozen=True)
+class StepShape:
+    """The largest step: `num_tokens` tokens, at most `chunk` of one request, of at most `num_seqs` requests whose
+    contexts hold at most `context` tokens."""
+
+    num_tokens: int
+    num_seqs: int
+    context: int
+    chunk: int
+    block_size: int = 16
+
+
+def activation_bytes(config: DecoderConfig, step: StepShape, bytes_per_value: int, *, unpacks: bool = False) -> int:
+    """An upper bound of what a step holds at once beside weights and cache: the widest moment of a layer, or, after
+    the last layer, the hidden states and what sampling makes of the logits. Tests hold it to a count of live tensors.
+    `unpacks`: the weight format multiplies many rows through a copy of the matrix in the model's dtype.
+    """
+    a, hidden = config.attention, config.hidden_size
+    q, kv = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+    ropes = {config.rope_of(layer) for layer in range(config.num_layers)}
+    turns = sum(2 * rope.dim for rope in ropes if rope is not None)
+    # Beside the fused projection: q and k as they turn, in three temporaries, fewer where only a part turns; where they
+    # are normalised first, also their norms, and one of them turns at a time. Then the turned ones, and the
+    # answers of a segment, of all of them, and their copy for the projection.
+    share = max((rope.dim / a.head_dim for rope in ropes if rope is not None), default=0.0)
+    turned = max(3 * share, share + 1) if ropes != {None} else 0.0
+    rotary = (q + 2 * kv) + (turned * (q + kv) if a.qk_norm is None else (q + kv) + max(turned, 1) * q)
+    attended = (q + 2 * kv) + (q + kv) + 3 * q
+    attention = int(step.num_tokens * max(rotary, attended) * bytes_per_value) + _attention_workspace(
+        config, step, bytes_per_value
+    )
+    mlp = step.num_tokens * _mlp_values(config) * bytes_per_value
+    # Beside either: the residual stream before and after attention, what was normalised, and the half's own output.
+    stream = step.num_tokens * (4 * hidden + turns) * bytes_per_value
+    copies = max(m.rows * m.columns for m in layer_matrices(config)) * bytes_per_value if unpacks else 0
+    head = config.vocab_size * hidden * bytes_per_value if unpacks else 0
+    rows = min(step.num_seqs, step.num_tokens)
+    sampling = rows * (config.vocab_size * SAMPLING_BYTES + step.context * PENALTY_BYTES)
+    last = step.num_tokens * hidden * bytes_per_value + sampling + head
+    return max(stream + max(attention, mlp) + copies, last) + _mask_bytes(config, step)
+
+
+def _mlp_values(config: DecoderConfig) -> int:
+    """Values a token that the widest MLP holds at once."""
+    m, widest = config.mlp, 0
+    if config.moe is None or len(config.moe.layers) < config.num_layers:
+        widest = (4 if m.gated else 2) * m.intermediate_size  # gate and up, the activation, the product
+    if config.moe is not None:  # sorted tokens, each expert's answers, all of them, in order, weighted
+        e = config.moe
+        answers = 4 * e.experts_per_token * config.hidden_size
+        widest = max(widest, answers + 4 * e.intermediate_size * min(e.experts_per_token, 1))
+    return widest
+
+
+def context_bytes(groups: Sequence[KVGroup], context: int, bytes_per_value: int) -> int:
+    """Keys and values that one query at the end of `context` tokens attends to: of a windowed layer, its window's."""
+    return sum(kv_bytes_per_token(group, bytes_per_value) * min(context, group.window or context) for group in groups)
+
+
+def _visible(window: int | None, step: StepShape) -> int:
+    """Keys that the queries of one request see, to whole blocks at both ends."""
+    seen = step.context if window is None else min(step.context, window + step.chunk)
+    return seen + 2 * step.block_size
+
+
+def _attention_workspace(config: DecoderConfig, step: StepShape, bytes_per_value: int) -> int:
+    """Keys and values that are gathered from blocks, and scores that are written out, of one layer."""
     a = config.attention
-    qkv = (a.num_heads + 2 * a.num_kv_heads) * a.head_dim
-    widest = max(qkv + a.num_heads * a.head_dim, 3 * config.mlp.intermediate_size)
-    if config.moe is not None:  # each token's copies on the way to its experts, and its experts' inner values
-        widest = max(widest, config.moe.experts_per_token * (2 * config.hidden_size + 3 * config.moe.intermediate_size))
-    return num_tokens * (2 * config.hidden_size + widest) * bytes_per_value + 3 * num_rows * config.vocab_size * 4
+    widest = max(_visible(group.window, step) for group in config.kv_groups)
+    gathered = 2 * a.num_kv_heads * a.head_dim * bytes_per_value  # a key
+    # Requests with few queries are gathered together, each padded to the longest of them.
+    queries = min(BATCHED_QUERIES, step.chunk)
+    together = min(BATCHED_KEYS, min(step.num_seqs, step.num_tokens) * widest)
+    scores = a.num_heads * queries * (3 * bytes_per_value if a.alibi is None else 12)
+    pairs = step.chunk * widest
+    alone = widest * gathered
+    if a.soft_cap is not None or a.alibi is not None:
+        alone += 3 * min(SCORE_BYTES, 4 * a.num_heads * pairs) + 2 * pairs
+    elif step.chunk > 1:
+        alone += pairs * bytes_per_value  # the mask as torch's attention wants it
+    return max(together * (gathered + scores), alone)
+
+
+def _mask_bytes(config: DecoderConfig, step: StepShape) -> int:
+    """Which key each query sees, for all requests of the step and each KV group: float32 over padded keys where a
+    request has few queries, else a byte."""
+    few = min(step.num_tokens, BATCHED_QUERIES * step.num_seqs)
+    masks = [(4 * few + step.num_tokens - few) * _visible(group.window, step) for group in config.kv_groups]
+    return sum(masks) + max(masks) // 2  # and while one is made, its parts
 
 
 def logprob_rows(vocab_size: int, num_top: int) -> int:
@@ -206,13 +293,7 @@ def plan_cache(
     `max_model_len`. A window group needs no more than each request's window and the tokens of one step."""
 
     def blocks_for(tokens: int) -> tuple[int, ...]:
-        counts = []
-        for group in groups:
-            need = tokens
-            if group.window is not None:  # two blocks a request for the unaligned ends of its window
-                need = min(tokens, max_num_seqs * (group.window + 2 * block_size) + step_tokens)
-            counts.append(max(1, -(-need // block_size)))
-        return tuple(counts)
+        return blocks_needed(groups, tokens, num_seqs=max_num_seqs, block_size=block_size, step_tokens=step_tokens)
 
     low, high = block_size, max_num_seqs * -(-max_model_len // block_size) * block_size
     if cache_bytes(groups, blocks_for(high), block_size, bytes_per_value) > budget_bytes:
@@ -223,6 +304,19 @@ def plan_cache(
         high = low
     counts = blocks_for(high)
     return CachePlan(counts, cache_bytes(groups, counts, block_size, bytes_per_value), block_size)
+
+
+def blocks_needed(
+    groups: Sequence[KVGroup], tokens: int, *, num_seqs: int, block_size: int, step_tokens: int
+) -> tuple[int, ...]:
+    """Blocks of each group for `tokens` tokens of context of `num_seqs` requests, the null block not counted."""
+    counts = []
+    for group in groups:
+        need = tokens
+        if group.window is not None:  # two blocks a request for the unaligned ends of its window
+            need = min(tokens, num_seqs * (group.window + 2 * block_size) + step_tokens)
+        counts.append(max(1, -(-need // block_size)))
+    return tuple(counts)
 
 
 def cache_bytes(groups: Sequence[KVGroup], num_blocks: Sequence[int], block_size: int, bytes_per_value: int) -> int:

@@ -203,8 +203,8 @@ def test_a_model_too_large_is_told_before_it_is_loaded(tiny_directory, monkeypat
 
 def test_a_context_lowered_to_the_cache_is_said(tiny_directory, monkeypatch, caplog):
     """No wish of the user's: the model's own context is cut to what a share of the memory holds, with a warning."""
-    monkeypatch.setattr(build, "available_bytes", lambda device: 280_000)
-    with make(tiny_directory, max_num_batched_tokens=64) as llm:
+    monkeypatch.setattr(build, "available_bytes", lambda device: 400_000)
+    with make(tiny_directory, max_num_batched_tokens=64, max_num_seqs=2) as llm:
         assert llm.model.engine.config.max_model_len < 128
     assert "max_model_len lowered" in caplog.text
 

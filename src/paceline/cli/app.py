@@ -16,6 +16,7 @@ from paceline.cli.exit_codes import EXIT_CLOSED_PIPE, EXIT_FAILURE, EXIT_INTERRU
 from paceline.cli.generate import generate
 from paceline.cli.group import NearestGroup
 from paceline.cli.models import models
+from paceline.cli.plan import plan
 from paceline.errors import PacelineError
 from paceline.registry import unknown
 
@@ -39,6 +40,7 @@ def commands() -> None:
 
 
 commands.add_command(generate)
+commands.add_command(plan)
 commands.add_command(chat)
 commands.add_command(models)
 commands.add_command(env)

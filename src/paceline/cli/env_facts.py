@@ -236,7 +236,7 @@ def _int8(device: torch.device) -> str:
 
 
 def _kv_cache(device: torch.device) -> str:
-    from paceline.engine.build import CPU_CACHE_SHARE, CUDA_MEMORY_SHARE
+    from paceline.engine.memory import CPU_CACHE_SHARE, CUDA_MEMORY_SHARE
 
     if device.type == "cpu":
         return f"at most {CPU_CACHE_SHARE:.0%} of the memory that the weights leave available"

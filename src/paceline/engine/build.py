@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +14,7 @@ from paceline import sizing
 from paceline.config import CacheConfig, DecoderConfig, EngineConfig, KVGroup, SchedulerConfig, SpeculativeConfig
 from paceline.engine.device import available_bytes, pick_device, pick_dtype
 from paceline.engine.engine import Engine
+from paceline.engine.memory import CPU_CACHE_SHARE, CUDA_MEMORY_SHARE, Room, divide
 from paceline.engine.model_runner import ModelRunner
 from paceline.engine.offload import PLACES, offloaded_weights, open_stream, tell_speed
 from paceline.errors import OutOfMemoryError, UsageError
@@ -32,9 +33,6 @@ from paceline.sampling.params import generation_defaults
 from paceline.tokens.tokenizer import Tokenizer, load_tokenizer
 
 log = get_logger(__name__)
-
-CPU_CACHE_SHARE = 0.25  # of the memory left after the weights; a host has other work than this cache
-CUDA_MEMORY_SHARE = 0.9  # of the memory free before loading, for weights, cache and activations together
 
 
 @dataclass(frozen=True)
@@ -182,11 +180,17 @@ def _load_decoder(
     device: torch.device,
     progress: Progress | None,
 ) -> _Weights:
-    free = _free_after(*_decoder_bytes(config, options, dtype, device), options, dtype, device)
-    stream = _open_stream(config, options, dtype, device, free)
+    room = _room(
+        _weight_bytes(config, options, dtype, device),
+        lambda context: _step_bytes(config, options, context, dtype),
+        options,
+        dtype,
+        device,
+    )
+    stream = _open_stream(config, options, dtype, device, room.free(_shortest(options)))
     if stream is not None:
-        free -= stream.buffer_bytes
-    max_model_len, num_blocks = _plan_cache(config.kv_groups, config.max_position, options, free, dtype, device)
+        room = replace(room, nbytes=room.nbytes - stream.buffer_bytes)
+    max_model_len, num_blocks = _plan_cache(config.kv_groups, config.max_position, options, room, dtype)
     config = config.with_context(max_model_len)
     decoder = load_decoder(
         checkpoint,
@@ -218,10 +222,10 @@ def _load_fallback(
     tokens, rows = options.scheduler.max_num_batched_tokens, options.scheduler.max_num_seqs
     sizes = measure(config, dtype)
     step = sizes.activations(config, tokens, rows) + sizing.logprob_workspace_bytes(config.vocab_size, tokens)
-    free = _free_after(sizes.weights, step, options, dtype, device)
+    room = _room(sizes.weights, lambda context: step, options, dtype, device)
     model = load_fallback(checkpoint, config, dtype=dtype, device=device, progress=progress)
     # Only the loaded model says what cache it needs: its layers are asked, not its configuration.
-    max_model_len, num_blocks = _plan_cache(model.kv_groups, config.max_position, options, free, dtype, device)
+    max_model_len, num_blocks = _plan_cache(model.kv_groups, config.max_position, options, room, dtype)
     return _Weights(config, model, max_model_len, num_blocks, sizes.step_weights)
 
 
@@ -261,43 +265,58 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def _decoder_bytes(
-    config: DecoderConfig, options: LoadOptions, dtype: torch.dtype, device: torch.device
-) -> tuple[int, int]:
-    """Bytes of weights on the device, and of what a step holds besides."""
+def _weight_bytes(config: DecoderConfig, options: LoadOptions, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes of weights that stay on the device."""
     format = options.quantization or "dense"
-    if options.offload is None:
-        weights = sizing.weight_bytes(
-            config,
-            dtype.itemsize,
-            resident_bytes(format, dtype, device),
-            tied_head_shares=keeps_memory(format, (config.vocab_size, config.hidden_size), dtype, device),
-        ).total
-    else:
-        weights = offloaded_weights(config, format, dtype).resident
-    step = sizing.activation_bytes(
-        config, options.scheduler.max_num_batched_tokens, options.scheduler.max_num_seqs, dtype.itemsize
-    )
-    step += sizing.logprob_workspace_bytes(config.vocab_size, options.scheduler.max_num_batched_tokens)
-    return weights, step
+    if options.offload is not None:
+        return offloaded_weights(config, format, dtype).resident
+    return sizing.weight_bytes(
+        config,
+        dtype.itemsize,
+        resident_bytes(format, dtype, device),
+        tied_head_shares=keeps_memory(format, (config.vocab_size, config.hidden_size), dtype, device),
+    ).total
 
 
-def _free_after(weights: int, step: int, options: LoadOptions, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes left for the cache once the weights are in. Raises OutOfMemoryError before anything is loaded."""
+def _step_bytes(config: DecoderConfig, options: LoadOptions, context: int, dtype: torch.dtype) -> int:
+    """What the largest step holds beside weights and cache, for contexts of so many tokens."""
+    scheduler = options.scheduler
+    tokens = scheduler.max_num_batched_tokens
+    chunk = scheduler.max_chunk or tokens
+    step = sizing.StepShape(tokens, scheduler.max_num_seqs, context, chunk, options.cache.block_size)
+    activations = sizing.activation_bytes(config, step, dtype.itemsize, unpacks=options.quantization is not None)
+    return activations + sizing.logprob_workspace_bytes(config.vocab_size, tokens)
+
+
+def _room(
+    weights: int, step_bytes: Callable[[int], int], options: LoadOptions, dtype: torch.dtype, device: torch.device
+) -> Room:
+    """Memory beside the weights. Raises OutOfMemoryError, before anything is loaded, where none is left."""
     available = available_bytes(device)
     if device.type == "cuda":
         available = int(available * CUDA_MEMORY_SHARE)
     if options.memory_gib is not None:
         available = min(available, int(options.memory_gib * sizing.GIB))
-    free = available - weights - step
-    if free <= 0:
+    room = Room(
+        available - weights,
+        step_bytes,
+        cache_share=CPU_CACHE_SHARE if device.type == "cpu" and options.memory_gib is None else 1.0,
+        cache_bytes=None if options.kv_cache_gib is None else int(options.kv_cache_gib * sizing.GIB),
+    )
+    step = step_bytes(_shortest(options))
+    if room.nbytes <= step:
         raise OutOfMemoryError(
             f"{options.model} needs {sizing.gib(weights)} for weights and {sizing.gib(step)} for a step in "
             f"{str(dtype)[6:]}, and {sizing.gib(available)} are available on {device}: "
-            "use a narrower dtype, quantization='int8', a smaller max_num_batched_tokens, "
+            "use a narrower dtype, quantization='int8', a smaller max_num_batched_tokens or max_model_len, "
             "offload='auto' or a smaller model"
         )
-    return free
+    return room
+
+
+def _shortest(options: LoadOptions) -> int:
+    """The shortest context that would do: what the user asks for, else a block."""
+    return options.max_model_len or options.cache.block_size
 
 
 def _open_stream(
@@ -310,12 +329,7 @@ def _open_stream(
 
 
 def _plan_cache(
-    groups: Sequence[KVGroup],
-    max_position: int,
-    options: LoadOptions,
-    free: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    groups: Sequence[KVGroup], max_position: int, options: LoadOptions, room: Room, dtype: torch.dtype
 ) -> tuple[int, tuple[int, ...]]:
     """max_model_len, and the blocks of each KV group."""
     wanted = options.max_model_len or max_position
@@ -323,24 +337,34 @@ def _plan_cache(
         raise UsageError(f"max_model_len {wanted} is more than the {max_position} positions this model was trained for")
     if options.cache.num_blocks is not None:
         return wanted, (options.cache.num_blocks,) * len(groups)
-    budget = int(free * CPU_CACHE_SHARE) if device.type == "cpu" and options.memory_gib is None else free
-    if options.kv_cache_gib is not None:
-        budget = int(options.kv_cache_gib * sizing.GIB)
-        if budget > free:
-            raise OutOfMemoryError(
-                f"a cache of {options.kv_cache_gib:g} GiB does not fit: {sizing.gib(free)} are left by the weights"
-            )
-    plan = sizing.plan_cache(
+    context, plan = divide(
         groups,
-        block_size=options.cache.block_size,
+        room,
+        options.cache,
+        options.scheduler,
         bytes_per_value=dtype.itemsize,
-        budget_bytes=budget,
-        max_model_len=wanted,
-        max_num_seqs=options.scheduler.max_num_seqs,
-        step_tokens=options.scheduler.max_num_batched_tokens,
+        longest=wanted,
+        shorten=options.max_model_len is None,
     )
+    budget, free = room.budget(context), room.free(context)
+    if budget > free:
+        raise OutOfMemoryError(
+            f"a cache of {options.kv_cache_gib:g} GiB does not fit: {sizing.gib(free)} are left by weights and steps"
+        )
+    if plan.num_tokens < context or plan.nbytes > budget:
+        raise OutOfMemoryError(
+            f"one context of {context} tokens does not fit the cache: {sizing.gib(budget)} hold {plan.num_tokens}; "
+            "lower max_model_len or raise kv_cache_gib"
+        )
     log.info("cache: %s for %d tokens of context", sizing.gib(plan.nbytes), plan.num_tokens)
-    return _fit_context(options, wanted, plan, budget), plan.num_blocks
+    if context < wanted:
+        log.warning(
+            "max_model_len lowered from the model's %d to %d, what %s of cache hold; set kv_cache_gib for more",
+            wanted,
+            context,
+            sizing.gib(budget),
+        )
+    return context, plan.num_blocks
 
 
 def _build_engine(model: Model, options: LoadOptions, max_model_len: int, num_blocks: tuple[int, ...]) -> Engine:
@@ -354,21 +378,3 @@ def _build_engine(model: Model, options: LoadOptions, max_model_len: int, num_bl
     )
     runner = ModelRunner(model, num_blocks, options.cache.block_size)
     return Engine(engine_config, model.kv_groups, num_blocks, runner)
-
-
-def _fit_context(options: LoadOptions, wanted: int, plan: sizing.CachePlan, budget: int) -> int:
-    """The context that the cache holds: an error where the user asked for more, a warning where the model did."""
-    if plan.num_tokens >= wanted:
-        return wanted
-    if options.max_model_len is not None or plan.nbytes > budget:
-        raise OutOfMemoryError(
-            f"one context of {wanted} tokens does not fit the cache: {sizing.gib(budget)} hold {plan.num_tokens}; "
-            "lower max_model_len or raise kv_cache_gib"
-        )
-    log.warning(
-        "max_model_len lowered from the model's %d to %d, which is what %s of cache hold; set kv_cache_gib for more",
-        wanted,
-        plan.num_tokens,
-        sizing.gib(budget),
-    )
-    return plan.num_tokens

@@ -40,7 +40,7 @@ class Int8Weight:
         return linear_ref(x_TK, self.unpack(), bias_N)
 
     def unpack(self) -> torch.Tensor:
-        return self.q_NK.to(self.dtype) * self.scale_N[:, None].to(self.dtype)
+        return self.q_NK.to(self.dtype).mul_(self.scale_N[:, None].to(self.dtype))  # one copy, not two
 
 
 def pack(values_NK: torch.Tensor) -> Int8Weight:

@@ -15,14 +15,11 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from paceline.inputs import AttentionMetadata, KVLayer, Segment
+from paceline.sizing import SCORE_BYTES
 
 # On CUDA, without cuDNN's attention: it builds a plan for every new number of keys, 50 ms each on an H100, and a
 # growing context has a new number at every token.
 SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-# Float32 scores that one request's queries may take at once where they are written out; 64 MiB are 2,048 queries over
-# 1,024 keys of 8 heads.
-SCORE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from paceline.inputs import AttentionMetadata, GroupMetadata, Segment
-
-# Up to here a request's queries cost less in a batch than the calls of a segment of its own.
-MAX_BATCHED_QUERIES = 8
+from paceline.sizing import BATCHED_KEYS, BATCHED_QUERIES
 
 # A padded batch holds contexts within one power of two, so at most half of what it gathers is padding.
 SMALLEST_BUCKET = 256
@@ -108,14 +106,16 @@ def _segments(requests: Sequence[_Request], device: torch.device, padded: bool) 
     batches: dict[tuple[int, int], list[_Request]] = {}
     segments = []
     for request in requests:
-        if padded and 1 <= request.count <= MAX_BATCHED_QUERIES:
+        if padded and 1 <= request.count <= BATCHED_QUERIES:
             visible = request.length - request.low
             bucket = max(SMALLEST_BUCKET, 1 << (visible - 1).bit_length())
             batches.setdefault((request.count, bucket), []).append(request)
         elif request.count:
             segments.append(_single(request, device))
-    for members in batches.values():
-        segments.append(_single(members[0], device) if len(members) == 1 else _batch(members, device))
+    for (_, bucket), members in batches.items():
+        most = max(1, BATCHED_KEYS // bucket)
+        for part in (members[first : first + most] for first in range(0, len(members), most)):
+            segments.append(_single(part[0], device) if len(part) == 1 else _batch(part, device))
     return segments
 
 

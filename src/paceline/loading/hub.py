@@ -7,8 +7,8 @@ import os
 import socket
 import threading
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -63,6 +63,53 @@ def fetch_snapshot(
         if isinstance(info, str):
             return _cached(repo, revision, download_dir, info)
         return _download(repo, revision, info, token, download_dir, progress)
+
+
+@dataclass(frozen=True)
+class HubDescription:
+    """`config`: the path of config.json. `stored`: values of each safetensors dtype, by the headers of all files; {}
+    where there are none, or the hub was not asked."""
+
+    config: Path
+    stored: Mapping[str, int]
+    note: str
+
+
+def fetch_description(repo: str, revision: str | None, token: str | None, download_dir: str | None) -> HubDescription:
+    """config.json, and the headers of the weights: some kilobytes of each file, by range requests.
+
+    Offline, config.json from the cache. Raises as fetch_snapshot.
+    """
+    from huggingface_hub import HfApi, constants, errors, hf_hub_download
+
+    def config(cached: bool) -> Path:
+        found = hf_hub_download(
+            repo, "config.json", revision=revision, token=token, cache_dir=download_dir, local_files_only=cached
+        )
+        return Path(found)
+
+    why = ""
+    if constants.HF_HUB_OFFLINE:
+        why = "the hub is switched off by HF_HUB_OFFLINE"
+    elif not reachable(constants.ENDPOINT):
+        why = f"{constants.ENDPOINT} does not answer"
+    with _one_line_errors(repo, revision):
+        info = why or _ask(repo, revision, token, ANSWER_SECONDS)
+        if isinstance(info, str):
+            try:
+                path = config(cached=True)
+            except errors.LocalEntryNotFoundError as error:
+                raise DownloadError(f"'{repo}' is not in the cache and {info}; {LOCAL_WAYS}") from error
+            return HubDescription(path, {}, f"config.json from the cache, as {info}")
+        with _quiet_hub():
+            path = config(cached=False)
+        stored: dict[str, int] = {}
+        # A repository without safetensors: config.json says enough.
+        with suppress(errors.NotASafetensorsRepoError):
+            found = HfApi(token=token).get_safetensors_metadata(repo, revision=info.sha)
+            stored = {str(kind): count for kind, count in found.parameter_count.items()}
+        headers = "config.json and headers" if stored else "config.json"
+        return HubDescription(path, stored, f"{headers}, commit {(info.sha or 'main')[:12]}")
 
 
 def reachable(endpoint: str, seconds: float = PROBE_SECONDS) -> bool:

@@ -55,7 +55,7 @@ def resolve(
     if source is None:
         match = HUB_ID.fullmatch(model)
         if match is None:
-            raise _not_found(model)
+            raise not_found(model)
         if revision and match["revision"] and revision != match["revision"]:
             raise ModelNotFoundError(
                 f"'{model}' names one revision and revision='{revision}' another: give one of them"
@@ -108,7 +108,7 @@ def _alias(
     return ModelSource(model, "gguf", path, note=f"hub out of reach, using the wheel {wheel.requirement}")
 
 
-def _not_found(model: str) -> ModelNotFoundError:
+def not_found(model: str) -> ModelNotFoundError:
     return ModelNotFoundError(
         f"{unknown('model', model, ALIASES)}; give an alias, a hub id such as Qwen/Qwen3-0.6B, "
         "a directory or a .gguf file"

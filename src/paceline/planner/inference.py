@@ -1,0 +1,362 @@
+"""What running a model takes, what fits into a device's memory, and the bandwidth bound on its speed.
+
+Every size comes from sizing.py, which the engine allocates by. Nothing is loaded: the model is described by its
+config.json and the headers of its weights (loading/description.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from paceline import sizing
+from paceline.benchmark.bandwidth import read_bandwidth
+from paceline.config import CacheConfig, DecoderConfig, SchedulerConfig
+from paceline.engine.device import DTYPES, available_bytes, pick_device, pick_dtype
+from paceline.engine.memory import CPU_CACHE_SHARE, CUDA_MEMORY_SHARE, Room, divide
+from paceline.errors import UsageError
+from paceline.formats import FORMATS, keeps_memory, resident_bytes, stored_bytes
+from paceline.loading.description import Description, describe
+from paceline.models.registry import read_decoder_config
+from paceline.planner.devices import find_gpu, parse_bytes, recognise_gpu
+from paceline.registry import lookup, refuse_unknown_keys
+
+BATCHES = (1, 4, 16, 64, 256)
+FIRST_CONTEXT = 1024
+MOST_REQUESTS = 1 << 16  # where the search for the largest batch ends
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """As LLM's options of the same names, and the device planned for: this machine's `device`; a `gpu` of
+    planner/devices.py; or `memory` ("24GiB" or bytes, all of it for the model). `bandwidth`: bytes a second that it
+    reads; None takes the data sheet's; `measure` reads this machine's memory for 0.15 s."""
+
+    dtype: str = "auto"
+    quantization: str | None = None
+    device: str = "auto"
+    gpu: str | None = None
+    memory: str | int | None = None
+    bandwidth: float | None = None
+    measure: bool = False
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    block_size: int = 16
+    kv_cache_gib: float | None = None
+    revision: str | None = None
+    hf_token: str | None = None
+    download_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.quantization is not None:
+            lookup({name: None for name in FORMATS if name != "dense"}, "quantization", self.quantization)
+        for name in ("max_model_len", "block_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, got {value}")
+        for name in ("bandwidth", "kv_cache_gib"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"{name} must be greater than 0, got {value}")
+        if self.bandwidth is not None and self.measure:
+            raise UsageError("bandwidth and measure contradict each other: give one of them")
+        if self.measure and self.gpu is not None:
+            raise UsageError("measure reads this machine's memory, not that of another GPU: give bandwidth, or no gpu")
+        SchedulerConfig(self.max_num_seqs, self.max_num_batched_tokens)  # checks both
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number and where it is from."""
+
+    value: float
+    source: str
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """The cache of the layers that see the same context. `window`: tokens, None for all of it."""
+
+    name: str
+    num_layers: int
+    window: int | None
+    bytes_per_token: int
+    num_blocks: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Fit:
+    """`batch` requests of `context` tokens each: bytes of everything, and whether they fit."""
+
+    batch: int
+    context: int
+    nbytes: int
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The bound on a decode step of `batch` requests of `context` tokens: what it reads, over the bandwidth."""
+
+    batch: int
+    context: int
+    nbytes: int
+    tokens_per_second: float  # of all requests together
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes in bytes, lengths in tokens. `stored`: values of each dtype in the checkpoint, by its headers.
+
+    `cache`: what the engine would allocate within `memory`, and `max_model_len` the longest context that it holds.
+    `total`: weights, the largest step and that cache; `fits`: whether `memory` holds them. Of `contexts` and BATCHES:
+    `grid`, `speeds`, `largest_batch` as (context, requests) and `longest_context` as (batch, tokens), 0 for none.
+    """
+
+    model: str
+    source: str
+    architecture: str
+    num_parameters: int
+    stored: dict[str, int]
+    dtype: str
+    weight_format: str
+    weights: sizing.WeightBytes
+    activations: int
+    logprob_workspace: int
+    memory: Figure
+    cache: tuple[GroupPlan, ...]
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    total: int
+    fits: bool
+    contexts: tuple[int, ...]
+    grid: tuple[Fit, ...]
+    largest_batch: tuple[tuple[int, int], ...]
+    longest_context: tuple[tuple[int, int], ...]
+    bandwidth: Figure | None
+    speeds: tuple[Speed, ...]
+
+
+def plan(model: str, **options: Any) -> Plan:
+    """What running `model` takes and what fits. `model`: an alias, a hub id (only its config.json and headers are
+    fetched), a directory, a GGUF file or a config.json; the options are PlanOptions's fields.
+
+    Raises UsageError for an option that cannot be right, UnsupportedModelError for a model that no family describes,
+    and what loading.description.describe raises.
+    """
+    refuse_unknown_keys("option", options, [field.name for field in fields(PlanOptions)])
+    asked = PlanOptions(**options)
+    description = describe(model, revision=asked.revision, token=asked.hf_token, download_dir=asked.download_dir)
+    return _plan(description, read_decoder_config(description.config), asked)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """The functions of sizing.py, for one model as it would be loaded."""
+
+    config: DecoderConfig
+    bytes_per_value: int
+    weights: sizing.WeightBytes
+    unpacks: bool
+    options: PlanOptions
+
+    def activations(self, batch: int, context: int) -> int:
+        step = sizing.StepShape(self._tokens(batch), batch, context, self._tokens(batch), self.options.block_size)
+        return sizing.activation_bytes(self.config, step, self.bytes_per_value, unpacks=self.unpacks)
+
+    @property
+    def logprob_workspace(self) -> int:
+        return sizing.logprob_workspace_bytes(self.config.vocab_size, self.options.max_num_batched_tokens)
+
+    def beside_weights(self, batch: int, context: int) -> int:
+        return self.activations(batch, context) + self.logprob_workspace
+
+    def divide(self, memory: Figure, longest: int, cache_share: float) -> tuple[int, sizing.CachePlan]:
+        """The context that the engine would run with, and the cache that it would allocate."""
+        options = self.options
+        room = Room(
+            int(memory.value) - self.weights.total,
+            lambda context: self.beside_weights(options.max_num_seqs, context),
+            cache_share,
+            None if options.kv_cache_gib is None else int(options.kv_cache_gib * sizing.GIB),
+        )
+        return divide(
+            self.config.kv_groups,
+            room,
+            CacheConfig(options.block_size),
+            SchedulerConfig(options.max_num_seqs, options.max_num_batched_tokens),
+            bytes_per_value=self.bytes_per_value,
+            longest=longest,
+            shorten=options.max_model_len is None,
+        )
+
+    def total(self, batch: int, context: int) -> int:
+        """Bytes of everything for `batch` requests of `context` tokens each."""
+        size, groups = self.options.block_size, self.config.kv_groups
+        tokens = batch * -(-context // size) * size
+        blocks = sizing.blocks_needed(groups, tokens, num_seqs=batch, block_size=size, step_tokens=self._tokens(batch))
+        cache = sizing.cache_bytes(groups, blocks, size, self.bytes_per_value)
+        return self.weights.total + self.beside_weights(batch, context) + cache
+
+    def fit(self, batch: int, context: int, memory: Figure) -> Fit:
+        nbytes = self.total(batch, context)
+        return Fit(batch, context, nbytes, nbytes <= memory.value)
+
+    def largest_batch(self, context: int, memory: Figure) -> int:
+        return _largest(lambda batch: self.total(batch, context) <= memory.value, MOST_REQUESTS)
+
+    def longest_context(self, batch: int, longest: int, memory: Figure) -> int:
+        return _largest(lambda context: self.total(batch, context) <= memory.value, longest)
+
+    def _tokens(self, batch: int) -> int:
+        return max(self.options.max_num_batched_tokens, batch)  # every running request needs one token a step
+
+
+def _largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest n in 1..most that fits, where whatever is smaller than one that fits does too; 0 if none does."""
+    low, high = 0, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _plan(description: Description, config: DecoderConfig, options: PlanOptions) -> Plan:
+    longest = options.max_model_len or config.max_position
+    if longest > config.max_position:
+        raise UsageError(
+            f"max_model_len {longest} is more than the {config.max_position} positions this model was trained for"
+        )
+    here = options.gpu is None and options.memory is None
+    device = pick_device(options.device) if here else torch.device("cuda")
+    dtype = _dtype(description, options, device)
+    sizes = _sizes(config.with_context(longest), options, dtype, device)
+    memory = _memory(options, device)
+    share = CPU_CACHE_SHARE if here and device.type == "cpu" else 1.0
+    context, cache = sizes.divide(memory, longest, share)
+    contexts = _contexts(longest)
+    bandwidth = _bandwidth(options, device)
+    total = sizes.weights.total + sizes.beside_weights(options.max_num_seqs, context) + cache.nbytes
+    return Plan(
+        model=description.name,
+        source=description.note,
+        architecture=str(description.config["architectures"][0]),
+        num_parameters=sizing.num_parameters(config),
+        stored=dict(description.stored),
+        dtype=str(dtype).removeprefix("torch."),
+        weight_format=options.quantization or "dense",
+        weights=sizes.weights,
+        activations=sizes.activations(options.max_num_seqs, context),
+        logprob_workspace=sizes.logprob_workspace,
+        memory=memory,
+        cache=_groups(config, cache, dtype.itemsize),
+        max_model_len=context,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        total=total,
+        fits=total <= memory.value and cache.num_tokens >= context,
+        contexts=contexts,
+        grid=tuple(sizes.fit(batch, context, memory) for batch in BATCHES for context in contexts),
+        largest_batch=tuple((c, sizes.largest_batch(c, memory)) for c in contexts),
+        longest_context=tuple((b, sizes.longest_context(b, longest, memory)) for b in BATCHES),
+        bandwidth=bandwidth,
+        speeds=() if bandwidth is None else _speeds(config, options, dtype, contexts, bandwidth),
+    )
+
+
+def _sizes(config: DecoderConfig, options: PlanOptions, dtype: torch.dtype, device: torch.device) -> _Sizes:
+    format = options.quantization or "dense"
+    weights = sizing.weight_bytes(
+        config,
+        dtype.itemsize,
+        resident_bytes(format, dtype, device),
+        tied_head_shares=keeps_memory(format, (config.vocab_size, config.hidden_size), dtype, device),
+    )
+    return _Sizes(config, dtype.itemsize, weights, format != "dense", options)
+
+
+def _dtype(description: Description, options: PlanOptions, device: torch.device) -> torch.dtype:
+    """As the engine picks it (engine/device.py). A GPU that is not here is taken to compute bfloat16."""
+    stored = lookup(DTYPES, "dtype of the checkpoint", description.stored_dtype)
+    if options.dtype == "auto" and options.gpu is not None:
+        return torch.bfloat16 if stored == torch.float32 else stored
+    if options.dtype == "auto" and options.memory is not None:
+        return stored
+    return pick_dtype(options.dtype, stored, device)
+
+
+def _memory(options: PlanOptions, device: torch.device) -> Figure:
+    """Bytes that paceline may use."""
+    if options.memory is not None:
+        return Figure(parse_bytes(options.memory, "memory"), "as given")
+    if options.gpu is not None:
+        gpu = find_gpu(options.gpu)
+        share = int(gpu.memory_gib * sizing.GIB * CUDA_MEMORY_SHARE)
+        return Figure(share, f"{CUDA_MEMORY_SHARE:.0%} of {gpu.memory_gib} GiB, {gpu.source}")
+    available = available_bytes(device)
+    if device.type == "cuda":
+        return Figure(int(available * CUDA_MEMORY_SHARE), f"{CUDA_MEMORY_SHARE:.0%} of what is free on {device}")
+    return Figure(available, "what is available on this machine")
+
+
+def _bandwidth(options: PlanOptions, device: torch.device) -> Figure | None:
+    if options.bandwidth is not None:
+        return Figure(options.bandwidth, "as given")
+    if options.gpu is not None:
+        gpu = find_gpu(options.gpu)
+        return Figure(gpu.bandwidth, gpu.source)
+    if options.measure:
+        device = pick_device(options.device)
+        return Figure(read_bandwidth(device), f"measured on {device}")
+    if options.memory is None and device.type == "cuda":
+        known = recognise_gpu(torch.cuda.get_device_name(device))
+        return known and Figure(known[1].bandwidth, known[1].source)
+    return None
+
+
+def _contexts(longest: int) -> tuple[int, ...]:
+    """1k, 4k, 16k ... and the longest."""
+    contexts = []
+    context = FIRST_CONTEXT
+    while context < longest:
+        contexts.append(context)
+        context *= 4
+    return (*contexts, longest)
+
+
+def _groups(config: DecoderConfig, cache: sizing.CachePlan, bytes_per_value: int) -> tuple[GroupPlan, ...]:
+    return tuple(
+        GroupPlan(
+            group.name,
+            len(group.layers),
+            group.window,
+            sizing.kv_bytes_per_token(group, bytes_per_value),
+            count,
+            sizing.cache_bytes([group], [count], cache.block_size, bytes_per_value),
+        )
+        for group, count in zip(config.kv_groups, cache.num_blocks, strict=True)
+    )
+
+
+def _speeds(
+    config: DecoderConfig,
+    options: PlanOptions,
+    dtype: torch.dtype,
+    contexts: Sequence[int],
+    bandwidth: Figure,
+) -> tuple[Speed, ...]:
+    """Weights once a step, and the keys and values that each request sees."""
+    matrix_bytes = stored_bytes(options.quantization or "dense", dtype)
+    speeds = []
+    for batch in BATCHES:
+        weights = sizing.step_weight_bytes(config, dtype.itemsize, matrix_bytes, batch)
+        for context in contexts:
+            nbytes = weights + batch * sizing.context_bytes(config.kv_groups, context, dtype.itemsize)
+            speeds.append(Speed(batch, context, nbytes, batch * bandwidth.value / nbytes))
+    return tuple(speeds)

@@ -1,0 +1,171 @@
+"""The bound on what a step holds, against the tensors that were alive while it ran."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from paceline import sizing
+from paceline.config import (
+    AttentionConfig,
+    DecoderConfig,
+    MlpConfig,
+    MoeConfig,
+    NormConfig,
+    ResidualConfig,
+    RopeConfig,
+)
+from paceline.engine.model_runner import ModelRunner
+from paceline.engine.step import NewRequest, ScheduledRequest, SchedulerOutput
+from paceline.formats import pack
+from paceline.kernels import attention_plan
+from paceline.layers.linear import Linear
+from paceline.models.decoder import Decoder
+from paceline.sampling.params import SamplingParams
+
+BLOCK = 16
+
+
+class LiveBytes(TorchDispatchMode):
+    """`peak`: the most bytes that tensors made under it held at once, between two operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+        out = func(*args, **(kwargs or {}))
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given and storage._cdata not in self.live:
+                self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(nbytes for _, nbytes in self.live.values()))
+        return out
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and not leaf.is_mkldnn]
+
+
+@dataclass(frozen=True)
+class RandomParts:
+    format: str
+    dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def tensor(self, name: str, *shape: int) -> torch.Tensor:
+        return (torch.randn(shape) / shape[-1] ** 0.5).to(self.dtype)
+
+    def table(self, name: str, rows: int, columns: int) -> torch.Tensor:
+        return self.tensor(name, rows, columns)
+
+    def linear(self, name: str, rows: tuple[int, ...], columns: int, *, bias: bool = False) -> Linear:
+        values = self.tensor(name, sum(rows), columns)
+        weight = pack(values, self.format, dtype=self.dtype, device=self.device)
+        return Linear(weight, self.tensor(name, sum(rows)) if bias else None)
+
+    def tied(self, table_VD: torch.Tensor) -> Linear:
+        return Linear(pack(table_VD, self.format, dtype=self.dtype, device=self.device))
+
+
+BASE = DecoderConfig(
+    family="llama",
+    vocab_size=512,
+    hidden_size=128,
+    num_layers=2,
+    max_position=4096,
+    attention=AttentionConfig(8, 2, 16, 0.25),
+    rope=RopeConfig(1e4, 16),
+    mlp=MlpConfig(352),
+    norm=NormConfig(1e-5),
+)
+CONFIGS = {
+    "grouped": BASE,
+    "many heads": replace(BASE, attention=AttentionConfig(8, 8, 32, 0.2, qk_norm="head"), rope=RopeConfig(1e4, 8)),
+    "wide vocabulary": replace(BASE, vocab_size=16384),
+    "soft cap": replace(
+        BASE, attention=AttentionConfig(8, 4, 16, 0.25, soft_cap=5.0), residual=ResidualConfig(post_norms=True)
+    ),
+    "alibi": replace(BASE, attention=AttentionConfig(8, 8, 16, 0.25, alibi=1.0), rope=None),
+    "windows": replace(BASE, windows=(None, 64)),
+    "plain mlp": replace(BASE, mlp=MlpConfig(512, "gelu", bias=True, gated=False)),
+    "experts": replace(BASE, moe=MoeConfig(8, 2, 128, layers=(0, 1))),
+}
+
+# num_seqs, tokens already cached, new tokens of each.
+STEPS = {
+    "one prompt": (1, 0, 512),
+    "a later chunk": (1, 512, 512),
+    "prompts": (4, 0, 128),
+    "decodes": (32, 500, 1),
+    "one decode": (1, 1500, 1),
+    "drafts": (16, 300, 5),
+}
+EVERYTHING = SamplingParams(temperature=0.7, top_k=50, top_p=0.9, min_p=0.01, typical_p=0.95, repetition_penalty=1.1)
+
+
+def held(config: DecoderConfig, step: tuple[int, int, int], dtype: torch.dtype, format: str) -> int:
+    """Bytes that a step of requests with scattered blocks held at its widest."""
+    torch.manual_seed(0)
+    num_seqs, cached, new = step
+    blocks = -(-(cached + new) // BLOCK)
+    groups = config.kv_groups
+    runner = ModelRunner(Decoder(config, RandomParts(format, dtype)), [(num_seqs + 1) * blocks] * len(groups), BLOCK)
+    requests, scheduled = [], []
+    for r in range(num_seqs):
+        # No two blocks of a request are neighbours, so that all must be gathered.
+        table = tuple(1 + r + (num_seqs + 1) * i for i in range(blocks))
+        prompt = tuple((7 * t + r) % 500 for t in range(cached + new))
+        requests.append(NewRequest(str(r), prompt, EVERYTHING, r, frozenset()))
+        scheduled.append(ScheduledRequest(str(r), cached, prompt[cached:], 0, True, (table,) * len(groups)))
+    with LiveBytes() as live:
+        step_output = runner.run(SchedulerOutput(tuple(scheduled), tuple(requests)))
+    assert len(step_output.token_ids) == num_seqs
+    return live.peak
+
+
+def check(config: DecoderConfig, step: tuple[int, int, int], dtype: torch.dtype, format: str = "dense") -> None:
+    num_seqs, cached, new = step
+    shape = sizing.StepShape(num_seqs * new, num_seqs, cached + new, new, BLOCK)
+    bound = sizing.activation_bytes(config, shape, dtype.itemsize, unpacks=format != "dense")
+    found = held(config, step, dtype, format)
+    assert found <= bound <= 2 * found, f"{bound / found:.2f} times what was held"
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_step_holds_at_most_the_bound_and_at_least_half_of_it(config, step):
+    check(config, step, torch.float32)
+
+
+@pytest.mark.parametrize("config", ["grouped", "soft cap", "alibi"])
+def test_the_bound_holds_in_16_bits(config):
+    for step in STEPS.values():
+        check(CONFIGS[config], step, torch.bfloat16)
+
+
+def test_the_bound_holds_where_int8_is_unpacked_for_many_rows():
+    wide = replace(BASE, hidden_size=512, mlp=MlpConfig(2048))
+    for step in ((1, 0, 64), (32, 100, 1)):
+        check(wide, step, torch.float32, "int8")
+    check(replace(BASE, vocab_size=32768, hidden_size=512), (16, 100, 1), torch.float32, "int8")
+
+
+def test_a_batch_of_long_contexts_gathers_no_more_than_its_limit(monkeypatch):
+    """Without the limit 32 decodes of 500 tokens gather 16,000 keys at once."""
+    monkeypatch.setattr(sizing, "BATCHED_KEYS", 2048)
+    monkeypatch.setattr(attention_plan, "BATCHED_KEYS", 2048)
+    check(CONFIGS["many heads"], STEPS["decodes"], torch.float32)
