@@ -252,7 +252,7 @@ class LLM:
                 prompt.token_ids,
                 params,
                 eos_token_ids=self._eos_token_ids(),
-                bad_words_token_ids=bad_word_ids(params, model.tokenizer),
+                bad_words_token_ids=bad_word_ids(params, model.tokenizer, model.config.vocab_size),
             )
         )
         for index, answer_id in enumerate(answer_ids(request_id, params)):

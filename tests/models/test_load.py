@@ -8,7 +8,7 @@ import torch
 
 from paceline.errors import CheckpointError, UsageError
 from paceline.layers.linear import Linear
-from paceline.models.load import load_decoder
+from paceline.models.load import load_decoder, settle_tied_head
 from paceline.models.registry import read_decoder_config
 
 
@@ -66,6 +66,36 @@ def test_tied_head_multiplies_by_the_embedding_and_ignores_a_stored_copy(llama_c
         decoder = load_decoder(checkpoint, dataclasses.replace(config, tie_embeddings=True), dtype=torch.float32)
     assert torch.equal(decoder.head.weight.unpack(), checkpoint.tensors["model.embed_tokens.weight"])
     assert not caplog.records
+
+
+def test_a_tied_head_that_differs_is_used_and_said(llama_checkpoint, config, caplog):
+    """As transformers decides. An equal copy, in another dtype too, leaves them tied, and nothing is said."""
+    tied = dataclasses.replace(config, tie_embeddings=True)
+    checkpoint = llama_checkpoint()
+    table = checkpoint.tensors["model.embed_tokens.weight"]
+    with caplog.at_level(logging.INFO):
+        for copy in (table.clone(), table):
+            checkpoint.tensors["lm_head.weight"] = copy
+            assert settle_tied_head(checkpoint, tied) is tied
+        del checkpoint.tensors["lm_head.weight"]
+        assert settle_tied_head(checkpoint, tied) is tied
+        assert settle_tied_head(checkpoint, config) is config
+        assert not caplog.records
+        for other in (table + 1, table[:-1]):
+            checkpoint.tensors["lm_head.weight"] = other
+            assert settle_tied_head(checkpoint, tied) == config
+    assert "'lm_head.weight' differs from 'model.embed_tokens.weight': it is used as it is, untied" in caplog.text
+    checkpoint.tensors["lm_head.weight"] = table + 1
+    decoder = load_decoder(checkpoint, settle_tied_head(checkpoint, tied), dtype=torch.float32)
+    assert torch.equal(decoder.head.weight.unpack(), table + 1)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_a_vocabulary_that_is_not_the_tables_names_both(llama_checkpoint, config, name):
+    checkpoint = llama_checkpoint()
+    checkpoint.tensors[name] = torch.zeros(60, 32)
+    with pytest.raises(CheckpointError, match=rf"'{name}' has 60 rows and config\.json's vocab_size is 64: download"):
+        load_decoder(checkpoint, config, dtype=torch.float32)
 
 
 def test_values_are_cast_and_owned(llama_checkpoint, config):

@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from paceline.config import RopeConfig, RopeScaling
-from paceline.errors import CheckpointError, UnsupportedModelError
+from paceline.errors import CheckpointError, PacelineError, UnsupportedModelError
 from paceline.models.registry import ARCHITECTURES, FAMILIES, family_of, read_decoder_config
 
 GEMMA3 = {
@@ -58,6 +58,35 @@ def test_missing_key_is_named(llama_config, key):
     del llama_config[key]
     with pytest.raises(CheckpointError, match=f"no '{key}'"):
         read_decoder_config(llama_config)
+
+
+MOE = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2}
+WINDOWED = {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "max_window_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_attention_heads": 5}, "hidden size 32 is not a multiple of its 5 attention heads"),
+        ({"num_key_value_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3: config.json is inconsistent"),
+        ({**MOE, "num_experts_per_tok": 0}, "'num_experts_per_tok' to 0: expected a positive whole number"),
+        ({**MOE, "num_local_experts": 0}, "'num_local_experts' to 0: expected a positive whole number"),
+        ({**MOE, "num_experts_per_tok": 5}, "5 active experts of 4: config.json must name at least one"),
+        ({**WINDOWED, "sliding_window": None}, "sliding attention and no 'sliding_window': it is incomplete"),
+        ({**WINDOWED, "sliding_window": 0}, "'sliding_window' to 0: expected a positive whole number"),
+        ({"rms_norm_eps": "1e-5"}, "'rms_norm_eps' to '1e-5': expected a number"),
+        ({"rms_norm_eps": True}, "'rms_norm_eps' to True: expected a number"),
+        ({"rope_theta": [1]}, r"'rope_theta' to \[1\]: expected a number"),
+        ({"tie_word_embeddings": "no"}, "'tie_word_embeddings' to 'no': expected true or false"),
+        ({"hidden_act": 3}, "'hidden_act' to 3: expected a string"),
+        ({"rope_scaling": "linear"}, "'rope_scaling' to 'linear': expected an object"),
+        ({**WINDOWED, "layer_types": 3}, "'layer_types' to 3: expected a list"),
+    ],
+)
+def test_a_config_that_cannot_be_right_is_named(llama_config, changes, said):
+    with pytest.raises(PacelineError, match=said) as refused:
+        read_decoder_config({**llama_config, **changes})
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("value", [0, -4, "32", 32.0, True, [32]])

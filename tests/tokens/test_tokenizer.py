@@ -129,6 +129,15 @@ def test_a_missing_or_corrupt_tokenizer_says_what_to_do(checkpoint: Callable[...
         load_it(checkpoint(tokenizer_config_DOT_json="{"))
     with pytest.raises(CheckpointError, match="must hold a JSON object, it holds a list"):
         load_it(checkpoint(tokenizer_config_DOT_json="[]"))
+    for malformed in (
+        {"added_tokens_decoder": {"five": {"content": "<a>"}}},
+        {"added_tokens_decoder": {"5": {}}},
+        {"added_tokens_decoder": [1]},
+        {"extra_special_tokens": 5},
+        {"chat_template": [{"name": "default"}]},
+    ):
+        with pytest.raises(CheckpointError, match=r"tokenizer_config\.json has an entry of the wrong form"):
+            load_it(checkpoint(tokenizer_config_DOT_json=json.dumps(malformed)))
     source = checkpoint()
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"has no tokenizer\.json: copy it"):
@@ -136,6 +145,32 @@ def test_a_missing_or_corrupt_tokenizer_says_what_to_do(checkpoint: Callable[...
     (tmp_path / "tokenizer.model").write_bytes(b"sp")
     with pytest.raises(CheckpointError, match=r"tokenizer\.model but no tokenizer\.json: convert it"):
         load_it(source)
+    (tmp_path / "tokenizer.model").unlink()
+    (tmp_path / "qwen.tiktoken").write_bytes(b"bpe")
+    with pytest.raises(CheckpointError, match=r"qwen\.tiktoken but no tokenizer\.json: convert it"):
+        load_it(source)
+
+
+def test_tokens_beyond_the_models_vocabulary_are_said(
+    load: Callable[..., Tokenizer], caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = load("llama3")
+    base = tokenizer.backend.get_vocab_size(with_added_tokens=False)
+    (end,) = tokenizer.eos_token_ids
+    assert end < min(tokenizer.special_token_ids - {0, end})
+    with caplog.at_level("INFO"):
+        assert tokenizer.for_vocabulary(tokenizer.vocab_size) is tokenizer
+        assert not caplog.records
+        assert tokenizer.for_vocabulary(end + 1) is tokenizer
+        said = [(record.levelname, record.getMessage()) for record in caplog.records]
+        caplog.clear()
+        cut = tokenizer.for_vocabulary(end)
+    assert [level for level, _ in said] == ["INFO", "WARNING"]
+    assert f"adds tokens that the model's vocabulary of {end + 1} has not ('<|im_start|>'" in said[0][1]
+    assert f"has {base} tokens and the model {end + 1}" in said[1][1]
+    assert cut.eos_token_ids == frozenset()
+    assert cut.encode("hello there") == tokenizer.encode("hello there")
+    assert f"end-of-sequence ids [{end}] are not in the model's vocabulary of {end}: ignored" in caplog.text
 
 
 def test_a_decoder_that_is_neither_kind_is_refused(checkpoint: Callable[..., Any], tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from paceline.loading.resolve import ModelSource, resolve
 from paceline.log import get_logger
 from paceline.models.fallback import FallbackConfig, load_fallback, measure
 from paceline.models.implementation import Implementation, check_model_impl, choose_config, implementation_of
-from paceline.models.load import load_decoder
+from paceline.models.load import load_decoder, settle_tied_head
 from paceline.models.model import Model
 from paceline.registry import lookup
 from paceline.sampling.params import generation_defaults
@@ -146,6 +146,8 @@ def load_model(options: LoadOptions, progress: Progress | None = None) -> Loaded
         with phases.time("tokenizer"):
             tokenizer = _load_tokenizer(options, source, checkpoint)
         config = choose_config(checkpoint.config, options.model_impl)
+        if tokenizer is not None:
+            tokenizer = tokenizer.for_vocabulary(config.vocab_size)
         dtype = pick_dtype(options.dtype, _stored_dtype(checkpoint), device)
         with phases.time("weights"):
             if isinstance(config, FallbackConfig):
@@ -180,6 +182,7 @@ def _load_decoder(
     device: torch.device,
     progress: Progress | None,
 ) -> _Weights:
+    config = settle_tied_head(checkpoint, config)
     room = _room(
         _weight_bytes(config, options, dtype, device),
         lambda context: _step_bytes(config, options, context, dtype),

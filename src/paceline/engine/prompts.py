@@ -67,8 +67,9 @@ def check_prompt(prompt: TokenPrompt, params: SamplingParams, *, vocab_size: int
     return TokenPrompt(prompt.text, token_ids)
 
 
-def bad_word_ids(params: SamplingParams, tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:
-    """The token sequences that spell params.bad_words, each as it begins a text and as it follows a space."""
+def bad_word_ids(params: SamplingParams, tokenizer: Tokenizer | None, vocab_size: int) -> tuple[tuple[int, ...], ...]:
+    """The token sequences that spell params.bad_words, each as it begins a text and as it follows a space; but for
+    those that the model's vocabulary cannot spell."""
     if not params.bad_words:
         return ()
     if tokenizer is None:
@@ -77,6 +78,6 @@ def bad_word_ids(params: SamplingParams, tokenizer: Tokenizer | None) -> tuple[t
     for word in params.bad_words:
         for spelling in (word.lstrip(), " " + word.lstrip()):
             ids = tuple(tokenizer.encode(spelling, add_special_tokens=False))
-            if ids:
+            if ids and max(ids) < vocab_size:
                 found[ids] = None
     return tuple(found)

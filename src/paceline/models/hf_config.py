@@ -95,6 +95,15 @@ INERT = frozenset(
 )
 
 
+_KINDS: tuple[tuple[tuple[Any, ...], str], ...] = (  # in this order: True is an int too
+    ((bool,), "true or false"),
+    ((int, float), "a number"),
+    ((str,), "a string"),
+    ((Mapping,), "an object"),
+    ((Sequence,), "a list"),
+)
+
+
 class HFConfig:
     """A config.json being read. It remembers which keys a family asked for, so that `check` can judge the others."""
 
@@ -111,7 +120,8 @@ class HFConfig:
 
     def size(self, key: str, default: int | None = None) -> int:
         """The value of `key`, a positive whole number. Raises CheckpointError naming the key and what it holds."""
-        value = self.require(key) if default is None else self.get(key, default)
+        value = self.require(key) if default is None else self.optional(key)
+        value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise CheckpointError(f"config.json sets '{key}' to {value!r}: expected a positive whole number")
         return value
@@ -124,9 +134,15 @@ class HFConfig:
         return float(value)
 
     def get(self, key: str, default: T) -> T:
-        """The value of `key`, or `default` where it is absent or null."""
+        """The value of `key`, or `default` where it is absent or null. Raises CheckpointError naming the key and what
+        it holds where that is of another kind than the default: a number, true or false, a string, ..."""
         value = self.optional(key)
-        return default if value is None else value
+        if value is None:
+            return default
+        accepted, kind = next((types, name) for types, name in _KINDS if isinstance(default, types))
+        if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted):
+            raise CheckpointError(f"config.json sets '{key}' to {value!r}: expected {kind}")
+        return value  # type: ignore[no-any-return]
 
     def optional(self, key: str, absent: Any = None) -> Any:
         """The value of `key`, null included; `absent` where there is none."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from logging import INFO, WARNING
 from typing import Protocol
 
@@ -28,6 +29,7 @@ from paceline.models.registry import family_of
 
 log = get_logger(__name__)
 
+VOCABULARY_TABLES = ("embedding.weight", "head.weight")
 # Stored by old releases of transformers, computed from the config by everyone.
 INERT_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")
 
@@ -128,13 +130,13 @@ class CheckpointParts:
         if len(stored.names) == 1:  # fused in the checkpoint already
             rows = (sum(rows),)
         for part, count in zip(stored.names, rows, strict=True):
-            file = self._check(part, stored.layout.stored_shape((count, *rest)))
+            file = self._check(name, part, stored.layout.stored_shape((count, *rest)))
             values = self.checkpoint.read(file)
             yield stored.layout.ours(values)
             self.used.add(file)
             self.progress.advance(values.nbytes)
 
-    def _check(self, part: str, expected: tuple[int, ...]) -> str:
+    def _check(self, name: str, part: str, expected: tuple[int, ...]) -> str:
         if part not in self.files:
             raise CheckpointError(
                 f"tensor '{part}' is missing from the checkpoint (expected shape {list(expected)}): "
@@ -142,6 +144,11 @@ class CheckpointParts:
             )
         file = self.files[part]
         found = tuple(self.checkpoint.shape(file))
+        if name in VOCABULARY_TABLES and found[1:] == expected[1:] and found != expected:
+            raise CheckpointError(
+                f"tensor '{file}' has {found[0]} rows and config.json's vocab_size is {expected[0]}: download both "
+                "again, or, if tokens were added or removed, set vocab_size to the rows that there are"
+            )
         if found != expected:
             raise CheckpointError(
                 f"tensor '{file}' has shape {list(found)}, expected {list(expected)}: config.json does not belong to it"
@@ -167,6 +174,37 @@ def names_in_file(wanted: Collection[str], stored: Collection[str], prefix: str)
                 found[ours_name] = name
                 break
     return found
+
+
+def settle_tied_head(checkpoint: Tensors, config: DecoderConfig) -> DecoderConfig:
+    """`config`, untied where it ties the output head to the embedding and the checkpoint has a head that differs.
+
+    transformers decides so too (5.23, `tie_weights`): the tensor that was stored is meant. That is said; an equal copy,
+    which every .bin file has, is no news.
+    """
+    if not config.tie_embeddings:
+        return config
+    table, head = _vocabulary_names(config)
+    files = names_in_file({table, head}, checkpoint.names(), family_of(config).prefix)
+    if len(files) < 2:
+        return config
+    table_VD, head_VD = checkpoint.read(files[table]), checkpoint.read(files[head])
+    if torch.equal(table_VD, head_VD.to(table_VD.dtype)):
+        return config
+    log.warning(
+        "config.json ties the output head to the embedding, but '%s' differs from '%s': it is used as it is, untied; "
+        "set tie_word_embeddings to false in config.json",
+        files[head],
+        files[table],
+    )
+    return replace(config, tie_embeddings=False)
+
+
+def _vocabulary_names(config: DecoderConfig) -> tuple[str, str]:
+    """What the family calls the embedding and the output head, tied or not."""
+    rules = family_of(config).weight_rules(replace(config, tie_embeddings=False))
+    theirs = {rule.ours: rule.theirs[0] for rule in rules}
+    return theirs["embedding.weight"], theirs["head.weight"]
 
 
 def load_decoder(
@@ -205,7 +243,9 @@ def load_decoder(
         decoder = Decoder(config, parts, family.block)
     finally:
         parts.progress.done()
-    tied_copy = {"lm_head.weight"} if config.tie_embeddings else set()  # a copy of the embedding
+    tied_copy: set[str] = set()  # of the embedding: settle_tied_head has compared them
+    if config.tie_embeddings:
+        tied_copy.update(names_in_file({_vocabulary_names(config)[1]}, checkpoint.names(), family.prefix).values())
     stored = set(checkpoint.names())
     other = {name for name in stored if name.startswith(OTHER_PARTS)}
     if other:

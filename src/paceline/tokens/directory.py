@@ -29,20 +29,27 @@ def read_directory(path: Path) -> TokenizerParts:
     backend = _read_backend(path)
     config = {**_read_json(path / "special_tokens_map.json"), **_read_json(path / "tokenizer_config.json")}
     named = _named_tokens(config)
-    _add_tokens(backend, config, named)
+    try:
+        _add_tokens(backend, config, named)
+        templates = _read_templates(path, config)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # an entry is not what it has to be
+        raise CheckpointError(
+            f"{path / 'tokenizer_config.json'} has an entry of the wrong form ({error!r}): download it again"
+        ) from error
     eos_id = backend.token_to_id(named["eos_token"]) if "eos_token" in named else None
     return TokenizerParts(
         backend=backend,
         named_tokens=named,
         eos_token_ids=frozenset() if eos_id is None else frozenset({eos_id}),
-        templates=_read_templates(path, config),
+        templates=templates,
     )
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
     file = path / "tokenizer.json"
     if not file.is_file():
-        others = [name for name in ("tokenizer.model", "tekken.json", "vocab.json") if (path / name).is_file()]
+        kinds = ("*.model", "*.tiktoken", "tekken.json", "vocab.json")
+        others = [file.name for kind in kinds for file in sorted(path.glob(kind))]
         if others:
             raise CheckpointError(
                 f"{path} has {others[0]} but no tokenizer.json: convert it once with transformers, "

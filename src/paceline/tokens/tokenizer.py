@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from paceline.errors import ChatTemplateError, CheckpointError, UsageError
 from paceline.loading.gguf import read_gguf
+from paceline.log import get_logger
 from paceline.tokens.chat_template import Messages, render_chat
 from paceline.tokens.directory import read_directory
 from paceline.tokens.gguf_tokenizer import tokenizer_from_metadata
@@ -22,6 +23,8 @@ from paceline.tokens.pieces import decode_rule, first_token_bytes, strip_start, 
 if TYPE_CHECKING:
     from paceline.loading.resolve import ModelSource
 
+log = get_logger(__name__)
+
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -29,6 +32,7 @@ class Tokenizer:
     """A `tokenizers.Tokenizer` (as `backend`) with the checkpoint's special tokens and chat templates."""
 
     def __init__(self, parts: TokenizerParts) -> None:
+        self._parts = parts
         self.backend = parts.backend
         self.eos_token_ids = parts.eos_token_ids
         self.named_tokens = parts.named_tokens
@@ -38,6 +42,30 @@ class Tokenizer:
         self.vocab_size: int = self.backend.get_vocab_size(with_added_tokens=True)
         self._rule = decode_rule(self.backend)
         self._bytes: dict[int, bytes | None] = {}  # a memo of token_bytes, filled as ids are met
+
+    def for_vocabulary(self, vocab_size: int) -> Tokenizer:
+        """The tokenizer of a model with `vocab_size` tokens: end tokens that it does not have end nothing, and go. What
+        lies beyond the model is said; prompts that hold it are refused (engine/prompts.py)."""
+        beyond = [i for i in self.backend.get_added_tokens_decoder() if i >= vocab_size]
+        if beyond:
+            shown = ", ".join(repr(self.token_string(i)) for i in beyond[:3])
+            log.info(
+                "the tokenizer adds tokens that the model's vocabulary of %d has not (%s): prompts must not hold them",
+                vocab_size,
+                shown,
+            )
+        if self.backend.get_vocab_size(with_added_tokens=False) > vocab_size:
+            log.warning(
+                "the tokenizer has %d tokens and the model %d: is it this model's? Prompts that hold one of the others "
+                "are refused",
+                self.backend.get_vocab_size(with_added_tokens=False),
+                vocab_size,
+            )
+        outside = sorted(i for i in self.eos_token_ids if i >= vocab_size)
+        if not outside:
+            return self
+        log.warning("end-of-sequence ids %s are not in the model's vocabulary of %d: ignored", outside, vocab_size)
+        return Tokenizer(replace(self._parts, eos_token_ids=self.eos_token_ids - frozenset(outside)))
 
     # ------------------------------------------------------------------------------------------- encoding
 
