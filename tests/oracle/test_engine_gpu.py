@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -91,6 +92,71 @@ def test_low_precision_is_no_worse_than_transformers(
         theirs = plain(torch.tensor([sequence], device="cuda"), use_cache=False).logits[0].float().cpu()
     ours = pages(decoder, [sequence]).run()[0].float().cpu()
     assert (ours - exact).norm() <= 2 * (theirs - exact).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_every_variant_on_the_device_is_transformers(
+    each_model: Any, pages: Any, dtype: torch.dtype, prompts: list[list[int]]
+):
+    """Logits in chunks of 7, in float32 transformers' own, in bfloat16 within twice what its modules lose."""
+    decoder = load_decoder(each_model.checkpoint, each_model.config, dtype=dtype, device="cuda")
+    found = [logits.float().cpu() for logits in pages(decoder, prompts).run(7)]
+    exact = [each_model.hf_logits(prompt) for prompt in prompts]
+    if dtype == torch.float32:
+        for logits, expected in zip(found, exact, strict=True):
+            torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+        return
+    plain = copy.deepcopy(each_model.hf).to("cuda", dtype)
+    with torch.inference_mode():
+        theirs = [plain(torch.tensor([p], device="cuda"), use_cache=False).logits[0].float().cpu() for p in prompts]
+    error, allowed = (sum((a - b).norm() for a, b in zip(x, exact, strict=True)) for x in (found, theirs))
+    assert error <= 2 * allowed
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral", "bloom"])
+def test_beams_and_prompt_scores_on_the_device_are_those_of_the_cpu(tiny_model: Callable[[str], Any], name: str):
+    model = tiny_model(name)
+    beams = SamplingParams(n=2, best_of=4, use_beam_search=True, max_tokens=10, temperature=0)
+    scored = SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=2)
+
+    def answers(device: str) -> list[Any]:
+        options = {"device": device, "dtype": "float32", "skip_tokenizer_init": True, "num_blocks": 64, "block_size": 4}
+        with LLM(str(model.directory), **options) as llm:
+            prompts = [{"prompt_token_ids": prompt} for prompt in random_prompts()[:3]]
+            return llm.generate(prompts, beams) + llm.generate(prompts, scored)
+
+    for ours, theirs in zip(answers("cuda"), answers("cpu"), strict=True):
+        assert [one.token_ids for one in ours.outputs] == [one.token_ids for one in theirs.outputs]
+        for one, two in zip(ours.prompt_logprobs or (), theirs.prompt_logprobs or (), strict=True):
+            assert (one is None) == (two is None)
+            for token in (one or {}).keys() & (two or {}).keys():
+                assert one[token].logprob == pytest.approx(two[token].logprob, abs=1e-4)
+
+
+def test_transformers_modules_on_the_device_are_those_of_the_cpu(tiny_model: Callable[[str], Any]):
+    directory, params = str(tiny_model("llama-mqa").directory), SamplingParams(temperature=0, max_tokens=8)
+    found = []
+    for device in ("cuda", "cpu"):
+        options = {"device": device, "dtype": "float32", "skip_tokenizer_init": True, "num_blocks": 64}
+        with LLM(directory, model_impl="transformers", **options) as llm:
+            outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in random_prompts()], params)
+            found.append([output.outputs[0].token_ids for output in outputs])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("place", ["host", "disk"])
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_offloaded_weights_give_the_same_tokens(
+    tiny_model: Callable[[str], Any], tmp_path: Any, place: str, quantization: str | None
+):
+    directory, params = str(tiny_model("mixtral").directory), SamplingParams(temperature=0, max_tokens=8)
+    prompts = [{"prompt_token_ids": prompt} for prompt in random_prompts()]
+    found = []
+    for options in ({}, {"offload": place, "offload_dir": str(tmp_path), "memory_gib": 0.25}):
+        common = {"device": "cuda", "dtype": "float32", "skip_tokenizer_init": True, "quantization": quantization}
+        with LLM(directory, **common, **options) as llm:
+            found.append([output.outputs[0].token_ids for output in llm.generate(prompts, params)])
+    assert found[0] == found[1]
 
 
 def test_int8_on_the_device_multiplies_by_its_own_values():
