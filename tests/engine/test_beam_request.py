@@ -17,15 +17,15 @@ FULL = KVGroup("full", (0,), None, 1, 1)
 CLOSE, FAR = (-0.1, -0.2, -0.3, -9.9), (-0.1, -9.0, -9.5, -9.9)  # after CLOSE and FAR each beam has one child
 
 
-def make(num_blocks=100, depth=0, block_size=4, **scheduler):
+def make(num_blocks=100, depth=0, block_size=4, caching=False, group=FULL, **scheduler):
     scheduler = {"max_num_seqs": 8, "max_num_batched_tokens": 64, **scheduler}
     config = EngineConfig(
         max_model_len=100,
-        cache=CacheConfig(block_size=block_size, enable_prefix_caching=False),
+        cache=CacheConfig(block_size=block_size, enable_prefix_caching=caching),
         scheduler=SchedulerConfig(**scheduler),
         async_depth=depth,
     )
-    return Scheduler(config, (FULL,), (num_blocks,))
+    return Scheduler(config, (group,), (num_blocks,))
 
 
 def add_beams(scheduler, request_id, prompt, width=3, n=1, **params):
@@ -113,6 +113,17 @@ def test_beams_without_children_give_their_blocks_back_at_once():
     assert len(scheduler.cache.request_ids) == 3
 
 
+def test_what_leaves_a_window_is_free_before_the_first_beam_needs_a_block():
+    """The prompt's 4 blocks fill the pool. Its last one and three new ones are the 4 that three beams need."""
+    scheduler = make(num_blocks=4, group=KVGroup("window", (0,), 4, 1, 1))
+    add_beams(scheduler, "a", range(16))
+    step(scheduler, CLOSE)
+    assert used(scheduler) == 4
+    output, updates = step(scheduler)
+    assert len(output.scheduled) == 3
+    assert updates == []
+
+
 def test_blocks_are_free_when_the_search_ends_and_the_runner_is_told():
     scheduler = make()
     add_beams(scheduler, "a", range(8), width=2, n=2, max_tokens=2)
@@ -127,6 +138,16 @@ def test_blocks_are_free_when_the_search_ends_and_the_runner_is_told():
     assert used(scheduler) == 0
     assert scheduler.schedule().finished == ("a#beam0", "a#beam1")
     assert not scheduler.has_work
+
+
+def test_the_prefix_cache_keeps_the_prompt_and_no_branch():
+    scheduler = make(caching=True)
+    add_beams(scheduler, "a", range(10), width=2, max_tokens=20)
+    for _ in range(20):
+        _, updates = step(scheduler, CLOSE)
+    (best,) = updates
+    add(scheduler, "b", (*range(10), *best.new_token_ids))
+    assert step(scheduler)[0].scheduled[0].start == 8
 
 
 def test_a_stop_token_of_the_user_is_named():

@@ -46,8 +46,10 @@ def test_an_end_among_the_best_is_an_answer_and_a_worse_one_is_not():
     assert [answer.beam.token_ids for answer in made.answers] == [(END,)]
     assert tokens(made) == [(1,), (2,)]
     made = search()
-    made.advance([candidates(t1=-0.1, t2=-0.2, t9=-0.3)])
-    assert made.answers == []
+    made.advance([candidates(t1=-0.1, t2=-0.15)])
+    made.advance([candidates(t3=-0.1, t9=-0.2), candidates(t9=-0.2, t4=-0.3)])
+    assert [answer.beam.token_ids for answer in made.answers] == [(1, END)]  # (2, END) is third, of two beams
+    assert tokens(made) == [(1, 3), (2, 4)]
 
 
 def test_min_tokens_keep_a_beam_from_ending():

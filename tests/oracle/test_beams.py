@@ -174,3 +174,25 @@ def test_beams_among_other_requests_get_what_they_get_alone(model, name, machine
             assert [update.new_token_ids for update in updates] == [update.new_token_ids for update in alone]
     preempted = engine.scheduler.stats.num_preemptions
     assert preempted > 2 if "blocks" in machinery else preempted == 0
+
+
+def test_nan_fails_the_beams_and_nobody_else(model):
+    decoder, _ = model("llama")
+    config = EngineConfig(max_model_len=256, cache=CacheConfig(4, 64, False))
+    runner = ModelRunner(decoder, (64,), 4)
+    engine = Engine(config, decoder.kv_groups, (64,), runner)
+    plain = SamplingParams(temperature=0, max_tokens=8)
+    engine.add_request(EngineRequest("beams", PROMPT, beams(3, 2)))
+    engine.add_request(EngineRequest("plain", PROMPT, plain))
+    for _ in range(3):
+        engine.step()
+    block = engine.scheduler.cache.block_tables("beams#beam1")[0][2]  # the second beam's own, from here on
+    runner.kv[0].k_HSD[:, block * 4 : block * 4 + 4] = float("nan")
+    runner.kv[0].v_HSD[:, block * 4 : block * 4 + 4] = float("nan")
+    last = {}
+    while engine.has_work:
+        last |= {update.request_id: update for update in engine.step()}
+    assert {name for name, update in last.items() if update.error} == {"beams#0", "beams#1"}
+    assert "not finite" in (last["beams#0"].error or "")
+    assert last["plain"].finish_reason == "length"
+    assert set(engine.scheduler.stats.cache.used_blocks) == {0}
