@@ -46,6 +46,7 @@ PARAMETERS = {
     "pythia-6.9b": 6_857_302_016,
     "qwen2-vl-7b-instruct": 7_615_616_512,
     "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-vl-4b-instruct": 4_022_468_096,
     "smollm3-3b": 3_075_098_624,
     "stablelm-2-1_6b": 1_644_515_328,
     "starcoder": 15_517_456_384,

@@ -79,3 +79,36 @@ def test_vision_tensors_are_left_unread_and_said_in_one_line(llava, llama_checkp
     assert [record.message for record in caplog.records if "plain torch" not in record.message] == [
         "text only: 1 tensors, of the part that sees images, are not loaded"
     ]
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "language_model.lm_head.weight"])
+def test_the_copy_of_a_tied_head_is_no_surprise(llava, llama_checkpoint, name, caplog):
+    checkpoint = llama_checkpoint()
+    checkpoint.tensors[name] = checkpoint.tensors.pop("lm_head.weight")
+    with caplog.at_level(logging.WARNING):
+        load_decoder(checkpoint, read_decoder_config({**llava, "tie_word_embeddings": True}), dtype=torch.float32)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("config_class", "kind", "architecture"),
+    [
+        ("Gemma3Config", "gemma3_text", "Gemma3ForConditionalGeneration"),
+        ("LlavaConfig", "llama", "LlavaForConditionalGeneration"),
+        ("LlavaConfig", "mistral", "LlavaForConditionalGeneration"),
+        ("LlavaConfig", "qwen2", "LlavaForConditionalGeneration"),
+        ("LlavaConfig", "qwen3", "LlavaForConditionalGeneration"),
+        ("Qwen2VLConfig", "qwen2_vl_text", "Qwen2VLForConditionalGeneration"),
+        ("Qwen2_5_VLConfig", "qwen2_5_vl_text", "Qwen2_5_VLForConditionalGeneration"),
+        ("Qwen3VLConfig", "qwen3_vl_text", "Qwen3VLForConditionalGeneration"),
+    ],
+)
+def test_what_a_text_config_leaves_out_is_what_transformers_takes(config_class, kind, architecture, caplog):
+    import transformers
+
+    made = getattr(transformers, config_class)(text_config={"model_type": kind})
+    full = {**json.loads(made.to_json_string(use_diff=False)), "architectures": [architecture]}
+    with caplog.at_level(logging.WARNING, logger="paceline"):
+        spelled_out = read_decoder_config(full)
+    assert not [record for record in caplog.records if record.name.startswith("paceline")]
+    assert read_decoder_config({"architectures": [architecture], "text_config": {"model_type": kind}}) == spelled_out

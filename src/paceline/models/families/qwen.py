@@ -14,9 +14,12 @@ def decoder_config(hf: HFConfig) -> DecoderConfig:
     head_dim = hf.size("head_dim", 128) if qwen3 else read_head_dim(hf, hidden, heads)
     rope = read_rope(hf, head_dim)
     bias = hf.get("attention_bias", False) if qwen3 else True
-    window, full_layers = hf.optional("sliding_window", 4096), hf.get("max_window_layers", 28)
-    kinds = ["full_attention" if layer < full_layers else "sliding_attention" for layer in range(layers)]
-    windows = read_windows(hf, kinds, window if hf.get("use_sliding_window", False) else None)
+    window = hf.optional("sliding_window", 4096)
+    window = window if hf.get("use_sliding_window", False) else None
+    full_layers = hf.get("max_window_layers", 28)
+    kinds = [
+        "full_attention" if window is None or layer < full_layers else "sliding_attention" for layer in range(layers)
+    ]
     return DecoderConfig(
         family="qwen",
         vocab_size=hf.size("vocab_size"),
@@ -35,7 +38,7 @@ def decoder_config(hf: HFConfig) -> DecoderConfig:
         rope=rope,
         mlp=MlpConfig(hf.size("intermediate_size"), read_activation(hf, "hidden_act", "silu")),
         norm=NormConfig(eps=hf.get("rms_norm_eps", 1e-6)),
-        windows=windows,
+        windows=read_windows(hf, kinds, window),
         tie_embeddings=hf.get("tie_word_embeddings", False),
     )
 
