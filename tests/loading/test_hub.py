@@ -21,9 +21,15 @@ import pytest
 from paceline.loading.hub import reachable
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+HEADER = json.dumps(
+    {
+        "a": {"dtype": "BF16", "shape": [100, 30], "data_offsets": [0, 6000]},
+        "b": {"dtype": "F32", "shape": [250], "data_offsets": [6000, 7000]},
+    }
+).encode()
 FILES = {
     "config.json": b'{"model_type": "llama"}',
-    "model.safetensors": b"weights" * 1000,
+    "model.safetensors": len(HEADER).to_bytes(8, "little") + HEADER + b"weights" * 1000,
     "tokenizer.json": b"{}",
     "pytorch_model.bin": b"pickle",
     "original/consolidated.safetensors": b"again",
@@ -55,6 +61,20 @@ except PacelineError as error:
 """
 
 
+DESCRIBE = """
+import json, sys
+from pathlib import Path
+from paceline.errors import PacelineError
+from paceline.loading.description import describe
+try:
+    found = describe(sys.argv[1])
+    names = sorted(path.name for path in Path(sys.argv[2]).rglob("snapshots/*/*"))
+    print(json.dumps([dict(found.config), dict(found.stored), found.stored_dtype, found.note, names]))
+except PacelineError as error:
+    print(json.dumps([type(error).__name__, str(error)]))
+"""
+
+
 class Hub(BaseHTTPRequestHandler):
     """What the hub answers for REPOSITORIES (branch main), 'org/gated' (403) and any other name (404)."""
 
@@ -78,8 +98,12 @@ class Hub(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
             info = {"id": repo, "sha": COMMIT, "siblings": siblings, "private": False, "tags": [], "downloads": 0}
             self.reply(200, json.dumps(info).encode(), {}, body)
-        elif path.startswith(f"/{repo}/resolve/{COMMIT}/"):
-            data = files[path.removeprefix(f"/{repo}/resolve/{COMMIT}/")]
+        elif path.startswith((f"/{repo}/resolve/{COMMIT}/", f"/{repo}/resolve/main/")):
+            name = path.split("/", 5)[5]
+            if name not in files:
+                self.reply(404, b"{}", {"X-Error-Code": "EntryNotFound"}, body)
+                return
+            data = files[name]
             tag = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
             self.reply(200, data, tag, body)
         elif files and path.startswith(f"/api/models/{repo}/revision/"):
@@ -111,10 +135,18 @@ def hub() -> Iterator[str]:
 
 
 def run_resolve(name: str, home: Path, **environment: str) -> list[Any]:
+    return run(RESOLVE, name, home, **environment)
+
+
+def run(code: str, name: str, home: Path, **environment: str) -> list[Any]:
     clean = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
     settings = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", **environment}
     done = subprocess.run(
-        [sys.executable, "-c", RESOLVE, name], env={**clean, **settings}, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code, name, str(home)],
+        env={**clean, **settings},
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no bars or warnings of the hub's own
@@ -155,6 +187,25 @@ def test_pickled_weights_are_fetched_where_there_are_no_others(hub: str, tmp_pat
     (Path(path) / "pytorch_model-00002-of-00002.bin").unlink()
     kind, message = run_resolve("org/old", tmp_path, HF_ENDPOINT=hub, HF_HUB_OFFLINE="1")
     assert (kind, "org/old" in message) == ("DownloadError", True)
+
+
+def test_a_description_takes_the_config_and_the_headers_alone(hub: str, tmp_path: Path) -> None:
+    answer = run(DESCRIBE, "org/tiny@main", tmp_path, HF_ENDPOINT=hub)
+    assert len(answer) == 5, answer
+    config, stored, dtype, note, files = answer
+    assert (config, stored, dtype) == ({"model_type": "llama"}, {"bfloat16": 3000, "float32": 250}, "bfloat16")
+    assert note == f"config.json and headers, commit {COMMIT[:12]}"
+    assert files == ["config.json"]
+    # Without the hub the config is in the cache, and the headers are not.
+    config, stored, dtype, note, _ = run(DESCRIBE, "org/tiny@main", tmp_path, HF_ENDPOINT=hub, HF_HUB_OFFLINE="1")
+    assert (config, stored, dtype) == ({"model_type": "llama"}, {}, "float32")
+    assert note == "config.json from the cache, as the hub is switched off by HF_HUB_OFFLINE"
+    kind, message = run(DESCRIBE, "org/other", tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
+    assert kind == "DownloadError"
+    assert "'org/other' is not in the cache and http://127.0.0.1:9 does not answer" in message
+    assert run(DESCRIBE, "org/none", tmp_path, HF_ENDPOINT=hub)[0] == "ModelNotFoundError"
+    pickled = run(DESCRIBE, "org/old", tmp_path, HF_ENDPOINT=hub)
+    assert pickled[1:4] == [{}, "float32", f"config.json, commit {COMMIT[:12]}"]
 
 
 @pytest.mark.parametrize(

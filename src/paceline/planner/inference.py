@@ -64,6 +64,8 @@ class PlanOptions:
                 raise UsageError(f"{name} must be greater than 0, got {value}")
         if self.bandwidth is not None and self.measure:
             raise UsageError("bandwidth and measure contradict each other: give one of them")
+        if self.gpu is not None and self.memory is not None:
+            raise UsageError("gpu and memory both say how much memory there is: give one of them")
         if self.measure and self.gpu is not None:
             raise UsageError("measure reads this machine's memory, not that of another GPU: give bandwidth, or no gpu")
         SchedulerConfig(self.max_num_seqs, self.max_num_batched_tokens)  # checks both

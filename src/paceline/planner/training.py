@@ -69,6 +69,8 @@ class TrainingOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")
+        if self.gpu is not None and self.memory is not None:
+            raise UsageError("gpu and memory both say how much memory there is: give one of them")
         if self.devices % self.tensor_parallel:
             raise UsageError(
                 f"devices ({self.devices}) must be a multiple of tensor_parallel ({self.tensor_parallel}): each group "
