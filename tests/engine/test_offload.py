@@ -64,6 +64,7 @@ def test_a_model_eight_times_the_memory_gives_the_same_tokens(three_layers, tmp_
         assert llm.model.stream.store.nbytes == pytest.approx(nbytes, rel=0.01)
     told = next(record.message for record in caplog.records if record.message.startswith("offload: every step"))
     assert "GiB from disk, measured at" in told
+    assert "what the system caches of the file" in told
     assert "tokens/s for one request" in told
 
 

@@ -82,15 +82,16 @@ def open_store(place: str, directory: str | None, total: int, device: torch.devi
 
 
 def tell_speed(stream: WeightStream, step_bytes: int) -> None:
-    """Measure the stream, and say what a step will take at least."""
+    """Measure the stream, and say what reading will take of a step."""
     rate = stream.measure()
     seconds = step_bytes / rate
     log.warning(
-        "offload: every step reads %s from %s, measured at %.2f GB/s: at least %.2g s a step, at most %.2g tokens/s "
-        "for one request (requests run together share the reading)",
+        "offload: every step reads %s from %s, measured at %.2f GB/s: %.2g s of reading a step, or %.2g tokens/s for "
+        "one request (requests run together share the reading%s)",
         sizing.gib(step_bytes),
         stream.store.kind,
         rate / 1e9,
         seconds,
         1 / seconds,
+        "; what the system caches of the file comes faster" if stream.store.kind == "disk" else "",
     )
