@@ -66,6 +66,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4": ("Glm4Config", {"head_dim": 16}),
     "helium": ("HeliumConfig", {"head_dim": 12}),
     "hunyuan_v1_dense": ("HunYuanDenseV1Config", {"head_dim": 16}),
+    "jetmoe": ("JetMoeConfig", {"kv_channels": 16, "num_local_experts": 4}),
     "nemotron": ("NemotronConfig", {}),
     "olmo": ("OlmoConfig", {"clip_qkv": 0.5}),
     "olmoe": ("OlmoeConfig", {"num_experts": 4, **EXPERTS}),
@@ -79,6 +80,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "bert": ("BertConfig", {"is_decoder": False}, "neither causal nor a sliding window"),
     "bart": ("BartConfig", {"d_model": 48, "is_encoder_decoder": False}, "takes no 'input_ids'"),
+    "doge": ("DogeConfig", {"head_dim": 16}, "adds a mask or a bias of its own"),
     "gpt_oss": ("GptOssConfig", {"num_local_experts": 4, "head_dim": 16}, "'s_aux', which paceline does not compute"),
     "gptj": ("GPTJConfig", {"rotary_dim": 8}, "none of its layers attends through"),
     "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention", "conv"]}, "more than keys and values"),
@@ -232,6 +234,16 @@ def test_a_wrong_scale_fails_the_check(save, monkeypatch):
     monkeypatch.setattr(fallback_attention, "paged_attention", lambda *a, scale, **k: real(*a, scale=scale * 1.1, **k))
     with pytest.raises(UnsupportedModelError, match=r"off by .* over a paged cache, and by .* in pieces"):
         save(*RUNS["phi"]).load()
+
+
+def test_a_forward_that_attends_in_another_order_is_refused(save, pages):
+    model = save(*RUNS["phi"]).load()
+    model.calls = model.calls[::-1]
+    with pytest.raises(UnsupportedModelError, match="PhiAttention of layer 0 attends in another order"):
+        pages(model, [[1, 2, 3]]).run()
+    model.calls = [*model.calls[::-1], model.calls[0]]
+    with pytest.raises(UnsupportedModelError, match="3 attention calls in a forward that had 4"):
+        pages(model, [[1, 2, 3]]).run()
 
 
 def test_the_log_says_which_model_and_what_is_slower(save, caplog):

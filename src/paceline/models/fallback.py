@@ -257,6 +257,11 @@ class _Given(nn.Module):
 
     hidden: torch.Tensor | None = None
 
+    @property
+    def decoder(self) -> _Given:
+        """OPT's head asks for it past the body."""
+        return self
+
     def forward(self, *_: Any, **__: Any) -> _GivenOutput:
         assert self.hidden is not None
         return _GivenOutput(self.hidden)

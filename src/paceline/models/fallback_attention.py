@@ -117,7 +117,7 @@ def attention(
     write_kv(k_TKD, v_TKD, kv, step.attention.groups[kv.group].slot_mapping_T)
     scale = key_dim**-0.5 if scaling is None else float(scaling)
     out_THD = paged_attention(q_THD.contiguous(), kv, step.attention, scale=scale, soft_cap=softcap)
-    return out_THD[None, :, :, :value_dim].to(dtype), None
+    return out_THD[None, :, :, :value_dim].to(dtype).contiguous(), None
 
 
 def probe_attention(
@@ -151,13 +151,14 @@ def describe_mask(
     q_length: int | None = None,
     cache_position: torch.Tensor | None = None,
     local_size: int | None = None,
+    device: torch.device | str = "cpu",
     **_: Any,
 ) -> torch.Tensor:
     """transformers' mask interface: [batch, 1, queries, keys], all of them MARK plus the window that was asked for."""
     queries = q_length if cache_position is None else cache_position.shape[0]
     longest = getattr(config, "max_position_embeddings", None) or LONGEST_CONTEXT
     window = read_window(mask_function, local_size, min(longest, LONGEST_CONTEXT))
-    return torch.full((batch_size, 1, queries or kv_length, kv_length), window + MARK)
+    return torch.full((batch_size, 1, queries or kv_length, kv_length), window + MARK, device=device)
 
 
 def read_window(mask_function: Callable[..., torch.Tensor], window: int | None, longest: int) -> int:
