@@ -12,7 +12,16 @@ import transformers
 from paceline.config import KVGroup
 from paceline.errors import CheckpointError, UnsupportedModelError
 from paceline.models.fallback import group_calls, read_fallback_config
-from paceline.models.fallback_attention import FULL, UNKNOWN, AttentionCall, read_window
+from paceline.models.fallback_attention import (
+    FULL,
+    MARK,
+    UNKNOWN,
+    AttentionCall,
+    Port,
+    Probing,
+    probe_attention,
+    read_window,
+)
 from paceline.models.implementation import choose_config
 
 PHI = {
@@ -60,6 +69,26 @@ def test_a_mask_is_read_at_any_length():
 )
 def test_any_other_mask_is_unknown(mask):
     assert read_window(mask, 50_000, 100_000) == UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("mask", "said"),
+    [
+        (None, "without a causal mask"),
+        (torch.full((1, 1, 3, 3), MARK + UNKNOWN), "neither causal nor a sliding window"),
+        (torch.full((1, 1, 3, 3), MARK).index_fill(3, torch.tensor([2]), 9.5), "a mask or a bias of its own"),
+        (torch.full((1, 1, 3, 3), MARK + 0.25), "a mask or a bias of its own"),
+        (torch.zeros(1, 1, 3, 3, dtype=torch.bool), "a mask or a bias of its own"),
+    ],
+)
+def test_a_probed_call_with_another_mask_is_refused(mask, said):
+    module = torch.nn.Identity()
+    Port(module).current = Probing()
+    heads_1HTD = torch.ones(1, 2, 3, 4)
+    probe_attention(module, heads_1HTD, heads_1HTD, heads_1HTD, torch.full((1, 1, 3, 3), MARK + 6))
+    assert module.paceline_port.current.calls == [AttentionCall(module, 2, 4, 6)]
+    with pytest.raises(UnsupportedModelError, match=said):
+        probe_attention(module, heads_1HTD, heads_1HTD, heads_1HTD, mask)
 
 
 def test_calls_are_grouped_by_window_and_shape():
