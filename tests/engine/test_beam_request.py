@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from paceline.config import CacheConfig, EngineConfig, KVGroup, SchedulerConfig
@@ -20,7 +22,7 @@ CLOSE, FAR = (-0.1, -0.2, -0.3, -9.9), (-0.1, -9.0, -9.5, -9.9)  # after CLOSE a
 def make(num_blocks=100, depth=0, block_size=4, caching=False, group=FULL, **scheduler):
     scheduler = {"max_num_seqs": 8, "max_num_batched_tokens": 64, **scheduler}
     config = EngineConfig(
-        max_model_len=100,
+        max_model_len=1001,
         cache=CacheConfig(block_size=block_size, enable_prefix_caching=caching),
         scheduler=SchedulerConfig(**scheduler),
         async_depth=depth,
@@ -122,6 +124,33 @@ def test_what_leaves_a_window_is_free_before_the_first_beam_needs_a_block():
     output, updates = step(scheduler)
     assert len(output.scheduled) == 3
     assert updates == []
+
+
+@pytest.mark.parametrize("prompt", [16, 500])
+def test_eight_beams_at_a_thousand_tokens_hold_less_than_half(prompt):
+    """Of what 8 separate sequences hold. After a prompt of one block nearly all of it is due to common ancestors.
+
+    Every beam's candidates are drawn alike, so all beams soon descend from one: lineages meet after some tens of steps.
+    """
+    scheduler = make(num_blocks=600, block_size=16)
+    add_beams(scheduler, "a", range(prompt), width=8, max_tokens=1000 - prompt)
+    draw = random.Random(4).uniform
+    held = []
+    while True:
+        output = scheduler.schedule()
+        length = output.scheduled[0].start + len(output.scheduled[0].token_ids)
+        held.append((length, used(scheduler) / (8 * -(-length // 16))))
+        chosen = {r.request_id: drawn_candidates(draw) for r in output.scheduled if r.samples}
+        if scheduler.update(output, StepOutput({}, candidates=chosen)):
+            break
+    assert held[-1][0] == 999
+    assert held[-1][1] < 0.45  # of Kwon et al. 2023: beam search saves up to 55% of the memory
+    assert max(share for length, share in held if length > max(prompt, 100)) < 0.6
+
+
+def drawn_candidates(draw):
+    values = tuple(sorted((-draw(0.1, 6) for _ in range(16)), reverse=True))
+    return Candidates(tuple(range(16)), values, values)
 
 
 def test_blocks_are_free_when_the_search_ends_and_the_runner_is_told():
@@ -231,6 +260,24 @@ def test_a_preempted_request_shares_its_blocks_again():
         path[: (i + 1) * 4] for path in ((*range(8), *path) for path in tokens) for i in range((len(path) - 1) // 4)
     }
     assert peak == len(whole) + 3
+
+
+def test_a_copy_for_a_step_that_never_came_is_forgotten():
+    """One block is left for two copies: the request is preempted between them. When it is computed again, the block
+    that the first copy went to may be another's."""
+    scheduler = make(num_blocks=8, policy="priority")
+    add(scheduler, "b", range(13), priority=0, max_tokens=3)
+    add_beams(scheduler, "a", range(10), priority=1)
+    step(scheduler, CLOSE)
+    assert used(scheduler) == 7
+    step(scheduler)
+    assert scheduler.stats.num_preemptions == 1
+    for _ in range(5):
+        output, _ = step(scheduler)
+        if any(r.request_id != "b" for r in output.scheduled):
+            break
+    assert [(r.request_id, r.start) for r in output.scheduled] == [("a#beam0", 0)]
+    assert output.copies == ()
 
 
 def test_a_request_that_outgrows_the_cache_fails_in_all_its_answers():
