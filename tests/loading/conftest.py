@@ -41,6 +41,9 @@ SOURCES = {
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"vocab_size": 96, "n_embd": 64, "n_layer": 3, "n_head": 4}),
     "gptneox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {**OLD_SIZES, "intermediate_size": 96}),
     "bloom": ("BloomConfig", "BloomForCausalLM", {"vocab_size": 96, "hidden_size": 64, "n_layer": 3, "n_head": 4}),
+    "olmo3": ("Olmo3Config", "Olmo3ForCausalLM", SIZES),
+    "starcoder2": ("Starcoder2Config", "Starcoder2ForCausalLM", SIZES),
+    "mpt": ("MptConfig", "MptForCausalLM", {"vocab_size": 96, "d_model": 64, "n_layers": 3, "n_heads": 4}),
     "falcon": ("FalconConfig", "FalconForCausalLM", OLD_SIZES),
 }
 
@@ -88,7 +91,7 @@ def write_gguf(tmp_path: Path, hub_tensors: Callable[..., Any]) -> Callable[...,
     ) -> Path:
         """`model` as llama.cpp's converter would store it, values as float32 or quantised by the gguf package.
         `split`: tensors a part. `drop`: keys that this architecture's converter does not write."""
-        architecture = "llama" if architecture == "mixtral" else architecture
+        architecture = {"mixtral": "llama", "olmo3": "olmo2"}.get(architecture, architecture)
         path = tmp_path / f"{architecture}-{quantization}.gguf"
         writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split)
         for key, value in {**standard_keys(model.config), **(extra or {})}.items():
@@ -125,13 +128,13 @@ def standard_keys(config: Any) -> dict[str, Any]:
     head_dim = getattr(config, "head_dim", None) if "head_dim" in config.to_dict() else None
     return {
         "block_count": config.num_hidden_layers,
-        "context_length": get("max_position_embeddings", "seq_length"),
+        "context_length": get("max_position_embeddings", "seq_length", "max_seq_len"),
         "embedding_length": config.hidden_size,
         "feed_forward_length": get("intermediate_size", "n_inner") or 4 * config.hidden_size,
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": get("num_key_value_heads"),
         "attention.layer_norm_rms_epsilon": get("rms_norm_eps"),
-        "attention.layer_norm_epsilon": get("layer_norm_eps", "layer_norm_epsilon"),
+        "attention.layer_norm_epsilon": get("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"),
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
         "rope.freq_base": rope.get("rope_theta"),

@@ -18,6 +18,7 @@ from paceline.loading.gguf_config import generation_config
 from paceline.loading.gguf_metadata import shortest_float32
 from paceline.loading.gguf_rope import llama3_factors, llama3_scaling
 from paceline.loading.resolve import ModelSource, resolve
+from paceline.models.registry import read_decoder_config
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -54,6 +55,16 @@ YARN = {
     "original_max_position_embeddings": 32,
     "beta_fast": 16.0,
     "attention_factor": 1.25,
+}
+OLMO3_ROPE = {
+    "full_attention": {
+        "rope_type": "yarn",
+        "rope_theta": 500000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "attention_factor": 1.25,
+    },
+    "sliding_attention": {"rope_type": "default", "rope_theta": 500000.0},
 }
 LONGROPE = {
     "rope_type": "longrope",
@@ -132,11 +143,32 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"use_parallel_residual": True, "qk_layernorm": True},
         {"rope.dimension_count": 4, "use_parallel_residual": True, "rope.freq_base": None},
     ),
+    "olmo3": (
+        "olmo3",
+        {"sliding_window": 40, "num_hidden_layers": 5, "rope_parameters": OLMO3_ROPE},
+        {
+            "attention.sliding_window": 40,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 32,
+            "rope.scaling.attn_factor": 1.25,
+        },
+    ),
+    "starcoder2": ("starcoder2", {"sliding_window": 4096}, {}),
+    "mpt": ("mpt", {}, {"attention.max_alibi_bias": 8.0}),
+    "mpt clipped": (
+        "mpt",
+        {"attn_config": {"clip_qkv": 6.0}},
+        {"attention.max_alibi_bias": 8.0, "attention.clamp_kqv": 6.0},
+    ),
     "gpt2": ("gpt2", {"n_inner": 256}, {}),
     "gptneox": (
         "gptneox",
-        {"use_parallel_residual": False},
-        {"rope.dimension_count": 4, "use_parallel_residual": False, "rope.freq_base": None},
+        {
+            "use_parallel_residual": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 25000.0, "partial_rotary_factor": 0.25},
+        },
+        {"rope.dimension_count": 4, "use_parallel_residual": False},
     ),
     "bloom": ("bloom", {"seq_length": 96}, {"attention.head_count_kv": 4}),
     "falcon 7b": ("falcon", {"num_kv_heads": 1}, {"attention.head_count_kv": 1, "tensor_data_layout": "jploski"}),
@@ -185,6 +217,19 @@ def test_tensors_and_config_come_back(
     assert {key: read.get(key) for key in original if key not in UNSTORED} == {
         key: value for key, value in original.items() if key not in UNSTORED
     }
+
+
+@pytest.mark.parametrize("case", sorted(CASES.keys() - {"stablelm 12b", "mpt clipped"}))  # which no family reads
+def test_the_family_reads_the_config_as_it_reads_the_published_one(
+    case: str, tiny_model: Callable[..., Any], write_gguf: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    architecture, options, extra = CASES[case]
+    model = tiny_model(architecture, **options)
+    with open_checkpoint(source_of(write_gguf(model, architecture, extra=extra))) as checkpoint:
+        found = read_decoder_config(checkpoint.config)
+    assert "does not know" not in caplog.text
+    published = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    assert found == read_decoder_config(published)
 
 
 @pytest.mark.parametrize("quantization", ["Q8_0", "Q4_0", "Q4_1", "F16", "BF16"])
@@ -256,7 +301,8 @@ def test_what_we_cannot_run_is_refused_by_name(tmp_path: Path) -> None:
             {"attention.sliding_window": 64},
             r"'llama\.attention\.sliding_window' is 64, which paceline does not",
         ),
-        ("olmo2", {"attention.sliding_window": 64}, r"'olmo2\.attention\.sliding_window' is 64"),
+        ("phi3", {"attention.clamp_kqv": 4.0}, r"'phi3\.attention\.clamp_kqv' is 4\.0"),
+        ("mpt", {"attention.head_count_kv": 2}, "an MPT with 2 key-value heads for 4"),
         ("llama", {"expert_count": 4}, r"'llama\.expert_count' is 4"),
         ("qwen2", {"attention.causal": False}, r"'qwen2\.attention\.causal' is False"),
         ("llama", {"rope.scaling.type": "longrope"}, r"rope\.scaling\.type' is 'longrope'"),

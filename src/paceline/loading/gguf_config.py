@@ -24,6 +24,8 @@ GEMMA_PERIOD = {"gemma2": 2, "gemma3": 6}
 GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 GEMMA3_LOCAL_THETA = 10000.0
 SMOLLM3_ROPE_PERIOD = 4  # every 4th layer has no rotary embedding
+OLMO3_PERIOD = 4  # every 4th layer sees the whole context
+STARCODER2_WINDOW = 4096
 
 # Tokens that end a turn in every model that has them; converters record at most one of them as eos.
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>")
@@ -34,7 +36,7 @@ def hf_config(metadata: Metadata, dialect: Dialect, shapes: Shapes, factors: Fac
 
     Raises CheckpointError for metadata that is missing or impossible, UnsupportedModelError for what we cannot run.
     """
-    kind, class_name, build = ARCHITECTURES["mixtral" if dialect is MIXTRAL else metadata.architecture]
+    kind, class_name, build = ARCHITECTURES[_model(metadata, dialect)]
     config = {
         "model_type": kind,
         "architectures": [class_name],
@@ -44,6 +46,17 @@ def hf_config(metadata: Metadata, dialect: Dialect, shapes: Shapes, factors: Fac
     }
     metadata.check()
     return config
+
+
+def _model(metadata: Metadata, dialect: Dialect) -> str:
+    """The key in ARCHITECTURES: two of GGUF's names stand for two models each."""
+    if dialect is MIXTRAL:
+        return "mixtral"
+    return (
+        "olmo3"
+        if metadata.architecture == "olmo2" and metadata.has("attention.sliding_window")
+        else (metadata.architecture)
+    )
 
 
 def _sizes(metadata: Metadata) -> Config:
@@ -166,6 +179,59 @@ def _stablelm(metadata: Metadata, shapes: Shapes, factors: Factors) -> Config:
     }
 
 
+def _olmo3(metadata: Metadata, shapes: Shapes, factors: Factors) -> Config:
+    """OLMo 2 with windows, and a rotary embedding that is scaled in the other layers only. Its first converter wrote
+    YaRN's factor for the attention under LongRoPE's key."""
+    config, layers = _llama(metadata, shapes, factors), metadata.integer("block_count")
+    if config["rope_scaling"] and metadata.has("rope.scaling.attn_factor"):
+        config["rope_scaling"]["attention_factor"] = metadata.number("rope.scaling.attn_factor")
+    windowed = [(layer + 1) % OLMO3_PERIOD != 0 for layer in range(layers)]
+    windowed = metadata.flags("attention.sliding_window_pattern", windowed)
+    return {
+        **config,
+        "sliding_window": metadata.integer("attention.sliding_window"),
+        "layer_types": ["sliding_attention" if window else "full_attention" for window in windowed],
+    }
+
+
+def _starcoder2(metadata: Metadata, shapes: Shapes, factors: Factors) -> Config:
+    """The window is that of all published sizes: the files do not record it."""
+    return {
+        "hidden_act": "gelu_pytorch_tanh",
+        **_sizes(metadata),
+        **_rotary(metadata, factors),
+        "num_key_value_heads": _kv_heads(metadata),
+        "norm_epsilon": metadata.number("attention.layer_norm_epsilon"),
+        "use_bias": "model.layers.0.self_attn.q_proj.bias" in shapes,
+        "sliding_window": STARCODER2_WINDOW,
+    }
+
+
+def _mpt(metadata: Metadata, shapes: Shapes, factors: Factors) -> Config:
+    """ALiBi and as many key-value heads as heads: another MPT has tensors that have no place here."""
+    hidden, heads = metadata.integer("embedding_length"), metadata.integer("attention.head_count")
+    clip = metadata.number("attention.clamp_kqv", 0.0)
+    if _kv_heads(metadata) != heads:
+        raise UnsupportedModelError(
+            f"{metadata.path}: an MPT with {_kv_heads(metadata)} key-value heads for {heads} heads is not supported; "
+            "use the model's safetensors files"
+        )
+    return {
+        "d_model": hidden,
+        "n_layers": metadata.integer("block_count"),
+        "n_heads": heads,
+        "expansion_ratio": metadata.integer("feed_forward_length") // hidden,
+        "max_seq_len": metadata.integer("context_length"),
+        "layer_norm_epsilon": metadata.number("attention.layer_norm_epsilon"),
+        "no_bias": True,
+        "attn_config": {
+            "alibi": metadata.number("attention.max_alibi_bias", 0.0) > 0,
+            "alibi_bias_max": int(metadata.number("attention.max_alibi_bias", 0.0)),
+            "clip_qkv": clip or None,
+        },
+    }
+
+
 def _gpt2(metadata: Metadata, shapes: Shapes, factors: Factors) -> Config:
     return {
         "activation_function": "gelu_new",
@@ -183,8 +249,8 @@ def _gpt_neox(metadata: Metadata, shapes: Shapes, factors: Factors) -> Config:
     return {
         "hidden_act": "gelu",
         **_sizes(metadata),
+        "rotary_emb_base": rotary.pop("rope_theta"),
         **rotary,
-        "rotary_emb_base": rotary["rope_theta"],
         "layer_norm_eps": metadata.number("attention.layer_norm_epsilon"),
         "use_parallel_residual": metadata.flag("use_parallel_residual", True),
         "attention_bias": "gpt_neox.layers.0.attention.query_key_value.bias" in shapes,
@@ -264,11 +330,14 @@ ARCHITECTURES: Mapping[str, tuple[str, str, Callable[[Metadata, Shapes, Factors]
     "smollm3": ("smollm3", "SmolLM3ForCausalLM", _smollm3),
     "granite": ("granite", "GraniteForCausalLM", _granite),
     "olmo2": ("olmo2", "Olmo2ForCausalLM", _llama),
+    "olmo3": ("olmo3", "Olmo3ForCausalLM", _olmo3),
     "stablelm": ("stablelm", "StableLmForCausalLM", _stablelm),
+    "starcoder2": ("starcoder2", "Starcoder2ForCausalLM", _starcoder2),
     "gpt2": ("gpt2", "GPT2LMHeadModel", _gpt2),
     "gptneox": ("gpt_neox", "GPTNeoXForCausalLM", _gpt_neox),
     "bloom": ("bloom", "BloomForCausalLM", _bloom),
     "falcon": ("falcon", "FalconForCausalLM", _falcon),
+    "mpt": ("mpt", "MptForCausalLM", _mpt),
 }
 
 

@@ -73,6 +73,15 @@ class Metadata:
         value: bool = self._typed(self._key(key), bool, default)
         return value
 
+    def flags(self, key: str, default: list[bool]) -> list[bool]:
+        """As many as `default` has."""
+        value: list[bool] = self._typed(self._key(key), list, default)
+        if len(value) != len(default) or any(not isinstance(flag, bool) for flag in value):
+            raise CheckpointError(
+                f"{self.path}: metadata key '{self._key(key)}' is {str(value)[:40]}, expected {len(default)} booleans"
+            )
+        return value
+
     def has(self, key: str) -> bool:
         return self._key(key) in self.values
 

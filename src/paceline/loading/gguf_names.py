@@ -126,6 +126,14 @@ STABLELM = Dialect(
     },
     layouts={"attn_q_norm": "stacked", "attn_k_norm": "stacked"},
 )
+STARCODER2 = Dialect(
+    LLAMA_NAMES,
+    {
+        **{key: name for key, name in LLAMA_LAYERS.items() if key != "ffn_gate"},
+        "ffn_up": "mlp.c_fc",
+        "ffn_down": "mlp.c_proj",
+    },
+)
 GPT2 = Dialect(
     {
         "token_embd": "transformer.wte",
@@ -175,6 +183,18 @@ BLOOM = Dialect(
     prefix="transformer.h",
     layouts={"attn_qkv": "fused"},
 )
+MPT = Dialect(
+    {"token_embd": "transformer.wte", "output_norm": "transformer.norm_f", "output": "lm_head"},
+    {
+        "attn_norm": "norm_1",
+        "attn_qkv": "attn.Wqkv",
+        "attn_output": "attn.out_proj",
+        "ffn_norm": "norm_2",
+        "ffn_up": "ffn.up_proj",
+        "ffn_down": "ffn.down_proj",
+    },
+    prefix="transformer.blocks",
+)
 FALCON = replace(
     BLOOM,
     names={key: name for key, name in BLOOM.names.items() if key != "token_embd_norm"},
@@ -195,10 +215,12 @@ ARCHITECTURES: Mapping[str, Dialect] = {
     "granite": PERMUTED,
     "olmo2": OLMO2,
     "stablelm": STABLELM,
+    "starcoder2": STARCODER2,
     "gpt2": GPT2,
     "gptneox": GPT_NEOX,
     "bloom": BLOOM,
     "falcon": FALCON,
+    "mpt": MPT,
 }
 
 
