@@ -299,14 +299,14 @@ def test_what_we_cannot_run_is_refused_by_name(tmp_path: Path) -> None:
         (
             "llama",
             {"attention.sliding_window": 64},
-            r"'llama\.attention\.sliding_window' is 64, which paceline does not",
+            r"'llama\.attention\.sliding_window' is '64', which paceline does not",
         ),
-        ("phi3", {"attention.clamp_kqv": 4.0}, r"'phi3\.attention\.clamp_kqv' is 4\.0"),
+        ("phi3", {"attention.clamp_kqv": 4.0}, r"'phi3\.attention\.clamp_kqv' is '4\.0'"),
         ("mpt", {"attention.head_count_kv": 2}, "an MPT with 2 key-value heads for 4"),
-        ("llama", {"expert_count": 4}, r"'llama\.expert_count' is 4"),
-        ("qwen2", {"attention.causal": False}, r"'qwen2\.attention\.causal' is False"),
+        ("llama", {"expert_count": 4}, r"'llama\.expert_count' is '4'"),
+        ("qwen2", {"attention.causal": False}, r"'qwen2\.attention\.causal' is 'False'"),
         ("llama", {"rope.scaling.type": "longrope"}, r"rope\.scaling\.type' is 'longrope'"),
-        ("qwen2 yarn", {"rope.scaling.yarn_log_multiplier": 0.1}, r"yarn_log_multiplier' is 0\.1"),
+        ("qwen2 yarn", {"rope.scaling.yarn_log_multiplier": 0.1}, r"yarn_log_multiplier' is '0\.1'"),
         ("llama", {"rope.dimension_count": 8}, "head size 16, values of 16 and rotary size 8 differ"),
         ("falcon 11b", {"attention.head_count_kv": 4}, "as many key-value heads as heads"),
     ],
@@ -324,7 +324,7 @@ def test_unknown_keys_are_logged(
     tiny_model: Callable[..., Any], write_gguf: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     open_checkpoint(source_of(write_gguf(tiny_model("llama"), "llama", extra={"attention.novelty": 2})))
-    assert "does not know and ignores: llama.attention.novelty" in caplog.text
+    assert "does not know and ignores: 'llama.attention.novelty'" in caplog.text
 
 
 def test_another_attention_factor_is_kept(tiny_model: Callable[..., Any], write_gguf: Callable[..., Path]) -> None:

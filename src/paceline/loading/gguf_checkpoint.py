@@ -120,7 +120,7 @@ class GGUFCheckpoint:
         """The stored bytes, uint8 [rows, bytes of a row], rows in Hugging Face's order."""
         info = place.info
         if self._maps is None:
-            raise CheckpointError(f"{info.path}: tensor '{info.name}' was read after close()")
+            raise CheckpointError(f"{info.path}: tensor {info.name!r} was read after close()")
         raw = self._maps[info.path][info.offset : info.offset + info.nbytes]
         if place.index is not None:
             raw = raw.view(info.shape[0], -1)[place.index]
@@ -136,7 +136,7 @@ class GGUFCheckpoint:
             if place.layout == "fused":
                 return grouped(rows, self._heads, self._kv_heads)
         except ValueError as error:
-            raise CheckpointError(f"{info.path}: tensor '{info.name}' has {error}: download the file again") from error
+            raise CheckpointError(f"{info.path}: tensor {info.name!r} has {error}: download the file again") from error
         return rows
 
 
@@ -149,13 +149,13 @@ def _places(file: GGUFFile, dialect: Dialect) -> dict[str, Place]:
         if name is None:
             architecture = file.metadata["general.architecture"]
             raise UnsupportedModelError(
-                f"{info.path}: tensor '{info.name}' has no place in a '{architecture}' model that paceline knows; "
+                f"{info.path}: tensor {info.name!r} has no place in a '{architecture}' model that paceline knows; "
                 "use the model's safetensors files"
             )
         quantised_rows = layout in ROW_LAYOUTS and len(info.shape) == 1 and info.type.elements > 1
         if len(info.shape) not in DIMS.get(layout or "", (1, 2)) or quantised_rows:
             raise CheckpointError(
-                f"{info.path}: tensor '{info.name}' of type {info.type.name} has the impossible shape "
+                f"{info.path}: tensor {info.name!r} of type {info.type.name} has the impossible shape "
                 f"{list(info.shape)}; download the file again"
             )
         _value_dtype(info)
@@ -170,7 +170,7 @@ def _value_dtype(info: TensorInfo) -> torch.dtype:
     dtype = value_dtype(info.type.name)
     if dtype is None:
         raise UnsupportedModelError(
-            f"{info.path}: tensor '{info.name}' is stored as {info.type.name}, which this version cannot read; "
+            f"{info.path}: tensor {info.name!r} is stored as {info.type.name}, which this version cannot read; "
             f"use a file of one of the types {', '.join([*DENSE, *QUANTIZED])}"
         )
     return dtype

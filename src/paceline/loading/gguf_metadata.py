@@ -48,7 +48,7 @@ class Metadata:
         self.architecture: str = self._typed("general.architecture", str, None)
         if self.architecture not in ARCHITECTURES:
             raise UnsupportedModelError(
-                f"{path}: GGUF architecture '{self.architecture}' is not supported "
+                f"{path}: GGUF architecture {self.architecture[:40]!r} is not supported "
                 f"(known: {', '.join(ARCHITECTURES)}); use the model's safetensors files"
             )
 
@@ -78,7 +78,7 @@ class Metadata:
         value: list[bool] = self._typed(self._key(key), list, default)
         if len(value) != len(default) or any(not isinstance(flag, bool) for flag in value):
             raise CheckpointError(
-                f"{self.path}: metadata key '{self._key(key)}' is {str(value)[:40]}, expected {len(default)} booleans"
+                f"{self.path}: metadata key '{self._key(key)}' is {str(value)[:40]!r}, expected {len(default)} booleans"
             )
         return value
 
@@ -99,11 +99,13 @@ class Metadata:
                 unheard.append(full)
             elif value not in NEUTRAL[key]:
                 raise UnsupportedModelError(
-                    f"{self.path}: metadata key '{full}' is {str(value)[:40]}, which paceline does not implement for "
+                    f"{self.path}: metadata key '{full}' is {str(value)[:40]!r}, which paceline does not implement for "
                     "this architecture; use the model's safetensors files"
                 )
         if unheard:
-            log.warning("%s has keys that paceline does not know and ignores: %s", self.path, ", ".join(unheard))
+            log.warning(
+                "%s has keys that paceline does not know and ignores: %s", self.path, ", ".join(map(repr, unheard))
+            )
 
     def _key(self, key: str) -> str:
         return f"{self.architecture}.{key}"

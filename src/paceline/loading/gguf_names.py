@@ -16,6 +16,8 @@ from typing import Literal
 ROPE_FACTORS = "rope_freqs.weight"
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 
+IN_LAYER = re.compile(r"blk\.(\d+)\.(.+)")
+
 # How the values of a tensor lie, where they do not lie as Hugging Face's:
 # "query", "key": rows of a head in interleaved rotary order (pairs 2j, 2j+1), not half-split (j, j + head_dim/2).
 # "fused": rows of all queries, all keys, all values; Hugging Face has a group's queries, its key, its value, a group
@@ -240,7 +242,7 @@ def to_hf(dialect: Dialect, name: str) -> str | None:
         return None
     if stem in dialect.names:
         return f"{dialect.names[stem]}.{suffix}"
-    match = re.fullmatch(r"blk\.(\d+)\.(.+)", stem)
+    match = IN_LAYER.fullmatch(stem)
     theirs = dialect.layers.get(match[2]) if match else None
     return f"{dialect.prefix}.{match[1]}.{theirs}.{suffix}" if match and theirs else None
 
@@ -250,5 +252,6 @@ def layout_of(dialect: Dialect, name: str) -> Layout | None:
     stem, _, suffix = name.rpartition(".")
     if dialect.unit_offset and stem.endswith("norm"):
         return "unit_offset"
-    layout = dialect.layouts.get(stem.split(".", 2)[2]) if stem.startswith("blk.") else None
+    match = IN_LAYER.fullmatch(stem)
+    layout = dialect.layouts.get(match[2]) if match else None
     return None if suffix == "bias" and layout in ("transposed", "stacked") else layout

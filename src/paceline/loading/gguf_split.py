@@ -52,7 +52,7 @@ def read_model(path: str | Path) -> GGUFFile:
         for name, info in file.tensors.items():
             if name in tensors:
                 raise CheckpointError(
-                    f"{file.path}: tensor '{name}' is also in {tensors[name].path.name}: "
+                    f"{file.path}: tensor {name!r} is also in {tensors[name].path.name}: "
                     "these are parts of different models; download them again"
                 )
             tensors[name] = info
