@@ -306,7 +306,7 @@ def test_what_we_cannot_run_is_refused_by_name(tmp_path: Path) -> None:
         ("llama", {"expert_count": 4}, r"'llama\.expert_count' is '4'"),
         ("qwen2", {"attention.causal": False}, r"'qwen2\.attention\.causal' is 'False'"),
         ("llama", {"rope.scaling.type": "longrope"}, r"rope\.scaling\.type' is 'longrope'"),
-        ("qwen2 yarn", {"rope.scaling.yarn_log_multiplier": 0.1}, r"yarn_log_multiplier' is '0\.1'"),
+        ("qwen2 yarn", {"rope.scaling.yarn_log_multiplier": 0.1}, r"yarn_log_multiplier' is '0\.1"),
         ("llama", {"rope.dimension_count": 8}, "head size 16, values of 16 and rotary size 8 differ"),
         ("falcon 11b", {"attention.head_count_kv": 4}, "as many key-value heads as heads"),
     ],

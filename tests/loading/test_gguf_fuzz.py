@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from random import Random
 
 import gguf
 import numpy as np
@@ -83,12 +83,14 @@ def attempt(path: Path) -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(choice=st.data())
-def test_flipped_bytes_of_a_header_are_an_error_or_a_model(model: list[tuple[Path, bytes, int]], choice: Any) -> None:
-    path, data, start = choice.draw(st.sampled_from(model))
+@given(random=st.randoms(use_true_random=True))
+def test_flipped_bytes_of_a_header_are_an_error_or_a_model(
+    model: list[tuple[Path, bytes, int]], random: Random
+) -> None:
+    path, data, start = random.choice(model)
     changed = bytearray(data)
-    for _ in range(choice.draw(st.integers(1, 4))):
-        changed[choice.draw(st.integers(0, start - 1))] = choice.draw(st.integers(0, 255))
+    for _ in range(random.randint(1, 4)):
+        changed[random.randrange(start)] = random.choice((0, 1, 255, random.randrange(256)))
     path.write_bytes(bytes(changed))
     message = ""
     try:
@@ -101,11 +103,11 @@ def test_flipped_bytes_of_a_header_are_an_error_or_a_model(model: list[tuple[Pat
 
 
 @settings(max_examples=100, deadline=None)
-@given(choice=st.data())
-def test_a_truncated_part_is_refused(model: list[tuple[Path, bytes, int]], choice: Any) -> None:
-    path, data, _ = choice.draw(st.sampled_from(model))
+@given(random=st.randoms(use_true_random=True))
+def test_a_truncated_part_is_refused(model: list[tuple[Path, bytes, int]], random: Random) -> None:
+    path, data, _ = random.choice(model)
     end = max(info.offset + info.nbytes for info in read_gguf(path).tensors.values())
-    path.write_bytes(data[: choice.draw(st.integers(0, end - 1))])
+    path.write_bytes(data[: random.randrange(end)])
     try:
         with pytest.raises(CheckpointError, match=r"truncated or corrupt|not a GGUF file"):
             attempt(model[0][0])
