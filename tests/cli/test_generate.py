@@ -40,6 +40,7 @@ def test_the_answer_is_alone_on_stdout_and_the_figures_on_stderr(paceline, greed
 
 
 def test_json_has_the_figures_the_parameters_and_their_sources(greedy):
+    assert greedy["implementation"] == "paceline"
     assert len(greedy["token_ids"]) == 12
     assert greedy["prompt_tokens"] == 36
     assert (greedy["model"], greedy["dtype"], greedy["device"]) == ("smollm2-135m", "float32", "cpu")

@@ -59,6 +59,17 @@ def test_greedy_tokens_are_those_of_transformers(llm, transformers_model):
         assert list(output.outputs[0].token_ids) == expected.tolist(), name
 
 
+def test_transformers_own_modules_give_the_same_tokens(default_model_gguf, llm):
+    """The fallback on real weights, read from the same GGUF file."""
+    prompt = next(iter(PROMPTS.values()))
+    options = {"dtype": "float32", "device": "cpu", "max_model_len": 128, "model_impl": "transformers"}
+    with LLM(str(default_model_gguf), **options) as fallback:
+        assert fallback.model.implementation == "transformers"
+        (found,) = fallback.generate(prompt, greedy(16, ignore_eos=True))
+    (expected,) = llm.generate(prompt, greedy(16, ignore_eos=True))
+    assert found.outputs[0].token_ids == expected.outputs[0].token_ids
+
+
 def test_64_requests_give_what_they_give_alone(default_model_gguf, llm):
     """Mixed lengths in one batch, a pool that forces preemption, prefix cache and proposer on."""
     texts = [f"{text} {index % 7}" * (1 + index % 5) for index, text in enumerate(list(PROMPTS.values()) * 7)][:64]

@@ -169,7 +169,7 @@ def load_fallback(
                 output_loading_info=True,
                 **placed,
             )
-    except PacelineError:
+    except (PacelineError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{config.architecture}: {_one_line(error)}") from error
