@@ -208,7 +208,7 @@ def _mlp_values(config: DecoderConfig) -> int:
     if config.moe is not None:  # sorted tokens, each expert's answers, all of them, in order, weighted
         e = config.moe
         answers = 4 * e.experts_per_token * config.hidden_size
-        widest = max(widest, answers + 4 * e.intermediate_size * min(e.experts_per_token, 1))
+        widest = max(widest, answers + 4 * e.intermediate_size)  # one expert may have every token
     return widest
 
 

@@ -6,7 +6,7 @@ config.json and the headers of its weights (loading/description.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,7 +17,7 @@ from paceline.benchmark.bandwidth import read_bandwidth
 from paceline.config import CacheConfig, DecoderConfig, SchedulerConfig
 from paceline.engine.device import DTYPES, available_bytes, pick_device, pick_dtype
 from paceline.engine.memory import CPU_CACHE_SHARE, CUDA_MEMORY_SHARE, Room, divide
-from paceline.errors import UsageError
+from paceline.errors import UnsupportedModelError, UsageError
 from paceline.formats import FORMATS, keeps_memory, resident_bytes, stored_bytes
 from paceline.loading.description import Description, describe
 from paceline.models.registry import read_decoder_config
@@ -155,7 +155,16 @@ def plan(model: str, **options: Any) -> Plan:
     refuse_unknown_keys("option", options, [field.name for field in fields(PlanOptions)])
     asked = PlanOptions(**options)
     description = describe(model, revision=asked.revision, token=asked.hf_token, download_dir=asked.download_dir)
-    return _plan(description, read_decoder_config(description.config), asked)
+    return _plan(description, read_family_config(description.config), asked)
+
+
+def read_family_config(hf_config: Mapping[str, Any]) -> DecoderConfig:
+    """As models.registry.read_decoder_config, whose error also says that planning needs a family: a model that runs
+    through transformers' modules says what cache it takes only once it is loaded."""
+    try:
+        return read_decoder_config(hf_config)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{error}; only models that a family of paceline reads can be planned") from error
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from paceline import sizing
 from paceline.config import DecoderConfig
 from paceline.errors import UsageError
 from paceline.loading.description import describe
-from paceline.models.registry import read_decoder_config
 from paceline.planner.devices import find_gpu, parse_bytes
+from paceline.planner.inference import read_family_config
 from paceline.registry import lookup, refuse_unknown_keys
 
 
@@ -210,7 +210,7 @@ def plan_training(model: str, **options: Any) -> TrainingPlan:
     refuse_unknown_keys("option", options, [field.name for field in fields(TrainingOptions)])
     asked = TrainingOptions(**options)
     description = describe(model, revision=asked.revision, token=asked.hf_token, download_dir=asked.download_dir)
-    config = read_decoder_config(description.config)
+    config = read_family_config(description.config)
     sequence = asked.sequence_length or config.max_position
     if sequence > config.max_position:
         raise UsageError(
