@@ -122,7 +122,6 @@ def test_too_little_memory_is_said():
 def test_a_model_without_a_family_is_named(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"architectures": ["MambaForCausalLM"], "vocab_size": 8}))
-    with pytest.raises(
-        UnsupportedModelError, match="MambaForCausalLM.*only models that a family of paceline reads can be planned"
-    ):
+    with pytest.raises(UnsupportedModelError, match="only models that a family of paceline reads") as caught:
         paceline.plan(str(path), memory="1GiB")
+    assert "MambaForCausalLM" in str(caught.value)
