@@ -225,10 +225,12 @@ def test_a_long_prompt_leaves_a_token_for_each_beam():
 def test_nothing_is_scheduled_ahead_of_a_choice():
     scheduler = make(depth=2)
     add_beams(scheduler, "a", range(8))
-    first = scheduler.schedule()
-    assert scheduler.schedule().scheduled == ()
+    add(scheduler, "b", range(4))
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert [r.request_id for r in second.scheduled] == ["b"]
+    assert scheduler.stats.num_preemptions == 0
     take(scheduler, first)
-    assert len(scheduler.schedule().scheduled) == 3
+    assert len(scheduler.schedule().scheduled) == 4
 
 
 def test_a_preempted_request_shares_its_blocks_again():
@@ -250,7 +252,7 @@ def test_a_preempted_request_shares_its_blocks_again():
         output = scheduler.schedule()
         computed += sum(len(r.token_ids) for r in output.scheduled if r.request_id != "b")
         peak = used(scheduler)
-        if request._choosing:
+        if any(r.samples for r in output.scheduled if r.request_id != "b"):
             break
         take(scheduler, output)
     assert [row.beam.token_ids for row in request._rows] == tokens
@@ -278,6 +280,38 @@ def test_a_copy_for_a_step_that_never_came_is_forgotten():
             break
     assert [(r.request_id, r.start) for r in output.scheduled] == [("a#beam0", 0)]
     assert output.copies == ()
+
+
+def test_a_preempted_request_comes_back_when_all_its_beams_fit():
+    """Three beams of 7 tokens, 4 of them in common, need 13 blocks of one token; there are fewer, but more than 7."""
+    scheduler = make(num_blocks=21, block_size=1)
+    add(scheduler, "b", range(5))
+    add_beams(scheduler, "a", range(4))
+    for logprobs in (CLOSE, FAR, FAR):
+        step(scheduler, logprobs)
+    scheduler._preempt(scheduler._requests["a"])
+    output, _ = step(scheduler)
+    assert [r.request_id for r in output.scheduled] == ["b"]
+    assert 7 < 21 - used(scheduler) < 13
+    scheduler.abort("b")
+    assert [r.request_id for r in step(scheduler)[0].scheduled] == ["a#beam0"]
+
+
+def test_a_cached_prefix_is_used_up_to_where_a_beam_branches_off():
+    """Another request has put the first beam's whole path into the prefix cache."""
+    scheduler = make(block_size=1, caching=True)
+    add_beams(scheduler, "a", range(4))
+    add(scheduler, "b", (*range(4), 1, 1, 1, 1, 1), max_tokens=1)
+    for logprobs in (CLOSE, FAR, FAR):
+        step(scheduler, logprobs)
+    request = scheduler._requests["a"]
+    assert [row.beam.token_ids for row in request._rows] == [(1, 1, 1), (2, 1, 1), (3, 1, 1)]
+    scheduler._preempt(request)
+    shared = []
+    for _ in range(3):
+        output, _ = step(scheduler)
+        shared.append([(r.start, len(r.token_ids)) for r in output.scheduled])
+    assert shared == [[(4, 2)] * 3, [(6, 1)] * 3, [(7, 1)] * 3]
 
 
 def test_a_request_that_outgrows_the_cache_fails_in_all_its_answers():

@@ -117,7 +117,7 @@ class CacheManager:
         table = self._tables[request_id]
         if stop <= table.safe_end:
             return ()
-        self.drop_unseen(request_id, start)
+        self._drop_unseen(table, start)
         first, end = start // self.block_size, -(-stop // self.block_size)
         read_only: list[list[int]] = []
         for pool, blocks in zip(self._pools, table.blocks, strict=True):
@@ -140,7 +140,7 @@ class CacheManager:
     def room(self, request_id: str, start: int, stop: int) -> int:
         """The furthest end <= `stop` for which `allocate(request_id, start, end)` succeeds; `start` if none does."""
         table = self._tables[request_id]
-        self.drop_unseen(request_id, start)
+        self._drop_unseen(table, start)
         first = start // self.block_size
         for pool, blocks in zip(self._pools, table.blocks, strict=True):
             # Only the block of `start` can be read-only: later ones were never shared nor committed.
@@ -169,9 +169,7 @@ class CacheManager:
         if table.node is not None:
             self._tree.unpin(table.node)
 
-    def drop_unseen(self, request_id: str, start: int) -> None:
-        """Release the blocks out of the window of `start` and of every later query."""
-        table = self._tables[request_id]
+    def _drop_unseen(self, table: _Table, start: int) -> None:
         for group, (pool, blocks) in enumerate(zip(self._pools, table.blocks, strict=True)):
             index = min(self._tree.first_visible(group, start), len(blocks)) - 1
             while index >= 0 and blocks[index] != NULL_BLOCK:  # what is before a null block was dropped earlier

@@ -53,13 +53,12 @@ class BeamRequest(Request):
     All rows choose in one step; until its result is known the request takes part in no other.
     """
 
-    __slots__ = ("_branches", "_candidates", "_choosing", "_copies", "_known", "_prompt_logprobs", "_rows", "_search")
+    __slots__ = ("_branches", "_candidates", "_copies", "_known", "_prompt_logprobs", "_rows", "_search")
 
     def __init__(self, spec: RequestSpec) -> None:
         super().__init__(spec)
         self._rows = [_Row(self._row_id(0), Beam())]  # best first, as BeamSearch.beams
         self._search: BeamSearch | None = None  # made with the first choice: the longest length is known by then
-        self._choosing = False  # a step in flight chooses the next beams
         self._candidates: dict[str, Candidates] = {}  # of the rows whose share of that step came back
         self._copies: list[Copy] = []  # for blocks allocated to a step that is not complete yet
         self._branches: tuple[Branch, ...] = ()  # not told to the runner yet
@@ -82,11 +81,8 @@ class BeamRequest(Request):
 
     @property
     def num_uncomputed_tokens(self) -> int:
+        """None while a step in flight chooses, which is why no other step holds the request then."""
         return max(self.length - row.num_computed_tokens for row in self._rows)
-
-    @property
-    def can_step(self) -> bool:
-        return not self._choosing
 
     @property
     def table_ids(self) -> Sequence[str]:
@@ -142,7 +138,6 @@ class BeamRequest(Request):
         scheduled = self._choose(cache) if stands else self._catch_up(cache, budget, max_chunk)
         if not scheduled:
             return None
-        self._choosing = scheduled[0].samples
         self._known += [branch.request_id for branch in self._branches if branch.request_id not in self._known]
         result = BeamStep(tuple(scheduled), tuple(self._copies), self._branches)
         self._copies, self._branches = [], ()
@@ -151,8 +146,6 @@ class BeamRequest(Request):
     def _choose(self, cache: CacheManager) -> list[ScheduledRequest]:
         """One token a row, or nothing if not all of them get their block."""
         last = self.length - 1
-        for row in self._rows:
-            cache.drop_unseen(row.id, last)  # of all rows first: a block is free when none of them holds it
         for row in self._rows:
             copies = cache.allocate(row.id, last, last + 1)
             if copies is None:
@@ -254,7 +247,6 @@ class BeamRequest(Request):
             self._search = BeamSearch(self.spec.params, self.stop_token_ids, max_tokens)
         parents = self._search.advance([self._candidates[row.id] for row in self._rows])
         self._candidates.clear()
-        self._choosing = False
         if parents:
             self._follow(cache, [self._rows[parent] for parent in parents], self._search.beams)
         return not parents
@@ -314,10 +306,10 @@ class BeamRequest(Request):
         ids = [row.id for row in self._rows]
         assert 1 <= len(ids) == len(set(ids)) <= self.num_rows, "a row is lost, or two share an id"
         assert self._rows[0].has_table == (self.status is Status.RUNNING), "the first row must have a table to run"
+        choosing = all(row.num_computed_tokens == self.length for row in self._rows)
         for row in self._rows:
             assert len(row.beam.token_ids) == self.length - self.num_prompt_tokens, "beams differ in length"
-            limit = self.length if self._choosing else self._limit(row)
-            assert row.num_computed_tokens <= limit, "a row was computed too far"
+            assert choosing or row.num_computed_tokens <= self._limit(row), "a row was computed too far"
             assert row.has_table or row.num_computed_tokens == 0, "computed tokens lie in no block"
             waits = row.parent is not None or row is self._rows[0]
             assert row.has_table or waits, "a row waits for nothing"
