@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 from paceline import sizing
 from paceline.engine import offload
-from paceline.errors import OutOfMemoryError, UsageError
+from paceline.errors import CheckpointError, OutOfMemoryError, UsageError
 from paceline.formats.streamed import DiskStore
 from paceline.llm import LLM
 from paceline.sampling.params import SamplingParams
@@ -79,6 +81,17 @@ def test_int8_weights_can_be_offloaded(three_layers, tmp_path):
 def test_too_little_memory_even_for_that_is_named(three_layers, tmp_path):
     with pytest.raises(OutOfMemoryError, match=r"max_num_batched_tokens|raise the memory limit|max_model_len"):
         load(three_layers, memory_gib=2e-4, offload="disk", offload_dir=str(tmp_path))
+
+
+def test_a_load_that_fails_leaves_no_thread_behind(three_layers, tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise CheckpointError("tensor 'x' is missing")
+
+    monkeypatch.setattr("paceline.models.load.CheckpointParts.linear", fail)
+    with pytest.raises(CheckpointError, match="'x' is missing"):
+        load(three_layers, offload="disk", offload_dir=str(tmp_path))
+    gc.collect()  # an open file would warn here, and a warning is an error
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("paceline-offload")]
 
 
 def test_options_that_contradict_are_named(three_layers):

@@ -195,15 +195,20 @@ def _load_decoder(
         room = replace(room, nbytes=room.nbytes - stream.buffer_bytes)
     max_model_len, num_blocks = _plan_cache(config.kv_groups, config.max_position, options, room, dtype)
     config = config.with_context(max_model_len)
-    decoder = load_decoder(
-        checkpoint,
-        config,
-        dtype=dtype,
-        device=device,
-        quantize=options.quantization,
-        stream=stream,
-        progress=progress,
-    )
+    try:
+        decoder = load_decoder(
+            checkpoint,
+            config,
+            dtype=dtype,
+            device=device,
+            quantize=options.quantization,
+            stream=stream,
+            progress=progress,
+        )
+    except BaseException:
+        if stream is not None:
+            stream.close()  # its file and its thread
+        raise
     step_bytes = sizing.step_weight_bytes(config, dtype.itemsize, stored_bytes(options.quantization or "dense", dtype))
     return _Weights(config, decoder, max_model_len, num_blocks, step_bytes, stream)
 
