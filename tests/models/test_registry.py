@@ -61,6 +61,7 @@ def test_missing_key_is_named(llama_config, key):
 
 
 MOE = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2}
+SLIDING = {"layer_types": ["full_attention", "sliding_attention"]}
 WINDOWED = {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "max_window_layers": 1}
 
 
@@ -72,7 +73,10 @@ WINDOWED = {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "
         ({**MOE, "num_experts_per_tok": 0}, "'num_experts_per_tok' to 0: expected a positive whole number"),
         ({**MOE, "num_local_experts": 0}, "'num_local_experts' to 0: expected a positive whole number"),
         ({**MOE, "num_experts_per_tok": 5}, "5 active experts of 4: config.json must name at least one"),
-        ({**WINDOWED, "sliding_window": None}, "sliding attention and no 'sliding_window': it is incomplete"),
+        (
+            {**WINDOWED, **SLIDING, "sliding_window": None},
+            "sliding attention and no 'sliding_window': it is incomplete",
+        ),
         ({**WINDOWED, "sliding_window": 0}, "'sliding_window' to 0: expected a positive whole number"),
         ({"rms_norm_eps": "1e-5"}, "'rms_norm_eps' to '1e-5': expected a number"),
         ({"rms_norm_eps": True}, "'rms_norm_eps' to True: expected a number"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -162,10 +163,10 @@ def test_tokens_beyond_the_models_vocabulary_are_said(
         assert tokenizer.for_vocabulary(tokenizer.vocab_size) is tokenizer
         assert not caplog.records
         assert tokenizer.for_vocabulary(end + 1) is tokenizer
-        said = [(record.levelname, record.getMessage()) for record in caplog.records]
+        said = [(record.levelno, record.getMessage()) for record in caplog.records]
         caplog.clear()
         cut = tokenizer.for_vocabulary(end)
-    assert [level for level, _ in said] == ["INFO", "WARNING"]
+    assert [level for level, _ in said] == [logging.INFO, logging.WARNING]
     assert f"adds tokens that the model's vocabulary of {end + 1} has not ('<|im_start|>'" in said[0][1]
     assert f"has {base} tokens and the model {end + 1}" in said[1][1]
     assert cut.eos_token_ids == frozenset()
