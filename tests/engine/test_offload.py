@@ -13,7 +13,7 @@ import torch
 from paceline import sizing
 from paceline.engine import offload
 from paceline.errors import CheckpointError, OutOfMemoryError, UsageError
-from paceline.formats.streamed import DiskStore
+from paceline.formats.stores import DiskStore
 from paceline.llm import LLM
 from paceline.sampling.params import SamplingParams
 

@@ -7,10 +7,9 @@ import torch
 
 from paceline.errors import CheckpointError, OutOfMemoryError
 from paceline.formats import pack
+from paceline.formats.stores import DiskStore, HostStore
 from paceline.formats.streamed import (
     AHEAD,
-    DiskStore,
-    HostStore,
     StreamedTable,
     WeightStream,
     stream_matrix,

@@ -13,7 +13,8 @@ from paceline.config import DecoderConfig
 from paceline.engine.device import available_bytes
 from paceline.errors import OutOfMemoryError, UsageError
 from paceline.formats import stored_bytes
-from paceline.formats.streamed import AHEAD, DiskStore, HostStore, Store, WeightStream
+from paceline.formats.stores import DiskStore, HostStore, Store
+from paceline.formats.streamed import AHEAD, WeightStream
 from paceline.loading.wheel import cache_dir
 from paceline.log import get_logger
 
