@@ -117,10 +117,6 @@ class Request:
         return len(self.token_ids) + self.num_placeholders - self.num_computed_tokens
 
     @property
-    def is_finished(self) -> bool:
-        return self.status is Status.FINISHED
-
-    @property
     def generates(self) -> bool:
         """Whether tokens are to be chosen at all; with max_tokens 0 the request ends with its prompt."""
         return self.max_total_tokens > self.num_prompt_tokens
