@@ -8,7 +8,7 @@ import torch
 from paceline import sizing
 from paceline.cache.kv_cache import allocate_kv
 from paceline.config import AttentionConfig, DecoderConfig, MlpConfig, MoeConfig, NormConfig, ResidualConfig, RopeConfig
-from paceline.formats import Weight, keeps_memory, pack, resident_bytes, stored_bytes
+from paceline.formats import Weight, head_format, keeps_memory, matrix_format, pack, resident_bytes, stored_bytes
 from paceline.formats.dense import DenseWeight
 from paceline.layers.linear import Linear
 from paceline.layers.moe import MoE
@@ -35,15 +35,17 @@ class RandomParts:
 
     def linear(self, name: str, rows: tuple[int, ...], columns: int, *, bias: bool = False) -> Linear:
         values = self.tensor(name, sum(rows), columns)
-        return Linear(self._pack(values), self.tensor(name, sum(rows)) if bias else None)
+        packed = self._pack(values, head=name == "head")
+        return Linear(packed, self.tensor(name, sum(rows)) if bias else None)
 
     def tied(self, table_VD: torch.Tensor) -> Linear:
-        return Linear(self._pack(table_VD))
+        return Linear(self._pack(table_VD, head=True))
 
-    def _pack(self, values: torch.Tensor) -> Weight:
+    def _pack(self, values: torch.Tensor, *, head: bool) -> Weight:
         if self.format == "plain":
             return DenseWeight(values)
-        return pack(values, self.format, dtype=self.dtype, device=self.device)
+        format = head_format(self.format) if head else matrix_format(self.format, *values.shape)
+        return pack(values, format, dtype=self.dtype, device=self.device)
 
 
 def make_config(**changes: object) -> DecoderConfig:
@@ -85,6 +87,7 @@ CONFIGS = {
     "positions": make_config(learned_position_offset=2, rope=None),
     "two ropes": make_config(windows=(None, 8, 8, 8), rope=RopeConfig(1e4, 8), window_rope=RopeConfig(100.0, 16)),
     "experts": make_config(moe=MoeConfig(8, 2, 48, layers=(1, 3))),
+    "groups of all sizes": make_config(hidden_size=128, mlp=MlpConfig(300), attention=AttentionConfig(4, 2, 160, 0.25)),
     "experts alone": make_config(moe=MoeConfig(4, 1, 48, layers=(0, 1, 2, 3))),
 }
 
@@ -111,14 +114,14 @@ def planned(config: DecoderConfig, format: str, dtype: torch.dtype) -> sizing.We
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("format", ["dense", "int8"])
+@pytest.mark.parametrize("format", ["dense", "int8", "int4", "fp8"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_weight_bytes_are_those_of_the_tensors_to_the_byte(config, format, dtype, held_bytes):
     decoder = Decoder(config, RandomParts(format, dtype))
     assert planned(config, format, dtype).total == held_bytes(decoder)
 
 
-@pytest.mark.parametrize("format", ["dense", "int8"])
+@pytest.mark.parametrize("format", ["dense", "int8", "int4", "fp8"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_a_step_reads_what_its_matrices_norms_and_biases_hold(config, format):
     everyone = 10_000  # tokens, so that every expert is visited

@@ -46,15 +46,15 @@ class Stats:
 class LLM:
     """A loaded model. Use it as a context manager, or `close()` it, to give its memory back.
 
-    `model`: a hub id (`org/name`, `org/name@revision`), a directory, a GGUF file or an alias. `dtype` "auto" keeps
-    the checkpoint's. `quantization`: None or "int8". `max_model_len` None takes the model's own. `kv_cache_gib` None
-    sizes the cache by the scheduler's limits within a share of free memory. `memory_gib` bounds weights, cache and
-    activations on the device together. `offload` ("auto", "host", "disk") keeps the matrices off the device and
-    streams them, for models larger than it; `offload_dir` is where a file of them may lie. `speculative_config`: a
-    SpeculativeConfig or its fields. `generation_config`: "auto" applies the model's sampling defaults where a request
-    sets none. `model_impl`: "paceline" (one of its families), "transformers" (transformers' modules with our paged
-    attention, slower), or "auto", the first of them that runs the model. `threads` sets torch's CPU threads, for the
-    whole process. `trust_remote_code` is refused: no code of a checkpoint is ever run.
+    `model`: a hub id (`org/name`, `org/name@revision`), a directory, a GGUF file or an alias. `dtype` "auto" keeps the
+    checkpoint's. `quantization`: None, "int8", "int4" or "fp8". `max_model_len` None takes the model's own.
+    `kv_cache_gib` None sizes the cache by the scheduler's limits within a share of free memory. `memory_gib` bounds
+    weights, cache and activations on the device together. `offload` ("auto", "host", "disk") keeps the matrices off the
+    device and streams them, for models larger than it; `offload_dir` is where a file of them may lie.
+    `speculative_config`: a SpeculativeConfig or its fields. `generation_config`: "auto" applies the model's sampling
+    defaults where a request sets none. `model_impl`: "paceline" (one of its families), "transformers" (transformers'
+    modules with our paged attention, slower), or "auto", the first of them that runs the model. `threads` sets torch's
+    CPU threads, for the whole process. `trust_remote_code` is refused: no code of a checkpoint is ever run.
 
     Raises UsageError for an unknown or impossible option, and the errors of loading (ModelNotFoundError,
     DownloadError, CheckpointError, UnsupportedModelError, OutOfMemoryError).

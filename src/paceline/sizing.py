@@ -25,7 +25,16 @@ TOP_BYTES = 12  # of one returned value: float32 and its int64 index
 
 
 MatrixBytes = Callable[[int, int], int]
-"""Bytes of a matrix of so many rows and columns in some weight format (formats.stored_bytes and resident_bytes)."""
+"""Bytes of a matrix of so many rows and columns."""
+
+
+@dataclass(frozen=True)
+class FormatBytes:
+    """Bytes of a model's matrices in some weight format: those in its layers, and its output head, which may be in a
+    finer one (formats.stored_bytes, resident_bytes and unpack_bytes)."""
+
+    layers: MatrixBytes
+    head: MatrixBytes
 
 
 @dataclass(frozen=True)
@@ -129,27 +138,29 @@ class WeightBytes:
 
 
 def weight_bytes(
-    config: DecoderConfig, bytes_per_value: int, matrix_bytes: MatrixBytes, *, tied_head_shares: bool
+    config: DecoderConfig, bytes_per_value: int, matrix_bytes: FormatBytes, *, tied_head_shares: bool
 ) -> WeightBytes:
     """Bytes resident after loading. `tied_head_shares`: a tied head is the embedding's own memory, not a copy."""
     matrices = layer_matrices(config)
-    sizes = [m.count * matrix_bytes(m.rows, m.columns) for m in matrices]
+    sizes = [m.count * matrix_bytes.layers(m.rows, m.columns) for m in matrices]
     return WeightBytes(
         layers=sum(size for m, size in zip(matrices, sizes, strict=True) if not m.experts),
         experts=sum(size for m, size in zip(matrices, sizes, strict=True) if m.experts),
-        head=0 if config.tie_embeddings and tied_head_shares else matrix_bytes(config.vocab_size, config.hidden_size),
+        head=0
+        if config.tie_embeddings and tied_head_shares
+        else matrix_bytes.head(config.vocab_size, config.hidden_size),
         embedding=(config.vocab_size * config.hidden_size + position_values(config)) * bytes_per_value,
         small=small_values(config) * bytes_per_value + constant_bytes(config),
     )
 
 
 def step_weight_bytes(
-    config: DecoderConfig, bytes_per_value: int, matrix_bytes: MatrixBytes, num_tokens: int = 1
+    config: DecoderConfig, bytes_per_value: int, matrix_bytes: FormatBytes, num_tokens: int = 1
 ) -> int:
     """Bytes of weights that one decode step of `num_tokens` tokens reads: everything but the embedding tables, of which
     it reads a row a token, and the experts that no token visits (Matrices.visited)."""
-    read = sum(m.visited(num_tokens) * matrix_bytes(m.rows, m.columns) for m in layer_matrices(config))
-    read += matrix_bytes(config.vocab_size, config.hidden_size)
+    read = sum(m.visited(num_tokens) * matrix_bytes.layers(m.rows, m.columns) for m in layer_matrices(config))
+    read += matrix_bytes.head(config.vocab_size, config.hidden_size)
     return round(read) + small_values(config) * bytes_per_value
 
 
@@ -170,10 +181,12 @@ class StepShape:
     block_size: int = 16
 
 
-def activation_bytes(config: DecoderConfig, step: StepShape, bytes_per_value: int, *, unpacks: bool = False) -> int:
+def activation_bytes(
+    config: DecoderConfig, step: StepShape, bytes_per_value: int, *, unpacked: FormatBytes | None = None
+) -> int:
     """An upper bound of what a step holds at once beside weights and cache: the widest moment of a layer, or, after
     the last layer, the hidden states and what sampling makes of the logits. Tests hold it to a count of live tensors.
-    `unpacks`: the weight format multiplies many rows through a copy of the matrix in the model's dtype.
+    `unpacked`: what the weight format multiplies many rows through, a copy of the matrix in the model's dtype.
     """
     a, hidden = config.attention, config.hidden_size
     q, kv = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
@@ -192,8 +205,8 @@ def activation_bytes(config: DecoderConfig, step: StepShape, bytes_per_value: in
     mlp = step.num_tokens * _mlp_values(config) * bytes_per_value
     # Beside either: the residual stream before and after attention, what was normalised, and the half's own output.
     stream = step.num_tokens * (4 * hidden + turns) * bytes_per_value
-    copies = max(m.rows * m.columns for m in layer_matrices(config)) * bytes_per_value if unpacks else 0
-    head = config.vocab_size * hidden * bytes_per_value if unpacks else 0
+    copies = max(unpacked.layers(m.rows, m.columns) for m in layer_matrices(config)) if unpacked else 0
+    head = unpacked.head(config.vocab_size, hidden) if unpacked else 0
     rows = min(step.num_seqs, step.num_tokens)
     sampling = rows * (config.vocab_size * SAMPLING_BYTES + step.context * PENALTY_BYTES)
     last = step.num_tokens * hidden * bytes_per_value + sampling + head

@@ -6,6 +6,8 @@ import click
 import pytest
 
 from paceline.cli.app import commands
+from paceline.cli.options import QUANTIZATIONS
+from paceline.formats import FORMATS
 
 FLAGS = {
     "chat": """
@@ -65,3 +67,7 @@ def test_every_command_and_flag_is_explained(name):
         if isinstance(option, click.Option):
             assert option.help, option.name
             assert option.help.endswith("."), option.name
+
+
+def test_every_weight_format_can_be_asked_for():
+    assert {*QUANTIZATIONS, "dense"} == set(FORMATS)

@@ -24,7 +24,7 @@ from paceline.config import (
 )
 from paceline.engine.model_runner import ModelRunner
 from paceline.engine.step import NewRequest, ScheduledRequest, SchedulerOutput
-from paceline.formats import pack
+from paceline.formats import head_format, matrix_format, pack, unpack_bytes
 from paceline.kernels import attention_plan
 from paceline.layers.linear import Linear
 from paceline.models.decoder import Decoder
@@ -74,11 +74,12 @@ class RandomParts:
 
     def linear(self, name: str, rows: tuple[int, ...], columns: int, *, bias: bool = False) -> Linear:
         values = self.tensor(name, sum(rows), columns)
-        weight = pack(values, self.format, dtype=self.dtype, device=self.device)
+        format = head_format(self.format) if name == "head" else matrix_format(self.format, *values.shape)
+        weight = pack(values, format, dtype=self.dtype, device=self.device)
         return Linear(weight, self.tensor(name, sum(rows)) if bias else None)
 
     def tied(self, table_VD: torch.Tensor) -> Linear:
-        return Linear(pack(table_VD, self.format, dtype=self.dtype, device=self.device))
+        return Linear(pack(table_VD, head_format(self.format), dtype=self.dtype, device=self.device))
 
 
 BASE = DecoderConfig(
@@ -140,7 +141,7 @@ def held(config: DecoderConfig, step: tuple[int, int, int], dtype: torch.dtype, 
 def check(config: DecoderConfig, step: tuple[int, int, int], dtype: torch.dtype, format: str = "dense") -> None:
     num_seqs, cached, new = step
     shape = sizing.StepShape(num_seqs * new, num_seqs, cached + new, new, BLOCK)
-    bound = sizing.activation_bytes(config, shape, dtype.itemsize, unpacks=format != "dense")
+    bound = sizing.activation_bytes(config, shape, dtype.itemsize, unpacked=unpack_bytes(format, dtype))
     found = held(config, step, dtype, format)
     assert found <= bound <= 2 * found, f"{bound / found:.2f} times what was held"
 
@@ -157,11 +158,12 @@ def test_the_bound_holds_in_16_bits(config):
         check(CONFIGS[config], step, torch.bfloat16)
 
 
-def test_the_bound_holds_where_int8_is_unpacked_for_many_rows():
+@pytest.mark.parametrize("format", ["int8", "int4", "fp8"])
+def test_the_bound_holds_where_weights_are_unpacked_for_many_rows(format):
     wide = replace(BASE, hidden_size=512, mlp=MlpConfig(2048))
-    for step in ((1, 0, 64), (32, 100, 1)):
-        check(wide, step, torch.float32, "int8")
-    check(replace(BASE, vocab_size=32768, hidden_size=512), (16, 100, 1), torch.float32, "int8")
+    for step in ((1, 0, 160), (32, 100, 5)):  # more rows than int4 takes packed
+        check(wide, step, torch.float32, format)
+    check(replace(BASE, vocab_size=32768, hidden_size=512), (16, 100, 1), torch.float32, format)
 
 
 def test_a_batch_of_long_contexts_gathers_no_more_than_its_limit(monkeypatch):

@@ -177,6 +177,7 @@ def test_generation_runs_to_the_contexts_end_and_no_further(llm):
         ({"max_modle_len": 5}, UsageError, "did you mean 'max_model_len'"),
         ({"trust_remote_code": True}, UsageError, "trust_remote_code is refused"),
         ({"quantization": "int9"}, UsageError, "did you mean 'int8'"),
+        ({"quantization": "int4", "offload": "disk"}, UsageError, "offload cannot stream int4 weights.*'int8'"),
         ({"max_model_len": 129}, UsageError, "129 is more than the 128 positions"),
         ({"generation_config": "vlm"}, UsageError, "generation_config"),
         ({"speculative_config": {"method": "ngram", "tokens": 3}}, UsageError, "speculative_config key 'tokens'"),

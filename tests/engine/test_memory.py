@@ -39,7 +39,17 @@ def test_the_caches_share_and_its_given_size():
     assert Room(40_000, lambda context: 0, cache_bytes=5_000).budget(64) == 5_000
 
 
-@pytest.mark.parametrize("options", [{}, {"quantization": "int8"}, {"max_model_len": 64}, {"max_num_seqs": 4}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"quantization": "int8"},
+        {"quantization": "int4"},
+        {"quantization": "fp8"},
+        {"max_model_len": 64},
+        {"max_num_seqs": 4},
+    ],
+)
 @pytest.mark.parametrize("available", [12_000_000, 10**9])
 def test_what_is_planned_is_what_the_engine_allocates(tiny_directory, monkeypatch, options, available):
     monkeypatch.setattr(build, "available_bytes", lambda device: available)

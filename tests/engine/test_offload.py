@@ -70,10 +70,11 @@ def test_a_model_eight_times_the_memory_gives_the_same_tokens(three_layers, tmp_
     assert "tokens/s for one request" in told
 
 
-def test_int8_weights_can_be_offloaded(three_layers, tmp_path):
-    with load(three_layers, quantization="int8") as whole:
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_quantised_weights_can_be_offloaded(three_layers, tmp_path, quantization):
+    with load(three_layers, quantization=quantization) as whole:
         expected = tokens(whole)
-    with load(three_layers, quantization="int8", offload="disk", offload_dir=str(tmp_path)) as llm:
+    with load(three_layers, quantization=quantization, offload="disk", offload_dir=str(tmp_path)) as llm:
         assert tokens(llm) == expected
         assert llm.model.stream.store.nbytes < 0.4 * 13.6e6
 

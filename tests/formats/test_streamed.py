@@ -32,7 +32,7 @@ def add(stream, values, dtype=torch.float32, format="dense"):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("format", ["dense", "int8"])
+@pytest.mark.parametrize("format", ["dense", "int8", "fp8"])
 def test_a_streamed_product_is_that_of_the_packed_weight(stream, dtype, format):
     values, x, bias = torch.randn(45, 32), torch.randn(3, 32).to(dtype), torch.randn(45).to(dtype)
     others = [add(stream, torch.randn(20, 16), dtype) for _ in range(3)]
@@ -87,7 +87,7 @@ def test_the_stream_holds_its_buffers_and_no_more(stream):
     assert all(slot.staging is slot.buffer for slot in stream._slots)
 
 
-@pytest.mark.parametrize("format", ["dense", "int8"])
+@pytest.mark.parametrize("format", ["dense", "int8", "fp8"])
 def test_a_table_is_read_by_rows_and_shared_with_the_head(stream, format):
     values = torch.randn(50, 16)
     table = StreamedTable(stream.store, stream.store.append(values), (50, 16), torch.float32, CPU)

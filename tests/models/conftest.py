@@ -53,21 +53,20 @@ def llama_config() -> dict[str, Any]:
 
 
 @pytest.fixture
-def llama_checkpoint() -> Callable[[], MemoryCheckpoint]:
-    """The tensors that `llama_config` describes, under Hugging Face's names."""
+def llama_checkpoint() -> Callable[..., MemoryCheckpoint]:
+    """The tensors that `llama_config` describes, under Hugging Face's names; `hidden`: another size."""
 
-    def make() -> MemoryCheckpoint:
+    def make(hidden: int = 32) -> MemoryCheckpoint:
         generator = torch.Generator().manual_seed(3)
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (64, 32), "lm_head.weight": (64, 32)}
-        shapes["model.norm.weight"] = (32,)
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (64, hidden), "lm_head.weight": (64, hidden)}
+        shapes["model.norm.weight"] = (hidden,)
         for i in range(2):
             layer = f"model.layers.{i}"
-            shapes |= {f"{layer}.{norm}_layernorm.weight": (32,) for norm in ("input", "post_attention")}
-            shapes |= {
-                f"{layer}.self_attn.{p}_proj.weight": (n, 32) for p, n in zip("qkvo", (32, 16, 16, 32), strict=True)
-            }
-            shapes |= {f"{layer}.mlp.{p}_proj.weight": (48, 32) for p in ("gate", "up")}
-            shapes[f"{layer}.mlp.down_proj.weight"] = (32, 48)
+            shapes |= {f"{layer}.{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")}
+            rows = {"q": hidden, "k": hidden // 2, "v": hidden // 2, "o": hidden}
+            shapes |= {f"{layer}.self_attn.{p}_proj.weight": (n, hidden) for p, n in rows.items()}
+            shapes |= {f"{layer}.mlp.{p}_proj.weight": (48, hidden) for p in ("gate", "up")}
+            shapes[f"{layer}.mlp.down_proj.weight"] = (hidden, 48)
         return MemoryCheckpoint({name: torch.randn(shape, generator=generator) for name, shape in shapes.items()})
 
     return make

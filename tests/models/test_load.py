@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from paceline.errors import CheckpointError, UsageError
+from paceline.formats.int4 import Int4CPUWeight, Int4Weight
+from paceline.formats.int8 import Int8Weight
 from paceline.layers.linear import Linear
 from paceline.models.load import load_decoder, settle_tied_head
 from paceline.models.registry import read_decoder_config
@@ -122,6 +124,34 @@ def test_quantize_names_the_format_of_every_linear(llama_checkpoint, config):
         assert torch.allclose(packed.unpack(), kept.unpack(), atol=0.02)
     with pytest.raises(UsageError, match="int9"):
         load_decoder(llama_checkpoint(), config, dtype=torch.float32, quantize="int9")
+
+
+def test_int4_says_which_matrices_it_would_not_make_smaller(llama_checkpoint, config, caplog):
+    with caplog.at_level(logging.WARNING):
+        decoder = load_decoder(llama_checkpoint(), config, dtype=torch.float32, quantize="int4")
+    # 32 and 48 columns: padded to 128 they take 80 bytes.
+    assert {type(m.weight) for m in decoder.modules() if isinstance(m, Linear)} == {Int8Weight}
+    told = [record.message for record in caplog.records]
+    assert told == [
+        "6 matrices are in int8, not int4 (blocks.0.attention.qkv, blocks.0.attention.out, blocks.0.mlp.gate_up, ...): "
+        "padded to tiles a row of 32 values takes 80 bytes",
+        "2 matrices are in int8, not int4 (blocks.0.mlp.down, blocks.1.mlp.down): "
+        "padded to tiles a row of 48 values takes 80 bytes",
+    ]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_int4s_head_is_int8(llama_checkpoint, llama_config, tied):
+    config = read_decoder_config({**llama_config, "hidden_size": 128, "tie_word_embeddings": tied})
+    checkpoint = llama_checkpoint(hidden=128)
+    if tied:
+        del checkpoint.tensors["lm_head.weight"]
+    decoder = load_decoder(checkpoint, config, dtype=torch.bfloat16, quantize="int4")
+    assert isinstance(decoder.head.weight, Int8Weight)
+    for block in decoder.blocks:
+        assert isinstance(block.attention.qkv.weight, Int4Weight | Int4CPUWeight)
+        assert isinstance(block.mlp.gate_up.weight, Int4Weight | Int4CPUWeight)
+        assert isinstance(block.mlp.down.weight, Int8Weight)  # of 48 columns
 
 
 class Count:

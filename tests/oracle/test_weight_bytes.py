@@ -10,7 +10,7 @@ from paceline.formats import keeps_memory, resident_bytes
 from paceline.models.load import load_decoder
 
 
-@pytest.mark.parametrize("format", ["dense", "int8"])
+@pytest.mark.parametrize("format", ["dense", "int8", "int4", "fp8"])
 def test_a_loaded_model_holds_what_was_planned_to_the_byte(each_model, format, held_bytes):
     config, cpu, dtype = each_model.config, torch.device("cpu"), torch.float32
     quantize = None if format == "dense" else format

@@ -22,6 +22,7 @@ Facts = dict[str, Any]  # JSON values; names end in _bytes or _bytes_per_second 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "safetensors", "tokenizers", "huggingface_hub")
 # Shown where they are set. Of the first only that: they are secrets.
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+UNPACKED = "unpacked before each product: saves memory, not time (opt-in)"
 VARIABLES = (
     *("PACELINE_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT"),
     *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
@@ -187,6 +188,8 @@ def _choices() -> Facts:
         "linear": _linear(sorted(set(dtypes.values()), key=str), device),
         "attention": _attention(device),
         "int8": _int8(device),
+        "int4": _int4(device),
+        "fp8": UNPACKED,
         "kv_cache": _kv_cache(device),
     }
 
@@ -232,7 +235,18 @@ def _int8(device: torch.device) -> str:
 
     if device.type == "cpu":
         return f"torch's _weight_int8pack_mm in bfloat16 up to {MAX_PACKED_ROWS} rows, above that unpacked (opt-in)"
-    return "unpacked before each product: saves memory, not time (opt-in)"
+    return UNPACKED
+
+
+def _int4(device: torch.device) -> str:
+    from paceline.formats.int4 import MAX_PACKED_ROWS
+    from paceline.kernels.linear_int4 import BLOCKS, int4_refusal
+
+    reason = int4_refusal(max(BLOCKS), device)
+    if reason is None:
+        op = f"torch's _weight_int4pack_mm_for_cpu in bfloat16 up to {MAX_PACKED_ROWS} rows, above that unpacked"
+        return f"{op}; the output head in int8 (opt-in)"
+    return UNPACKED if device.type == "cuda" else f"{UNPACKED}: {reason}"
 
 
 def _kv_cache(device: torch.device) -> str:

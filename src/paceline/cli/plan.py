@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from paceline.cli.options import configure_logging
+from paceline.cli.options import QUANTIZATIONS, configure_logging
 from paceline.errors import UsageError
 
 _SHARED = ("gpu", "memory", "revision")
@@ -25,7 +25,7 @@ _TRAINING = (
 @click.command()
 @click.argument("model", metavar="MODEL")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), help="What it is computed in.")
-@click.option("--quantize", type=click.Choice(["int8"]), help="Weights in 8 bits.")
+@click.option("--quantize", type=click.Choice(QUANTIZATIONS), help="Weights in 8 or 4 bits.")
 @click.option("--device", metavar="NAME", help="Plan for this machine's cpu, cuda or cuda:N [default: the first GPU].")
 @click.option("--gpu", metavar="NAME", help="Plan for another GPU, by its data sheet: h100, a100, l4, rtx-4090, ...")
 @click.option("--memory", metavar="SIZE", help="Plan for so much memory, such as 24GiB.")

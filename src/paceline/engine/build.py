@@ -18,8 +18,8 @@ from paceline.engine.memory import CPU_CACHE_SHARE, CUDA_MEMORY_SHARE, Room, div
 from paceline.engine.model_runner import ModelRunner
 from paceline.engine.offload import PLACES, offloaded_weights, open_stream, tell_speed
 from paceline.errors import OutOfMemoryError, UsageError
-from paceline.formats import FORMATS, keeps_memory, resident_bytes, stored_bytes
-from paceline.formats.streamed import WeightStream
+from paceline.formats import FORMATS, keeps_memory, resident_bytes, stored_bytes, unpack_bytes
+from paceline.formats.streamed import STREAMED, WeightStream
 from paceline.loading.checkpoint import Checkpoint, open_checkpoint
 from paceline.loading.progress import Progress
 from paceline.loading.resolve import ModelSource, resolve
@@ -79,6 +79,11 @@ class LoadOptions:
                 raise UsageError(f"{name} must be greater than 0, got {value}")
         if self.offload is not None and self.offload not in PLACES:
             raise UsageError(f"offload must be one of {', '.join(PLACES)}, got {self.offload!r}")
+        if self.offload is not None and (self.quantization or "dense") not in STREAMED:
+            raise UsageError(
+                f"offload cannot stream {self.quantization} weights, whose scales are too many to stay on the device: "
+                "use quantization='int8'"
+            )
         if self.offload_dir is not None and self.offload is None:
             raise UsageError("offload_dir is given and offload is not: set offload='disk'")
 
@@ -292,7 +297,8 @@ def _step_bytes(config: DecoderConfig, options: LoadOptions, context: int, dtype
     tokens = scheduler.max_num_batched_tokens
     chunk = scheduler.max_chunk or tokens
     step = sizing.StepShape(tokens, scheduler.max_num_seqs, context, chunk, options.cache.block_size)
-    activations = sizing.activation_bytes(config, step, dtype.itemsize, unpacks=options.quantization is not None)
+    unpacked = unpack_bytes(options.quantization or "dense", dtype)
+    activations = sizing.activation_bytes(config, step, dtype.itemsize, unpacked=unpacked)
     return activations + sizing.logprob_workspace_bytes(config.vocab_size, tokens)
 
 

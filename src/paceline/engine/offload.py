@@ -36,7 +36,7 @@ class OffloadedWeights:
 
 def offloaded_weights(config: DecoderConfig, format: str, dtype: torch.dtype) -> OffloadedWeights:
     """Matrices and the token embedding are streamed; norms, biases, routers, learned positions and the scales of
-    int8 stay."""
+    int8 and fp8 stay."""
     stored = stored_bytes(format, dtype)
     weights = sizing.weight_bytes(config, dtype.itemsize, stored, tied_head_shares=format == "dense")
     table = config.vocab_size * config.hidden_size

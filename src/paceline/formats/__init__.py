@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Protocol
 
 import torch
 
-from paceline.formats import dense, int8
+from paceline.formats import dense, fp8, int4, int8
 from paceline.kernels.linear import onednn_refusal
 from paceline.registry import lookup
-from paceline.sizing import MatrixBytes
+from paceline.sizing import FormatBytes, MatrixBytes
 
 
 class Weight(Protocol):
@@ -47,8 +47,29 @@ class Format(Protocol):
         """What its tensors take on `device`, padding included."""
         ...
 
+    def unpack_bytes(self, rows: int, columns: int, dtype: torch.dtype, /) -> int:
+        """What a product of many rows holds of the matrix, unpacked; 0 where it multiplies what is packed."""
+        ...
 
-FORMATS: Mapping[str, Format] = MappingProxyType({"dense": dense, "int8": int8})
+
+FORMATS: Mapping[str, Format] = MappingProxyType({"dense": dense, "int8": int8, "int4": int4, "fp8": fp8})
+# What the output head takes instead, whose errors reach the logits at once, and a matrix that would not gain.
+FINER: Mapping[str, str] = MappingProxyType({"int4": "int8"})
+
+
+def head_format(format: str) -> str:
+    """The format of a model's output head where that of its linears is `format`."""
+    return FINER.get(format, format)
+
+
+def refusal(format: str, rows: int, columns: int) -> str | None:
+    """Why such a matrix takes FINER[format] instead; None where it does not."""
+    return int4.refusal(rows, columns) if format == "int4" else None
+
+
+def matrix_format(format: str, rows: int, columns: int) -> str:
+    """The format that such a matrix takes in a model whose linears are in `format`."""
+    return format if refusal(format, rows, columns) is None else FINER[format]
 
 
 def pack(values_NK: torch.Tensor, format: str, *, dtype: torch.dtype, device: torch.device | str) -> Weight:
@@ -56,16 +77,28 @@ def pack(values_NK: torch.Tensor, format: str, *, dtype: torch.dtype, device: to
     return lookup(FORMATS, "weight format", format).pack(values_NK.to(device=device, dtype=dtype))
 
 
-def stored_bytes(format: str, dtype: torch.dtype) -> MatrixBytes:
-    """What a step reads of a matrix in `format`, for the memory formula."""
-    chosen = lookup(FORMATS, "weight format", format)
-    return lambda rows, columns: chosen.stored_bytes(rows, columns, dtype)
+def stored_bytes(format: str, dtype: torch.dtype) -> FormatBytes:
+    """What a step reads of the matrices of a model in `format`, for the memory formula."""
+    return _format_bytes(format, lambda chosen, rows, columns: chosen.stored_bytes(rows, columns, dtype))
 
 
-def resident_bytes(format: str, dtype: torch.dtype, device: torch.device) -> MatrixBytes:
-    """What a matrix in `format` takes on `device`, for the memory formula."""
-    chosen = lookup(FORMATS, "weight format", format)
-    return lambda rows, columns: chosen.resident_bytes(rows, columns, dtype, device)
+def resident_bytes(format: str, dtype: torch.dtype, device: torch.device) -> FormatBytes:
+    """What its matrices take on `device`, for the memory formula."""
+    return _format_bytes(format, lambda chosen, rows, columns: chosen.resident_bytes(rows, columns, dtype, device))
+
+
+def unpack_bytes(format: str, dtype: torch.dtype) -> FormatBytes:
+    """What a product through an unpacked copy of one of them holds, for the memory formula."""
+    return _format_bytes(format, lambda chosen, rows, columns: chosen.unpack_bytes(rows, columns, dtype))
+
+
+def _format_bytes(format: str, size: Callable[[Format, int, int], int]) -> FormatBytes:
+    lookup(FORMATS, "weight format", format)
+
+    def matrix_bytes(format: str) -> MatrixBytes:
+        return lambda rows, columns: size(FORMATS[matrix_format(format, rows, columns)], rows, columns)
+
+    return FormatBytes(layers=matrix_bytes(format), head=matrix_bytes(head_format(format)))
 
 
 def keeps_memory(format: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> bool:

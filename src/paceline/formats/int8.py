@@ -56,3 +56,7 @@ def stored_bytes(rows: int, columns: int, dtype: torch.dtype) -> int:
 
 def resident_bytes(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
     return stored_bytes(rows, columns, dtype)
+
+
+def unpack_bytes(rows: int, columns: int, dtype: torch.dtype) -> int:
+    return rows * columns * dtype.itemsize

@@ -11,18 +11,22 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
 from paceline.errors import OutOfMemoryError
 from paceline.formats.dense import DenseWeight
+from paceline.formats.fp8 import FP8Weight
+from paceline.formats.fp8 import pack as pack_fp8
 from paceline.formats.int8 import Int8Weight
 from paceline.formats.int8 import pack as pack_int8
 from paceline.formats.stores import Store
 
+STREAMED = ("dense", "int8", "fp8")  # the formats whose rows can be cut anywhere
 PIECE_ROWS = 1024  # of a matrix that are read, cast and packed at once while loading
 AHEAD = 2  # slices on their way while one is in use
 PROBE_BYTES = 256 << 20  # read once, after loading, to tell the user what a step will cost
@@ -158,12 +162,13 @@ class WeightStream:
 
 @dataclass(frozen=True)
 class StreamedWeight:
-    """A matrix behind a WeightStream, dense or int8. `slices` pairs the index of each slice with its number of rows;
-    int8's scales are few and stay on the device."""
+    """A matrix behind a WeightStream, in one of STREAMED. `slices` pairs the index of each slice with its number of
+    rows; scales are one a row and stay on the device."""
 
     stream: WeightStream
     shape: tuple[int, int]
     dtype: torch.dtype
+    format: str
     slices: Sequence[tuple[int, int]]
     scale_N: torch.Tensor | None = None
 
@@ -181,16 +186,19 @@ class StreamedWeight:
     def unpack(self) -> torch.Tensor:
         return torch.cat([weight.unpack().clone() for _, weight in self._parts()])
 
-    def _parts(self) -> Iterator[tuple[slice, DenseWeight | Int8Weight]]:
+    def _parts(self) -> Iterator[tuple[slice, DenseWeight | Int8Weight | FP8Weight]]:
         """Each slice's rows and weight, valid until the next is asked for."""
         first = 0
         for index, count in self.slices:
             rows = slice(first, first + count)
             raw = self.stream.fetch(index)
+            shape = (count, self.shape[1])
             if self.scale_N is None:
-                yield rows, DenseWeight(raw.view(self.dtype).view(count, self.shape[1]))
+                yield rows, DenseWeight(raw.view(self.dtype).view(shape))
+            elif self.format == "int8":
+                yield rows, Int8Weight(raw.view(torch.int8).view(shape), self.scale_N[rows], self.dtype)
             else:
-                yield rows, Int8Weight(raw.view(torch.int8).view(count, self.shape[1]), self.scale_N[rows], self.dtype)
+                yield rows, FP8Weight(raw.view(torch.float8_e4m3fn).view(shape), self.scale_N[rows], self.dtype)
             first += count
 
 
@@ -213,6 +221,11 @@ class StreamedTable:
         return rows_TB.view(self.dtype).to(self.device)
 
 
+PACKERS: Mapping[str, Callable[[torch.Tensor], Int8Weight | FP8Weight]] = MappingProxyType(
+    {"int8": pack_int8, "fp8": pack_fp8}
+)
+
+
 def stream_matrix(
     stream: WeightStream,
     pieces: Iterable[torch.Tensor],
@@ -225,25 +238,31 @@ def stream_matrix(
     offset, scales = stream.store.nbytes, []
     for values_RK in pieces:
         values_RK = values_RK.to(dtype)
-        if format == "int8":
-            packed = pack_int8(values_RK)
+        if format in PACKERS:
+            packed = PACKERS[format](values_RK)
             stream.store.append(packed.q_NK)
             scales.append(packed.scale_N)
         else:
             stream.store.append(values_RK)
-    return _stream_stored(stream, offset, shape, dtype, torch.cat(scales).to(stream.device) if scales else None)
+    scale_N = torch.cat(scales).to(stream.device) if scales else None
+    return _stream_stored(stream, offset, shape, dtype, format, scale_N)
 
 
 def stream_table(stream: WeightStream, table: StreamedTable, *, format: str) -> StreamedWeight:
     """A matrix over a table's values: the very bytes where they are dense, else a second copy in `format`."""
     if format == "dense":
-        return _stream_stored(stream, table.offset, table.shape, table.dtype, None)
+        return _stream_stored(stream, table.offset, table.shape, table.dtype, format, None)
     ids = torch.arange(table.shape[0]).split(PIECE_ROWS)  # type: ignore[no-untyped-call]
     return stream_matrix(stream, (table.rows(part) for part in ids), table.shape, dtype=table.dtype, format=format)
 
 
 def _stream_stored(
-    stream: WeightStream, offset: int, shape: tuple[int, int], dtype: torch.dtype, scale_N: torch.Tensor | None
+    stream: WeightStream,
+    offset: int,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    format: str,
+    scale_N: torch.Tensor | None,
 ) -> StreamedWeight:
     row_bytes = shape[1] * (dtype.itemsize if scale_N is None else 1)
     at_once = stream.slice_bytes // row_bytes
@@ -256,4 +275,4 @@ def _stream_stored(
     for first in range(0, shape[0], at_once):
         rows = min(at_once, shape[0] - first)
         slices.append((stream.add(offset + first * row_bytes, rows * row_bytes), rows))
-    return StreamedWeight(stream, shape, dtype, tuple(slices), scale_N)
+    return StreamedWeight(stream, shape, dtype, format, tuple(slices), scale_N)

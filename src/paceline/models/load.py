@@ -19,6 +19,7 @@ from paceline.config import DecoderConfig
 from paceline.errors import CheckpointError
 from paceline.formats.streamed import PIECE_ROWS, StreamedTable, WeightStream, stream_matrix, stream_table
 from paceline.kernels.linear import TOO_SMALL, onednn_refusal
+from paceline.kernels.linear_int4 import int4_refusal
 from paceline.layers.linear import Linear
 from paceline.loading.progress import Progress, Silent
 from paceline.loading.rules import Stored, stored_names
@@ -71,7 +72,8 @@ class CheckpointParts:
         self.stream = stream
         self.progress = progress
         self.used: set[str] = set()
-        self.plain: Counter[str] = Counter()  # why matrices on the CPU are not packed for oneDNN
+        self.plain: Counter[str] = Counter()  # why matrices on the CPU do not run in its packed ops
+        self.finer: dict[str, list[str]] = {}  # why matrices are not in the format asked for, and which
 
     def tensor(self, name: str, *shape: int) -> torch.Tensor:
         """A tensor of its own memory, never a view of the checkpoint's file."""
@@ -79,11 +81,12 @@ class CheckpointParts:
 
     def linear(self, name: str, rows: tuple[int, ...], columns: int, *, bias: bool = False) -> Linear:
         bias_N = self._read(f"{name}.bias", rows, ()) if bias else None
+        format = formats.head_format(self.format) if name == "head" else self._matrix_format(name, sum(rows), columns)
         if self.stream is not None:
             pieces = self._pieces(f"{name}.weight", rows, (columns,))
             shape = (sum(rows), columns)
-            return Linear(stream_matrix(self.stream, pieces, shape, dtype=self.dtype, format=self.format), bias_N)
-        return Linear(self._pack(self._read(f"{name}.weight", rows, (columns,))), bias_N)
+            return Linear(stream_matrix(self.stream, pieces, shape, dtype=self.dtype, format=format), bias_N)
+        return Linear(self._pack(self._read(f"{name}.weight", rows, (columns,)), format), bias_N)
 
     def table(self, name: str, rows: int, columns: int) -> torch.Tensor | StreamedTable:
         if self.stream is None:
@@ -95,22 +98,32 @@ class CheckpointParts:
 
     def tied(self, table_VD: torch.Tensor | StreamedTable) -> Linear:
         """The output head over the embedding's values; shares their memory where the format keeps them as they are."""
+        format = formats.head_format(self.format)
         if isinstance(table_VD, torch.Tensor):
-            return Linear(self._pack(table_VD))
+            return Linear(self._pack(table_VD, format))
         assert self.stream is not None
-        return Linear(stream_table(self.stream, table_VD, format=self.format))
+        return Linear(stream_table(self.stream, table_VD, format=format))
 
     def num_bytes(self) -> int:
         """Bytes of all the tensors that the names lead to, as read."""
         wanted = (self.files[name] for stored in self.names.values() for name in stored.names if name in self.files)
         return sum(math.prod(self.checkpoint.shape(name)) * self.checkpoint.dtype(name).itemsize for name in wanted)
 
-    def _pack(self, values_NK: torch.Tensor) -> formats.Weight:
-        if self.format == "dense" and self.device.type == "cpu":
+    def _matrix_format(self, name: str, rows: int, columns: int) -> str:
+        reason = formats.refusal(self.format, rows, columns)
+        if reason is not None:
+            self.finer.setdefault(reason, []).append(name)
+        return formats.matrix_format(self.format, rows, columns)
+
+    def _pack(self, values_NK: torch.Tensor, format: str) -> formats.Weight:
+        reason = None
+        if format == "dense" and self.device.type == "cpu":
             reason = onednn_refusal(values_NK.shape, values_NK.dtype, values_NK.device)
-            if reason is not None:
-                self.plain[reason] += 1
-        return formats.pack(values_NK, self.format, dtype=self.dtype, device=self.device)
+        elif format == "int4" and self.device.type == "cpu":
+            reason = int4_refusal(values_NK.shape[0], values_NK.device)
+        if reason is not None:
+            self.plain[reason] += 1
+        return formats.pack(values_NK, format, dtype=self.dtype, device=self.device)
 
     def _read(self, name: str, rows: tuple[int, ...], rest: tuple[int, ...]) -> torch.Tensor:
         fused, start = torch.empty((sum(rows), *rest), dtype=self.dtype, device=self.device), 0
@@ -217,9 +230,9 @@ def load_decoder(
     stream: WeightStream | None = None,
     progress: Progress | None = None,
 ) -> Decoder:
-    """The model, in `dtype` on `device`; `quantize` names the weight format of every linear, the head included
-    (None: dense, lossless up to the cast to `dtype`). With `stream` matrices go into its store, and only the small
-    tensors stay on the device. `progress` counts the bytes read.
+    """The model, in `dtype` on `device`; `quantize` names the weight format of the linears (None: dense, lossless up
+    to the cast to `dtype`). int4's head is int8, and so are matrices that int4 would not make smaller. With `stream`
+    matrices go into its store, and only the small tensors stay on the device. `progress` counts the bytes read.
 
     Raises CheckpointError for a tensor that is missing or of the wrong shape, UsageError for an unknown format.
     """
@@ -251,6 +264,10 @@ def load_decoder(
     if other:
         log.warning("text only: %d tensors, of the part that sees images, are not loaded", len(other))
     report_unused(stored - other - parts.used - tied_copy)
+    for reason, finer in parts.finer.items():
+        shown = ", ".join(finer[:3]) + (", ..." if len(finer) > 3 else "")
+        used, asked = formats.FINER[parts.format], parts.format
+        log.warning("%d matrices are in %s, not %s (%s): %s", len(finer), used, asked, shown, reason)
     for reason, count in parts.plain.items():
         log.log(INFO if reason == TOO_SMALL else WARNING, "%d matrices run through plain torch: %s", count, reason)
     return decoder

@@ -18,7 +18,7 @@ from paceline.config import CacheConfig, DecoderConfig, SchedulerConfig
 from paceline.engine.device import DTYPES, available_bytes, pick_device, pick_dtype
 from paceline.engine.memory import CPU_CACHE_SHARE, CUDA_MEMORY_SHARE, Room, divide
 from paceline.errors import UnsupportedModelError, UsageError
-from paceline.formats import FORMATS, keeps_memory, resident_bytes, stored_bytes
+from paceline.formats import FORMATS, keeps_memory, resident_bytes, stored_bytes, unpack_bytes
 from paceline.loading.description import Description, describe
 from paceline.models.registry import read_decoder_config
 from paceline.planner.devices import find_gpu, parse_bytes, recognise_gpu
@@ -174,12 +174,12 @@ class _Sizes:
     config: DecoderConfig
     bytes_per_value: int
     weights: sizing.WeightBytes
-    unpacks: bool
+    unpacked: sizing.FormatBytes
     options: PlanOptions
 
     def activations(self, batch: int, context: int) -> int:
         step = sizing.StepShape(self._tokens(batch), batch, context, self._tokens(batch), self.options.block_size)
-        return sizing.activation_bytes(self.config, step, self.bytes_per_value, unpacks=self.unpacks)
+        return sizing.activation_bytes(self.config, step, self.bytes_per_value, unpacked=self.unpacked)
 
     @property
     def logprob_workspace(self) -> int:
@@ -289,7 +289,7 @@ def _sizes(config: DecoderConfig, options: PlanOptions, dtype: torch.dtype, devi
         resident_bytes(format, dtype, device),
         tied_head_shares=keeps_memory(format, (config.vocab_size, config.hidden_size), dtype, device),
     )
-    return _Sizes(config, dtype.itemsize, weights, format != "dense", options)
+    return _Sizes(config, dtype.itemsize, weights, unpack_bytes(format, dtype), options)
 
 
 def _dtype(description: Description, options: PlanOptions, device: torch.device) -> torch.dtype:

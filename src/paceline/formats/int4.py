@@ -1,0 +1,222 @@
+"""int4 weights, in groups of a row's columns: w = (q - 8) * scale + offset, q in 0..15. Round to nearest.
+
+Asymmetric: of SmolLM2's linears, groups of 128, the relative error is 0.101 with an offset, 0.105 with an integer zero
+point and 0.110 without either (an offset costs 1/8 bit a value). scale and offset are bfloat16: as exact as float16
+here, and no group is too small for it.
+
+Words for the GPU: word j of a tile of four groups holds in nibble i the tile's column i * group + 2j, in nibble i + 4
+column i * group + 2j + 1, so that one LOP3 makes two neighbours into bfloat16's 128 + q. Columns are padded to whole
+tiles. scale and offset are transposed, so that a thread's rows are one load.
+
+Shapes: T tokens, N rows of a matrix, K columns, W words of a row, G groups of a row, P columns padded to tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from paceline.kernels.linear import linear_ref
+from paceline.kernels.linear_int4 import int4_refusal, linear_int4, pack_plane, plane_block, unpack_plane
+
+GROUP_SIZES = (128, 64, 32)
+TILE_GROUPS = 4
+# Above this many rows torch's int4 op loses to unpacking the weight and a dense product (one thread, bfloat16: from 85
+# rows for 3,072 x 576, from 210 for 4,096 x 4,096).
+MAX_PACKED_ROWS = 128
+CHUNK_VALUES = 1 << 22  # quantised or unpacked at once
+CHUNK_BYTES = 6  # held for one of them while unpacking: float32, the level, and the scales
+
+
+def group_size_for(columns: int) -> int:
+    """Of GROUP_SIZES the one whose padded tiles take the fewest bytes, the coarser of two that take the same."""
+    return min(GROUP_SIZES, key=lambda size: _row_bytes(columns, size))
+
+
+def refusal(rows: int, columns: int) -> str | None:
+    """Why a matrix does not gain from this format over int8; None where it does."""
+    nbytes = _row_bytes(columns, group_size_for(columns))
+    if nbytes >= columns:
+        return f"padded to tiles a row of {columns} values takes {nbytes} bytes"
+    return None
+
+
+@dataclass(frozen=True)
+class Int4Weight:
+    """In words, as the GPU's kernels read them."""
+
+    words_NW: torch.Tensor  # int32
+    scale_GN: torch.Tensor  # bfloat16
+    offset_GN: torch.Tensor | None  # bfloat16; None: symmetric
+    group_size: int
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.words_NW.nbytes + self.scale_GN.nbytes + (0 if self.offset_GN is None else self.offset_GN.nbytes)
+
+    def matmul(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
+        return linear_ref(x_TK, self.unpack(), bias_N)
+
+    def unpack(self) -> torch.Tensor:
+        def values(rows: slice) -> torch.Tensor:
+            return unpack_words(self.words_NW[rows], self.group_size)
+
+        return _unpack(values, self.scale_GN, self.offset_GN, self.group_size, self.shape, self.dtype)
+
+
+@dataclass(frozen=True)
+class Int4CPUWeight:
+    """In torch's layout for the CPU; the same numbers and as many bytes as the asymmetric Int4Weight."""
+
+    plane: torch.Tensor  # uint8 [N, P / 2]
+    scale_offset_GN2: torch.Tensor  # bfloat16
+    group_size: int
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.plane.nbytes + self.scale_offset_GN2.nbytes
+
+    def matmul(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
+        if not 0 < x_TK.shape[0] <= MAX_PACKED_ROWS:
+            return linear_ref(x_TK, self.unpack(), bias_N)
+        padded_TP = F.pad(x_TK, (0, 2 * self.plane.shape[1] - self.shape[1]))
+        y_TN = linear_int4(padded_TP, self.plane, self.scale_offset_GN2, self.group_size)
+        return y_TN if bias_N is None else y_TN + bias_N
+
+    def unpack(self) -> torch.Tensor:
+        block = plane_block()
+        assert block is not None  # or pack() had not chosen this class
+
+        def values(rows: slice) -> torch.Tensor:
+            return unpack_plane(self.plane[rows], block)
+
+        scale_GN, offset_GN = self.scale_offset_GN2.unbind(2)
+        return _unpack(values, scale_GN, offset_GN, self.group_size, self.shape, self.dtype)
+
+
+def pack(
+    values_NK: torch.Tensor, *, group_size: int | None = None, symmetric: bool = False
+) -> Int4Weight | Int4CPUWeight:
+    """`group_size`: one of GROUP_SIZES, or None for the one that takes the fewest bytes."""
+    shape, device = (values_NK.shape[0], values_NK.shape[1]), values_NK.device
+    group_size = group_size or group_size_for(shape[1])
+    padded = _padded(shape[1], group_size)
+    on_cpu = int4_refusal(shape[0], device) is None
+    scale_GN = torch.empty(padded // group_size, shape[0], dtype=torch.bfloat16, device=device)
+    offset_GN = torch.zeros_like(scale_GN)
+    words_NW = torch.empty(shape[0], padded // 8, dtype=torch.int32, device=device)
+    plane = words_NW.view(torch.uint8)  # as many bytes
+    for rows in _row_chunks(shape[0], padded):
+        q_NP, scale, offset = quantize(values_NK[rows], group_size, symmetric=symmetric)
+        scale_GN[:, rows], offset_GN[:, rows] = scale, offset
+        if on_cpu:
+            plane[rows] = pack_plane(q_NP)
+        else:
+            words_NW[rows] = pack_words(q_NP, group_size)
+    if on_cpu:
+        return Int4CPUWeight(plane, torch.stack([scale_GN, offset_GN], 2), group_size, shape, values_NK.dtype)
+    return Int4Weight(words_NW, scale_GN, None if symmetric else offset_GN, group_size, shape, values_NK.dtype)
+
+
+def quantize(
+    values_NK: torch.Tensor, group_size: int, *, symmetric: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, uint8 [N, P], and scale and offset, bfloat16 [G, N]; rounded to the nearest level that they give.
+
+    The padding repeats the last column, so that it widens no group. Symmetric: the value of the largest magnitude is
+    level -8, whose scale may be negative.
+    """
+    rows, columns = values_NK.shape
+    padding = (0, _padded(columns, group_size) - columns)
+    values_NGV = F.pad(values_NK.float()[None], padding, mode="replicate")[0].view(rows, -1, group_size)
+    low_NG, high_NG = values_NGV.amin(2), values_NGV.amax(2)
+    largest_NG = torch.where(-low_NG >= high_NG, low_NG, high_NG)
+    scale_NG = largest_NG / -8 if symmetric else (high_NG - low_NG) / 15
+    scale_NG = torch.where(scale_NG == 0, 1e-12, scale_NG).bfloat16()
+    offset_NG = torch.zeros_like(scale_NG) if symmetric else (low_NG + 8 * scale_NG.float()).bfloat16()
+    q_NGV = (values_NGV - offset_NG.float()[:, :, None]).div_(scale_NG.float()[:, :, None]).round_().add_(8)
+    return q_NGV.clamp_(0, 15).to(torch.uint8).view(rows, -1), scale_NG.T.contiguous(), offset_NG.T.contiguous()
+
+
+def pack_words(q_NP: torch.Tensor, group_size: int) -> torch.Tensor:
+    """int32 [N, P / 8], in the layout at this file's head."""
+    rows, columns = q_NP.shape
+    tiles = q_NP.to(torch.int32).view(rows, -1, TILE_GROUPS, group_size // 2, 2)
+    words = torch.zeros(rows, tiles.shape[1], group_size // 2, dtype=torch.int32, device=q_NP.device)
+    for plane in range(TILE_GROUPS):
+        words |= tiles[:, :, plane, :, 0] << 4 * plane
+        words |= tiles[:, :, plane, :, 1] << 4 * plane + 16
+    return words.view(rows, columns // 8)
+
+
+def unpack_words(words_NW: torch.Tensor, group_size: int) -> torch.Tensor:
+    """The inverse of pack_words: uint8 [N, P]."""
+    rows, words = words_NW.shape
+    tiled = words_NW.view(rows, -1, group_size // 2)
+    q = torch.empty(rows, tiled.shape[1], TILE_GROUPS, group_size // 2, 2, dtype=torch.uint8, device=words_NW.device)
+    for plane in range(TILE_GROUPS):
+        q[:, :, plane, :, 0] = tiled >> 4 * plane & 15
+        q[:, :, plane, :, 1] = tiled >> 4 * plane + 16 & 15
+    return q.view(rows, 8 * words)
+
+
+def _unpack(
+    levels: Callable[[slice], torch.Tensor],
+    scale_GN: torch.Tensor,
+    offset_GN: torch.Tensor | None,
+    group_size: int,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """(q - 8) * scale + offset in float32, rounded once, a chunk of rows at a time. `levels` gives q of some rows."""
+    unpacked_NK = torch.empty(shape, dtype=dtype, device=scale_GN.device)
+    padded = scale_GN.shape[0] * group_size
+    for rows in _row_chunks(shape[0], padded):
+        values_NGV = levels(rows).to(torch.float32).view(-1, scale_GN.shape[0], group_size).sub_(8)
+        values_NGV.mul_(scale_GN[:, rows].T[:, :, None].float())
+        if offset_GN is not None:
+            values_NGV.add_(offset_GN[:, rows].T[:, :, None].float())
+        unpacked_NK[rows] = values_NGV.view(-1, padded)[:, : shape[1]]
+    return unpacked_NK
+
+
+def stored_bytes(rows: int, columns: int, dtype: torch.dtype) -> int:
+    return rows * _row_bytes(columns, group_size_for(columns))
+
+
+def resident_bytes(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
+    return stored_bytes(rows, columns, dtype)
+
+
+def unpack_bytes(rows: int, columns: int, dtype: torch.dtype) -> int:
+    padded = _padded(columns, group_size_for(columns))
+    at_once = min(rows, _chunk_rows(padded))
+    return rows * columns * dtype.itemsize + at_once * padded * CHUNK_BYTES
+
+
+def _row_bytes(columns: int, group_size: int) -> int:
+    padded = _padded(columns, group_size)
+    return padded // 2 + 4 * padded // group_size  # a scale and an offset of two bytes each
+
+
+def _padded(columns: int, group_size: int) -> int:
+    tile = TILE_GROUPS * group_size
+    return -(-columns // tile) * tile
+
+
+def _chunk_rows(columns: int) -> int:
+    """About CHUNK_VALUES values, a multiple of 64 rows: torch's blocks stay whole."""
+    return max(CHUNK_VALUES // columns // 64, 1) * 64
+
+
+def _row_chunks(rows: int, columns: int) -> Iterator[slice]:
+    step = _chunk_rows(columns)
+    for first in range(0, rows, step):
+        yield slice(first, min(first + step, rows))
