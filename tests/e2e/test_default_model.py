@@ -114,13 +114,16 @@ def test_bad_words_are_not_said(llm):
     assert "Paris" not in llm.generate(PROMPTS["fact"], greedy(8, bad_words=["Paris"]))[0].outputs[0].text
 
 
-def test_int8_stays_close(default_model_gguf, llm):
-    """Round-to-nearest int8 keeps the likeliest next token on most positions of plain text."""
+# Measured here 0.91, 1 and 0.64; on 111 tokens of other text 0.97, 0.87 and 0.72, with a mean KL divergence from float32
+# of 0.005, 0.03 and 0.19.
+@pytest.mark.parametrize(("quantization", "least"), [("int8", 0.8), ("fp8", 0.75), ("int4", 0.45)])
+def test_quantised_weights_stay_close(default_model_gguf, llm, quantization, least):
+    """Rounding to nearest keeps the likeliest next token on most positions of plain text."""
     text = "The sun rises in the east and sets in the west. Water boils at one hundred degrees. " * 2
     ids = llm.get_tokenizer().encode(text)
     prompts = [ids[:end] for end in range(8, len(ids), 3)]
     exact = llm.generate(prompts, greedy(1))
-    with LLM(str(default_model_gguf), quantization="int8", device="cpu", max_model_len=1024) as quantized:
+    with LLM(str(default_model_gguf), quantization=quantization, device="cpu", max_model_len=1024) as quantized:
         found = quantized.generate(prompts, greedy(1))
     same = [a.outputs[0].token_ids == b.outputs[0].token_ids for a, b in zip(exact, found, strict=True)]
-    assert sum(same) >= 0.8 * len(same)
+    assert sum(same) >= least * len(same)
