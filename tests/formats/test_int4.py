@@ -43,6 +43,23 @@ def test_every_value_is_rounded_to_its_nearest_level(shape, group_size, symmetri
     assert (nearest <= reach).all()
 
 
+@pytest.mark.parametrize(
+    ("group_size", "symmetric", "expected"),
+    [(32, False, 0.0785), (64, False, 0.0897), (128, False, 0.1000), (32, True, 0.0861), (128, True, 0.1037)],
+)
+def test_the_error_on_a_normal_distribution(group_size, symmetric, expected):
+    values = torch.randn(512, 1024, generator=torch.Generator().manual_seed(1))
+    found = error(pack(values, group_size=group_size, symmetric=symmetric).unpack(), values)
+    assert found == pytest.approx(expected, rel=0.01)
+
+
+def test_padding_widens_no_group():
+    values = torch.rand(64, 40) + 1
+    _, scale_GN, _ = quantize(values, 32)
+    last = values[:, 32:]
+    assert torch.equal(scale_GN[1], ((last.amax(1) - last.amin(1)) / 15).bfloat16())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_both_layouts_hold_the_same_numbers(monkeypatch, shape, dtype):

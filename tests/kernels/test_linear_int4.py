@@ -17,6 +17,14 @@ def block():
     return block
 
 
+def test_the_layouts_of_x86_are_known():
+    blocks = {"AVX512": 64, "AVX2": 32}
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability not in blocks:
+        pytest.skip(f"{capability} has another layout")
+    assert plane_block() == blocks[capability]
+
+
 @pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("columns", [32, 96, 640])
 def test_torchs_plane_gives_its_values_back(block, blocks, columns):

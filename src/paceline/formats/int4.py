@@ -84,7 +84,7 @@ class Int4CPUWeight:
         return self.plane.nbytes + self.scale_offset_GN2.nbytes
 
     def matmul(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
-        if not 0 < x_TK.shape[0] <= MAX_PACKED_ROWS:
+        if x_TK.shape[0] > MAX_PACKED_ROWS:
             return linear_ref(x_TK, self.unpack(), bias_N)
         padded_TP = F.pad(x_TK, (0, 2 * self.plane.shape[1] - self.shape[1]))
         y_TN = linear_int4(padded_TP, self.plane, self.scale_offset_GN2, self.group_size)
