@@ -6,7 +6,11 @@ re-reads are left out on purpose: they are not work the model needs, so they cou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from paceline.config import KVGroup
+from paceline.sizing import context_bytes
 
 
 @dataclass(frozen=True)
@@ -45,3 +49,10 @@ def decode_bytes(
     last_context = first_context + max(num_tokens - 1, 0)
     mean_context = (first_context + last_context) / 2
     return num_steps * weight_bytes + round(num_steps * mean_context * kv_bytes_per_token)
+
+
+def mean_context_bytes(groups: Sequence[KVGroup], first_context: int, num_steps: int, bytes_per_value: int) -> int:
+    """Bytes of keys and values that a step of one stream reads, on average over `num_steps` steps of which the first
+    attends to `first_context` tokens; of a windowed layer, its window's."""
+    contexts = range(first_context, first_context + num_steps)
+    return round(sum(context_bytes(groups, context, bytes_per_value) for context in contexts) / num_steps)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import click
 
 from paceline import __version__
+from paceline.cli.bench import bench
 from paceline.cli.chat import chat
 from paceline.cli.env import env
 from paceline.cli.exit_codes import EXIT_CLOSED_PIPE, EXIT_FAILURE, EXIT_INTERRUPTED
@@ -44,6 +45,7 @@ commands.add_command(plan)
 commands.add_command(chat)
 commands.add_command(models)
 commands.add_command(env)
+commands.add_command(bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from paceline import sizing
 from paceline.config import CacheConfig, DecoderConfig, EngineConfig, KVGroup, SchedulerConfig, SpeculativeConfig
-from paceline.engine.device import available_bytes, pick_device, pick_dtype
+from paceline.engine.device import DTYPES, available_bytes, pick_device, pick_dtype
 from paceline.engine.engine import Engine
 from paceline.engine.memory import CPU_CACHE_SHARE, CUDA_MEMORY_SHARE, Room, divide
 from paceline.engine.model_runner import ModelRunner
@@ -21,18 +22,22 @@ from paceline.errors import OutOfMemoryError, UsageError
 from paceline.formats import FORMATS, keeps_memory, resident_bytes, stored_bytes, unpack_bytes
 from paceline.formats.streamed import STREAMED, WeightStream
 from paceline.loading.checkpoint import Checkpoint, open_checkpoint
+from paceline.loading.description import describe
 from paceline.loading.progress import Progress
+from paceline.loading.random_checkpoint import RandomCheckpoint
 from paceline.loading.resolve import ModelSource, resolve
 from paceline.log import get_logger
 from paceline.models.fallback import FallbackConfig, load_fallback, measure
 from paceline.models.implementation import Implementation, check_model_impl, choose_config, implementation_of
 from paceline.models.load import load_decoder, settle_tied_head
 from paceline.models.model import Model
-from paceline.registry import lookup
+from paceline.registry import lookup, unknown
 from paceline.sampling.params import generation_defaults
 from paceline.tokens.tokenizer import Tokenizer, load_tokenizer
 
 log = get_logger(__name__)
+
+LOAD_FORMATS = ("auto", "dummy")  # vLLM's option and its words
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,8 @@ class LoadOptions:
     `kv_cache_gib`: the cache's size; None takes what scheduler limits can use, within a share of free memory.
     `memory_gib`: what weights, cache and activations may take on the device together; None: what is free there.
     `offload`: "auto", "host" or "disk" keeps the matrices there and streams them (engine/offload.py).
-    `model_impl`: "paceline", "transformers", or "auto", the first of them that runs the model."""
+    `model_impl`: "paceline", "transformers", or "auto", the first of them that runs the model.
+    `load_format`: "dummy" makes random weights of the model's shape instead of reading any; `seed` is theirs too."""
 
     model: str
     tokenizer: str | None = None
@@ -66,9 +72,16 @@ class LoadOptions:
     hf_token: str | None = None
     download_dir: str | None = None
     model_impl: str = "auto"
+    load_format: str = "auto"
 
     def __post_init__(self) -> None:
         check_model_impl(self.model_impl)
+        if self.load_format not in LOAD_FORMATS:
+            raise UsageError(unknown("load_format", self.load_format, LOAD_FORMATS))
+        if self.load_format == "dummy" and not self.skip_tokenizer_init and self.tokenizer is None:
+            raise UsageError(
+                "load_format='dummy' comes without a tokenizer: set skip_tokenizer_init=True, or name one in tokenizer"
+            )
         if self.quantization is not None:
             lookup({name: None for name in FORMATS if name != "dense"}, "quantization", self.quantization)
         if self.generation_config not in ("auto", "none"):
@@ -138,16 +151,8 @@ def load_model(options: LoadOptions, progress: Progress | None = None) -> Loaded
     phases = _Phases()
     device = pick_device(options.device)
     with phases.time("resolve"):
-        source = resolve(
-            options.model,
-            revision=options.revision,
-            token=options.hf_token,
-            download_dir=options.download_dir,
-            progress=progress,
-        )
-        if source.note:
-            log.info("%s", source.note)
-    with open_checkpoint(source) as checkpoint:
+        source, opened = _open(options, device, progress)
+    with opened as checkpoint:
         with phases.time("tokenizer"):
             tokenizer = _load_tokenizer(options, source, checkpoint)
         config = choose_config(checkpoint.config, options.model_impl)
@@ -177,6 +182,32 @@ def load_model(options: LoadOptions, progress: Progress | None = None) -> Loaded
         phases=phases.seconds,
         stream=weights.stream,
     )
+
+
+def _open(options: LoadOptions, device: torch.device, progress: Progress | None) -> tuple[ModelSource, Checkpoint]:
+    if options.load_format == "dummy":
+        found = describe(
+            options.model, revision=options.revision, token=options.hf_token, download_dir=options.download_dir
+        )
+        log.warning("%s: the weights are random, and so is what the model says", options.model)
+        checkpoint = RandomCheckpoint(
+            found.config,
+            dtype=lookup(DTYPES, "dtype of the checkpoint", found.stored_dtype),
+            # A store of offloaded weights lies in host memory or in a file.
+            device=device if options.offload is None else "cpu",
+            seed=options.seed,
+        )
+        return ModelSource(options.model, "dummy", Path(options.model), note=found.note), checkpoint
+    source = resolve(
+        options.model,
+        revision=options.revision,
+        token=options.hf_token,
+        download_dir=options.download_dir,
+        progress=progress,
+    )
+    if source.note:
+        log.info("%s", source.note)
+    return source, open_checkpoint(source)
 
 
 def _load_decoder(

@@ -27,10 +27,10 @@ HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 @dataclass(frozen=True)
 class ModelSource:
     """Where a model's files are. `name` is what the user said; `revision` the commit on the hub, if it came from there;
-    `note` one line for the log."""
+    `note` one line for the log. A "dummy" has no weights: only its config.json was found."""
 
     name: str
-    kind: Literal["directory", "gguf"]
+    kind: Literal["directory", "gguf", "dummy"]
     path: Path
     revision: str | None = None
     note: str = ""

@@ -1,0 +1,1 @@
+"""The engines that are measured: each module builds a Subject (benchmark/job.py) of a Job."""

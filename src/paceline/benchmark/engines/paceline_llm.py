@@ -1,0 +1,83 @@
+"""paceline through its public face: LLM with load_format="dummy", LLM.generate."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from paceline import sizing
+from paceline.benchmark.job import Job, Phases, Subject
+from paceline.benchmark.protocol import LAST
+from paceline.config import DecoderConfig
+from paceline.errors import UsageError
+from paceline.formats import keeps_memory, resident_bytes
+from paceline.llm import LLM
+from paceline.models.decoder import Decoder
+from paceline.sampling.params import SamplingParams
+
+STEP_TOKENS = 2048  # a longer prompt is read in chunks
+
+
+def build(job: Job, device: torch.device, phases: Phases) -> Subject:
+    """Raises what LLM raises."""
+    longest = max(job.contexts) + LAST
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(dict(job.config)))
+        llm = LLM(
+            str(path),
+            load_format="dummy",
+            model_impl="paceline",
+            skip_tokenizer_init=True,
+            dtype=job.dtype,
+            device=str(device),
+            quantization=None if job.weight_format == "dense" else job.weight_format,
+            max_model_len=longest,
+            max_num_seqs=1,
+            max_num_batched_tokens=STEP_TOKENS,
+            enable_prefix_caching=False,  # rounds repeat their prompt
+        )
+    phases.seconds |= {name: seconds for name, seconds in llm.stats().phases.items() if name in ("weights", "cache")}
+    model = llm.model.engine.runner.model
+    if not isinstance(model, Decoder):
+        raise UsageError(f"{job.shape} runs through transformers' modules: only models of a family are measured")
+    head = model.head.weight
+    kv = llm.model.engine.runner.kv
+    cache = sum(tensor.nbytes for layer in kv for tensor in (layer.k_HSD, layer.v_HSD))
+
+    def generate(prompt: Sequence[int], num_tokens: int) -> list[int]:
+        params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
+        return list(llm.generate([list(prompt)], params)[0].outputs[0].token_ids)
+
+    return Subject(
+        generate,
+        None,
+        dtype=str(llm.model.dtype).removeprefix("torch."),
+        weight_format=job.weight_format,
+        step_weight_bytes=llm.stats().step_weight_bytes,
+        head_bits=8 * head.nbytes / (head.shape[0] * head.shape[1]),
+        planned=_planned(model.config, job, llm.model.dtype, device, cache),
+        held={"cache": cache},
+    )
+
+
+def _planned(config: DecoderConfig, job: Job, dtype: torch.dtype, device: torch.device, cache: int) -> dict[str, int]:
+    """By the formulas of sizing.py, which `paceline plan` shows; the step is the largest that is run here."""
+    weights = sizing.weight_bytes(
+        config,
+        dtype.itemsize,
+        resident_bytes(job.weight_format, dtype, device),
+        tied_head_shares=keeps_memory(job.weight_format, (config.vocab_size, config.hidden_size), dtype, device),
+    )
+    longest = max(job.contexts)
+    tokens = min(longest, STEP_TOKENS)
+    step = sizing.StepShape(tokens, 1, longest + LAST, tokens)
+    return {
+        "weights": weights.total,
+        "cache": cache,
+        "step": sizing.activation_bytes(config, step, dtype.itemsize, unpacks=job.weight_format != "dense"),
+    }

@@ -1,0 +1,178 @@
+"""The process that measures one engine: `python -m paceline.benchmark.worker RESULT`, a Job as JSON on stdin.
+
+RESULT is written: {"result": ...}, or {"error": ..., "exit_code": ...}. A process of its own for each, so that its
+start is timed as a user sees it, and no engine finds the memory, the kernels or the threads of another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from paceline.benchmark.job import Context, Job, Memory, Phases, Result, Subject, read_job
+from paceline.benchmark.protocol import DECODED, FIRST, measure, random_prompt
+from paceline.errors import EngineError, PacelineError
+
+if TYPE_CHECKING:
+    import torch
+
+Build = Callable[[Job, "torch.device", Phases], Subject]
+
+
+# Imports inside these functions: they are one of the phases that are timed.
+def _paceline() -> Build:
+    from paceline.benchmark.engines import paceline_llm
+
+    return paceline_llm.build
+
+
+def _transformers() -> Build:
+    from paceline.benchmark.engines import transformers_generate
+
+    return transformers_generate.build
+
+
+def _transformers_static() -> Build:
+    from paceline.benchmark.engines import transformers_generate
+
+    return transformers_generate.build_static
+
+
+def _gpt_fast() -> Build:
+    from paceline.benchmark.engines import gpt_fast
+
+    return gpt_fast.build
+
+
+ENGINES: Mapping[str, Callable[[], Build]] = MappingProxyType(
+    {
+        "paceline": _paceline,
+        "transformers": _transformers,
+        "transformers static": _transformers_static,
+        "gpt-fast": _gpt_fast,
+    }
+)
+
+
+def main() -> int:
+    (path,) = sys.argv[1:]
+    job = read_job(json.load(sys.stdin))
+    try:
+        answer: dict[str, Any] = {"result": dataclasses.asdict(run(job))}
+    except PacelineError as error:
+        answer = {"error": str(error), "exit_code": error.exit_code}
+    Path(path).write_text(json.dumps(answer))
+    return 0
+
+
+def run(job: Job) -> Result:
+    """Build the engine, time its start, then measure it. Raises PacelineError's children."""
+    phases = Phases()
+    if job.started:
+        phases.seconds["process"] = max(0.0, time.time() - job.started)
+    with phases.time("import"):
+        import torch
+
+        from paceline.engine.device import pick_device
+
+        build = ENGINES[job.engine]()
+    device = pick_device(job.device)
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    with phases.time("device"):
+        before = _allocated(torch.zeros(1, device=device).device)
+    subject = build(job, device, phases)
+    loaded = _allocated(device)
+    vocab_size = int(job.config["vocab_size"])
+    prompts = [random_prompt(length, vocab_size) for length in job.contexts]
+    with phases.time("first token"):
+        subject.generate(prompts[0], 1)
+    contexts = tuple(_measure(job, subject, prompt) for prompt in prompts)
+    memory = _memory(subject, device, before, loaded)
+    from paceline.benchmark.bandwidth import read_bandwidth
+
+    return Result(
+        engine=job.engine,
+        version=subject.version,
+        weight_format=subject.weight_format,
+        dtype=subject.dtype,
+        device=str(device),
+        machine=_machine(device),
+        contexts=contexts,
+        step_weight_bytes=subject.step_weight_bytes,
+        head_bits=subject.head_bits,
+        phases=phases.seconds,
+        memory=memory,
+        bandwidth=read_bandwidth(device),
+    )
+
+
+def _measure(job: Job, subject: Subject, prompt: list[int]) -> Context:
+    import torch
+
+    from paceline.benchmark.mbu import mean_context_bytes
+    from paceline.models.registry import read_decoder_config
+
+    timing = measure(subject.generate, prompt, job.rounds)
+    # The step that makes token n attends to the prompt and the n - 1 tokens before it.
+    kv_bytes = mean_context_bytes(
+        read_decoder_config(job.config).kv_groups,
+        len(prompt) + FIRST,
+        DECODED,
+        getattr(torch, subject.dtype).itemsize,
+    )
+    return Context(timing, subject.step_weight_bytes + kv_bytes)
+
+
+def _allocated(device: torch.device) -> int:
+    """Bytes that torch holds on a CUDA device; 0 on the CPU, whose allocator keeps no count."""
+    import torch
+
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _memory(subject: Subject, device: torch.device, before: int, loaded: int) -> Memory:
+    import torch
+
+    if device.type != "cuda":
+        return Memory(subject.planned, None, _peak_of_process())
+    peak = torch.cuda.max_memory_allocated(device)
+    held = dict(subject.held)
+    measured = {"weights": loaded - before - sum(held.values()), **held, "step": peak - loaded}
+    return Memory(subject.planned, measured, peak)
+
+
+def _peak_of_process() -> int:
+    if sys.platform == "win32":
+        raise EngineError("the peak memory of a process is not read on Windows: measure on Linux or macOS")
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux says KiB
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    import platform
+
+    import torch
+
+    from paceline import host
+
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else host.read_cpu().model,
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""The tables of `paceline bench latency`, drawn with rich."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from paceline.benchmark.job import Result
+from paceline.benchmark.latency import Report
+from paceline.benchmark.protocol import FIRST, LAST
+from paceline.sizing import GIB
+
+# In Memory's measured and planned, and their sum.
+PARTS = ("weights", "cache", "step", "all")
+
+
+def print_report(report: Report, version: str) -> None:
+    """`version`: paceline's own."""
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a file has no width
+        console = Console(highlight=False, width=140)
+    machine = report.machine
+    theirs = {result.engine: result.version for result in report.results if result.version is not None}
+    named = {"paceline": version, "torch": machine["torch"], "python": machine["python"], **theirs}
+    versions = ", ".join(f"{name} {number}" for name, number in named.items())
+    console.print(f"[bold]{report.shape}[/bold]  {report.dtype}, {machine['device']} ({report.device}), {versions}\n")
+    console.print(_speeds(report))
+    console.print(
+        f"[dim]Tokens {FIRST} to {LAST} after the prompt, greedy, medians of {report.rounds} rounds, random weights. "
+        f"Roof: {report.roof / 1e9:,.0f} GB/s, measured by reading. Ratio: paceline's tok/s over this engine's.[/dim]\n"
+    )
+    console.print(_starts(report.results))
+    console.print(_memory(report.results))
+    for failure in report.failures:
+        console.print(f"[red]{failure.engine} {failure.weight_format} ✗[/red] {failure.error}", markup=True)
+
+
+def _speeds(report: Report) -> Table:
+    heads = {(result.engine, result.weight_format): result.head_bits for result in report.results}
+    table = _table(
+        "One stream",
+        ("engine", "weights"),
+        ("prompt", "tok/s", "ms", "GB/token", "GB/s", "of roof", "TTFT ms", "ratio"),
+    )
+    for row in report.rows:
+        table.add_row(
+            row.engine,
+            f"{row.weight_format}, head {heads[row.engine, row.weight_format]:.0f} bit",
+            f"{row.context:,}",
+            f"{row.tokens_per_second:,.1f}",
+            f"{row.seconds_per_token * 1e3:,.2f}",
+            f"{row.bytes_per_token / 1e9:,.3f}",
+            f"{row.bytes_per_second / 1e9:,.1f}",
+            f"{row.share:.0%}",
+            f"{row.ttft * 1e3:,.1f}",
+            "" if row.ratio is None else f"{row.ratio:,.2f}x",
+        )
+    return table
+
+
+def _starts(results: Sequence[Result]) -> Table:
+    phases = list(dict.fromkeys(name for result in results for name in result.phases))
+    table = _table("Seconds to the first token, from the start of the process", ("engine", "weights"), (*phases, "all"))
+    for result in results:
+        cells = [f"{result.phases[name]:,.2f}" if name in result.phases else "" for name in phases]
+        table.add_row(result.engine, result.weight_format, *cells, f"{sum(result.phases.values()):,.2f}")
+    return table
+
+
+def _memory(results: Sequence[Result]) -> Table:
+    """Measured and planned, part by part, where the device counts; else what was planned."""
+    counted = any(result.memory.measured is not None for result in results)
+    peak = "peak" if counted else "peak of the process"
+    title = "GiB on the device, measured / planned" if counted else "GiB planned"
+    table = _table(title, ("engine", "weights"), (*PARTS, peak))
+    for result in results:
+        memory = result.memory
+        cells = []
+        for part in PARTS:
+            sums = [
+                None if sizes is None else sum(sizes.values()) if part == "all" else sizes.get(part)
+                for sizes in (memory.measured, memory.planned)
+            ]
+            cells.append(" / ".join(f"{size / GIB:,.3f}" for size in sums if size is not None))
+        table.add_row(result.engine, result.weight_format, *cells, f"{memory.peak / GIB:,.3f}")
+    return table
+
+
+def _table(title: str, words: Sequence[str], numbers: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=SIMPLE_HEAD)
+    for head in words:
+        table.add_column(head)
+    for head in numbers:
+        table.add_column(head, justify="right")
+    return table
