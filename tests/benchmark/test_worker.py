@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -20,8 +20,8 @@ STEP_VALUES = 2 * LAYER + 5 * 64 + 256 * 64  # norms and head; not the embedding
 KV_VALUES = 2 * 2 * 2 * 16  # a token: layers, key and value, heads, head dim
 
 
-def job(config, **options):
-    return Job("paceline", "tiny", config, (32,), 1, **{"device": "cpu", "threads": 1, **options})
+def job(config, engine="paceline", **options):
+    return Job(engine, "tiny", config, (32,), 1, **{"device": "cpu", "threads": 1, **options})
 
 
 def test_paceline(tiny_config):
@@ -36,7 +36,7 @@ def test_paceline(tiny_config):
     assert context.bytes_per_token == 4 * (STEP_VALUES + KV_VALUES * (48 + 175) / 2)
     assert result.head_bits == 32
     assert result.memory.measured is None
-    assert result.memory.planned["weights"] == 4 * (STEP_VALUES + 256 * 64) + 8 * 4  # frequencies of the rotary
+    assert result.memory.planned["weights"] == 4 * (STEP_VALUES + 256 * 64) + 16 * 4  # frequencies of the rotary
     assert result.memory.planned["cache"] == 4 * KV_VALUES * 16 * (11 + 1)  # 176 tokens, and the null block
     assert result.memory.planned["step"] > 0
     assert 1e7 < result.memory.peak < 1e12
@@ -58,10 +58,7 @@ def test_transformers_reads_the_same_bytes(tiny_config):
     assert theirs.memory.planned is None
 
 
-def test_its_own_process(tiny_config):
-    result = run_worker(job(tiny_config))
-    assert list(result.phases)[:2] == ["process", "import"]
-    assert 0.01 < result.phases["process"] < 60
+def test_an_error_comes_out_of_its_process(tiny_config):
     with pytest.raises(UsageError, match="more than the 512 positions"):
         run_worker(Job("paceline", "tiny", tiny_config, (500,), 1, device="cpu"))
 
@@ -112,12 +109,12 @@ def test_gpt_fast_takes_the_shape(tiny_config):
 def test_gpt_fast_in_a_directory_that_is_not_its_own(tiny_config, tmp_path):
     given = job(tiny_config, engine="gpt-fast", dtype="float32")
     with pytest.raises(UsageError, match="is no checkout of gpt-fast"):
-        run(Job(**{**vars(given), "gpt_fast": str(tmp_path)}))
+        run(replace(given, gpt_fast=str(tmp_path)))
     for name in ("model", "generate", "quantize"):
         (tmp_path / f"{name}.py").write_text("import a_package_that_is_not_there\n")
     before = list(sys.path)
     with pytest.raises(UsageError, match="does not import here: No module named 'a_package_that_is_not_there'"):
-        run(Job(**{**vars(given), "gpt_fast": str(tmp_path)}))
+        run(replace(given, gpt_fast=str(tmp_path)))
     assert sys.path == before
 
 

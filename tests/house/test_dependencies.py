@@ -11,6 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
+OPTIONAL = ("fallback", "plot")  # extras of pyproject.toml whose packages the code imports
 
 
 def declared(field: str = "dependencies") -> set[str]:
@@ -31,12 +32,16 @@ def imported(*, at_import: bool = False) -> set[str]:
     return names - set(sys.stdlib_module_names) - {"paceline"}
 
 
+def optional() -> set[str]:
+    return set().union(*(declared(extra) for extra in OPTIONAL))
+
+
 def test_every_import_is_declared_and_every_dependency_imported():
-    assert imported() - declared("fallback") == declared()
+    assert imported() - optional() == declared()
 
 
 def test_an_optional_dependency_is_imported_only_where_it_is_used():
-    assert not imported(at_import=True) & declared("fallback")
+    assert not imported(at_import=True) & optional()
 
 
 def test_the_readme_gives_a_reason_for_each():

@@ -31,6 +31,8 @@ def heavy_modules_after(code: str) -> set[str]:
         "from paceline.cli import main; assert main(['env', '--help']) == 0",
         "from paceline.cli import main; assert main(['models', '--help']) == 0",
         "from paceline.cli import main; assert main(['models', 'delete', '--help']) == 0",
+        "from paceline.cli import main; assert main(['bench', 'latency', '--help']) == 0",
+        "from paceline.cli import main; assert main(['bench', 'latency', '--rounds', '0']) == 2",
         "from paceline.cli import main; assert main(['generate', '--top-p', '2', 'Hi']) == 2",
     ],
     ids=[
@@ -44,6 +46,8 @@ def heavy_modules_after(code: str) -> set[str]:
         "env-help",
         "models-help",
         "models-delete-help",
+        "bench-help",
+        "bench-usage-error",
         "usage-error",
     ],
 )

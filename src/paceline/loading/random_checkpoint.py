@@ -68,7 +68,9 @@ class RandomCheckpoint:
     def read(self, name: str) -> torch.Tensor:
         """New memory at each call; the same values each time."""
         tensor = self._tensor(name)
-        generator = torch.Generator(self._device).manual_seed(self._seed << 32 | zlib.crc32(name.encode()))
+        # One number of 32 bits: of a larger seed the CPU's generator drops the rest.
+        seed = zlib.crc32(f"{self._seed} {name}".encode())
+        generator = torch.Generator(self._device).manual_seed(seed)
         values = torch.empty(tensor.shape, dtype=self._dtype, device=self._device)
         return values.normal_(tensor.mean, tensor.std, generator=generator)
 
