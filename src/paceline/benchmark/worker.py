@@ -10,6 +10,7 @@ import dataclasses
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -67,6 +68,10 @@ def main() -> int:
         answer: dict[str, Any] = {"result": dataclasses.asdict(run(job))}
     except PacelineError as error:
         answer = {"error": str(error), "exit_code": error.exit_code}
+    except Exception as error:  # another engine's: whatever it raises is its row's
+        traceback.print_exc()
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        answer = {"error": f"{type(error).__name__}: {first_line}", "exit_code": PacelineError.exit_code}
     Path(path).write_text(json.dumps(answer))
     return 0
 

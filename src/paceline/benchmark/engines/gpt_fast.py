@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,7 +42,7 @@ def build(job: Job, device: torch.device, phases: Phases) -> Subject:
     # Of the largest size at once: a cache that grows would be compiled for anew.
     with torch.device(device):
         model.setup_caches(max_batch_size=1, max_seq_length=max(job.contexts) + LAST)
-    extra = {"batch_size": 1} if "batch_size" in inspect.signature(generate_module.generate).parameters else {}
+    extra = _known(generate_module.generate, {"batch_size": 1})
 
     def generate(prompt: Sequence[int], num_tokens: int) -> list[int]:
         ids = torch.tensor(list(prompt), dtype=torch.int, device=device)
@@ -111,11 +111,16 @@ def _quantized(theirs: dict[str, Any], model: Any, weight_format: str, device: t
         handler = quantize.WeightOnlyInt4QuantHandler(model, INT4_GROUP)
     else:
         raise UsageError(f"gpt-fast has no weights in {weight_format}: it has int8 and int4")
-    state = handler.create_quantized_state_dict()
-    on_cuda = (device.type == "cuda",) if weight_format == "int4" else ()
-    model = handler.convert_for_runtime(*on_cuda)
+    on_cuda = {"use_cuda": device.type == "cuda"}
+    state = handler.create_quantized_state_dict(**_known(handler.create_quantized_state_dict, on_cuda))
+    model = handler.convert_for_runtime(**_known(handler.convert_for_runtime, on_cuda))
     model.load_state_dict(state, assign=True)
     return model.to(device).eval()
+
+
+def _known(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Of `arguments` those that `function` takes: they came and went between its versions."""
+    return {name: value for name, value in arguments.items() if name in inspect.signature(function).parameters}
 
 
 def _step_weight_bytes(model: Any) -> int:
