@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import json
 import sys
 import types
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import torch
 from paceline.benchmark.engines import gpt_fast
 from paceline.benchmark.job import Job
 from paceline.benchmark.latency import run_worker
-from paceline.benchmark.worker import run
+from paceline.benchmark.worker import main, run
 from paceline.errors import UsageError
 
 LAYER = 64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 64 * 96  # q, k and v, out; gate, up and down
@@ -61,6 +63,17 @@ def test_transformers_reads_the_same_bytes(tiny_config):
 def test_an_error_comes_out_of_its_process(tiny_config):
     with pytest.raises(UsageError, match="more than the 512 positions"):
         run_worker(Job("paceline", "tiny", tiny_config, (500,), 1, device="cpu"))
+
+
+def test_whatever_an_engine_raises_is_its_answer(tiny_config, tmp_path, monkeypatch):
+    for name in ("model", "generate", "quantize"):
+        (tmp_path / f"{name}.py").write_text("raise ZeroDivisionError('first line\\nsecond line')\n")
+    given = job(tiny_config, engine="gpt-fast", dtype="float32", gpt_fast=str(tmp_path))
+    path = tmp_path / "answer.json"
+    monkeypatch.setattr(sys, "argv", ["worker", str(path)])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(asdict(given))))
+    assert main() == 0
+    assert json.loads(path.read_text()) == {"error": "ZeroDivisionError: first line", "exit_code": 1}
 
 
 @pytest.mark.gpu
