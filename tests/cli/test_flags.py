@@ -10,6 +10,10 @@ from paceline.cli.options import QUANTIZATIONS
 from paceline.formats import FORMATS
 
 FLAGS = {
+    "bench": "--help",
+    "bench latency": """
+        --against --context --debug --device --dtype --help --json --plot --quantize --quiet --rounds --threads
+    """,
     "chat": """
         --chat-template --debug --device --dtype --help --ignore-eos --max-model-len --max-tokens --memory-gib
         --min-p --min-tokens --model --model-impl --no-history --offload --offload-dir --offload-to --quantize --quiet

@@ -142,10 +142,15 @@ def run(options: Options, *, tell: Callable[[str], None] = lambda line: None, ru
         attempt(dataclasses.replace(base, weight_format=weight_format))
     if not results:
         raise EngineError(failures[0].error)
-    first = results[0]
-    for job in _rivals(dataclasses.replace(base, dtype=first.dtype, device=first.device), options):
+    for job in _rivals(dataclasses.replace(base, dtype=results[0].dtype, device=results[0].device), options):
         attempt(job)
-    roof = max(result.bandwidth for result in results)
+    return _report(options, config, results, failures)
+
+
+def _report(
+    options: Options, config: Mapping[str, Any], results: Sequence[Result], failures: Sequence[Failure]
+) -> Report:
+    first, roof = results[0], max(result.bandwidth for result in results)
     return Report(
         options.shape,
         config,
