@@ -1,0 +1,227 @@
+"""y = norm(x) w^T for a few rows, with what follows it, reading the weight once in the form it is stored in.
+
+`gemv_ref` composes plain torch ops and takes anything; `gemv` is the Triton kernel (kernels/gemv_triton.py), for up to
+16 rows on CUDA where `gemv_refusal` finds nothing against it.
+
+Shapes: T rows of x, N rows of the weight, K columns; outputs are N, or N / 2 where gate and up make one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from types import MappingProxyType
+
+import torch
+
+from paceline.kernels.activation import activate, gated
+from paceline.kernels.linear import linear_ref
+from paceline.kernels.norm import rms_norm
+
+MAX_ROWS = 16
+FORMATS = ("dense", "int8", "fp8", "int4")
+GROUPS = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Planes:
+    """A weight as the kernel reads it.
+
+    dense: values [N, K] in x's dtype. int8 and fp8 (e4m3): values [N, K / 4], int32 words of 4 values in memory order,
+    scale [N]. int4, w = (q - 8) * scale + offset: values [N, W], int32 words of 8, word j of a tile of 4 groups with
+    columns i * group + 2j (nibble i) and i * group + 2j + 1 (nibble i + 4) for i in 0..3; scale and offset
+    [K / group, N]. Every tensor contiguous.
+    """
+
+    format: str
+    shape: tuple[int, int]
+    values: torch.Tensor
+    scale: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
+    group: int = 0
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMS norm of x over its columns; a unit offset is in the weight already."""
+
+    weight_K: torch.Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What follows the product: bias, activation (of the first half of the outputs times the second when `gated`),
+    residual, in this order."""
+
+    bias_N: torch.Tensor | None = None
+    activation: str | None = None
+    gated: bool = False
+    residual_TN: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """block_n: rows of the weight a program; block_k: columns a step (int4: four groups, whatever it says);
+    split: programs that share a row's columns; prefetch: steps of the weight asked for before x is awaited."""
+
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    split: int = 1
+    prefetch: int = 1
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Where the parts of a split product meet. One serves all calls of a stream: they follow one another."""
+
+    partial: torch.Tensor  # float32
+    count: torch.Tensor  # int32, zero between calls
+
+
+PLAIN = Epilogue()
+
+
+def gemv_ref(
+    x_TK: torch.Tensor, weight_NK: torch.Tensor, norm: Norm | None = None, epilogue: Epilogue = PLAIN
+) -> torch.Tensor:
+    """The same by plain torch ops on the unpacked weight, each rounded to x's dtype."""
+    if norm is not None:
+        x_TK = rms_norm(x_TK, norm.weight_K, norm.eps)
+    y_TN = linear_ref(x_TK, weight_NK, epilogue.bias_N)
+    if epilogue.activation is not None:
+        y_TN = gated(y_TN, epilogue.activation) if epilogue.gated else activate(y_TN, epilogue.activation)
+    return y_TN if epilogue.residual_TN is None else y_TN + epilogue.residual_TN
+
+
+def gemv_refusal(x_TK: torch.Tensor, planes: Planes, norm: Norm | None = None) -> str | None:
+    """Why the kernel cannot take such a product; None when it can."""
+    if x_TK.device.type != "cuda":
+        return f"device is {x_TK.device.type}"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    return shape_refusal(x_TK, planes, norm)
+
+
+def shape_refusal(x_TK: torch.Tensor, planes: Planes, norm: Norm | None = None) -> str | None:
+    """gemv_refusal without the device: what the interpreter, too, cannot take."""
+    if x_TK.shape[0] > MAX_ROWS:
+        return f"{x_TK.shape[0]} rows, and the kernel takes {MAX_ROWS}"
+    if x_TK.dtype not in (torch.bfloat16, torch.float16):
+        return f"dtype is {x_TK.dtype}"
+    if planes.format not in FORMATS:
+        return f"no tile unpack for {planes.format}"
+    if planes.format == "dense" and planes.values.dtype != x_TK.dtype:
+        return f"weight is {planes.values.dtype}, x {x_TK.dtype}"
+    if planes.format in ("int8", "fp8") and planes.shape[1] % 4:
+        return f"{planes.shape[1]} columns are no whole words"
+    if planes.format == "int4" and (planes.group not in GROUPS or planes.shape[1] % planes.group):
+        return f"groups of {planes.group} in {planes.shape[1]} columns"
+    if norm is not None and x_TK.dtype != torch.bfloat16:
+        return "x times the norm's weight, before it is divided, may pass float16's largest number"
+    return None
+
+
+def scratch_floats(launch: Launch, rows: int, shape: tuple[int, int]) -> int:
+    """float32 values that Scratch.partial needs for such a call."""
+    columns = _columns(rows)
+    programs = -(-shape[0] // launch.block_n)
+    return 0 if launch.split == 1 else launch.split * columns * (shape[0] + programs)
+
+
+def make_scratch(floats: int, programs: int, device: torch.device | str) -> Scratch:
+    return Scratch(
+        torch.empty(floats, dtype=torch.float32, device=device), torch.zeros(programs, dtype=torch.int32, device=device)
+    )
+
+
+def gemv(
+    x_TK: torch.Tensor,
+    planes: Planes,
+    launch: Launch,
+    scratch: Scratch,
+    norm: Norm | None = None,
+    epilogue: Epilogue = PLAIN,
+    *,
+    dependent: bool = False,
+) -> torch.Tensor:
+    """[T, outputs] in x's dtype. x may have any row stride; `scratch` has scratch_floats(...) and one count a program.
+
+    `dependent` starts it while the kernel before it on the stream still runs (programmatic dependent launch, compute
+    capability 9.0 on): weights are fetched at once, x and everything else only when that kernel is done.
+    """
+    # Triton is optional, and its interpreter is chosen by the environment when this is first imported.
+    import triton
+
+    from paceline.kernels.gemv_triton import gemv_kernel
+
+    T, K = x_TK.shape
+    N = planes.shape[0]
+    outputs = N // 2 if epilogue.gated else N
+    y_TN = x_TK.new_empty((T, outputs))
+    if y_TN.numel() == 0:
+        return y_TN
+    residual = epilogue.residual_TN
+    columns = _columns(T)
+    cuda = x_TK.device.type == "cuda"
+    options = {"launch_pdl": True} if dependent else {}
+    gemv_kernel[(triton.cdiv(N, launch.block_n), launch.split)](
+        x_TK,
+        planes.values,
+        planes.scale,
+        planes.offset,
+        None if norm is None else norm.weight_K,
+        epilogue.bias_N,
+        residual,
+        y_TN,
+        scratch.partial,
+        scratch.count,
+        T,
+        N,
+        x_TK.stride(0),
+        planes.values.stride(0),
+        y_TN.stride(0),
+        0 if residual is None else residual.stride(0),
+        0.0 if norm is None else norm.eps,
+        K=K,
+        FORMAT=planes.format,
+        GROUP=planes.group,
+        ACTIVATION=epilogue.activation or "none",
+        GATED=epilogue.gated,
+        ROWS=1 if T == 1 else columns,
+        M=columns,
+        BLOCK_N=launch.block_n,
+        BLOCK_K=4 * planes.group if planes.format == "int4" else launch.block_k,
+        SPLIT=launch.split,
+        STAGES=launch.stages,
+        PREFETCH=launch.prefetch,
+        PDL=dependent,
+        ASM=cuda and torch.version.cuda is not None and x_TK.dtype == torch.bfloat16,
+        num_warps=launch.warps,
+        **options,
+    )
+    return y_TN
+
+
+def _columns(rows: int) -> int:
+    return 8 if rows <= 8 else 16
+
+
+# Launches by device name, then by format and shape; measured (docs/performance-log.md).
+TUNED: Mapping[str, Mapping[tuple[str, int, int], Launch]] = MappingProxyType({})
+
+
+def choose_launch(planes: Planes, device_name: str, processors: int) -> Launch:
+    """The tuned launch of a device we know; else blocks of 64 rows, K split until every processor has two programs."""
+    tuned = TUNED.get(device_name, {}).get((planes.format, *planes.shape))
+    if tuned is not None:
+        return tuned
+    block_n = 64
+    block_k = 4 * planes.group if planes.format == "int4" else 256
+    steps, split = -(-planes.shape[1] // block_k), 1
+    while -(-planes.shape[0] // block_n) * split < 2 * processors and steps >= 4 * split:
+        split *= 2
+    return Launch(block_n, block_k, warps=4, stages=4 if planes.format == "dense" else 3, split=split)

@@ -1,0 +1,291 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator, unused-ignore"
+"""The Triton side of kernels/gemv.py: one kernel that streams a weight once and multiplies it by a few rows of x.
+
+Shapes: T rows of x (1 to 16), N outputs, K inputs; M = 8 or 16, the T rows padded to what the matrix unit takes.
+A program owns BLOCK_N rows of the weight and one of SPLIT parts of K. The weight is the left operand and stays in the
+order it was loaded, so 16 of its rows fill the matrix unit whatever T is; x is the right one, M columns wide.
+
+Only the bytes of the weight should cost: an H100 has time for some 4 instructions a value at int4 and 3 TB/s. So
+- the RMS norm's factor is applied to the result: x * g goes in, and each program squares the x it loads anyway;
+- int4 is not converted: one LOP3 makes two numbers OFFSET + q out of two nibbles, and OFFSET * sum(x) is taken off
+  a group's result. That sum comes from the matrix unit too, as ones times x.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+LINE_BYTES = tl.constexpr(128)  # what one L2 prefetch brings
+
+
+@triton.jit
+def prefetch_l2(pointers):
+    """Asks for the lines behind a block of pointers and does not wait."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers.to(tl.int64)], tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def as_float(bits, DTYPE: tl.constexpr):
+    return bits.to(tl.int16).to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def nibble_pair(words, PLANE: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Nibbles PLANE and PLANE + 4 of each word as two floats OFFSET + q: OFFSET is the power of two whose last
+    mantissa bit is 1, 128 (0x4300) in bfloat16 and 1024 (0x6400) in float16."""
+    words = words >> (4 * PLANE)
+    if ASM:  # bfloat16: the two floats leave one register as they entered it
+        low, high = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; lop3.b32 t, $2, 0x000F000F, 0x43004300, 0xEA; mov.b32 {$0, $1}, t; }",
+            "=h,=h,r",
+            [words],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        ONE: tl.constexpr = 0x4300 if tl.bfloat16 == DTYPE else 0x6400
+        low, high = as_float((words & 15) | ONE, DTYPE), as_float(((words >> 16) & 15) | ONE, DTYPE)
+    return low, high
+
+
+@triton.jit
+def int8_pair(words, PAIR: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Bytes PAIR and PAIR + 2 of each word, two's complement, as two floats: (ONE | low 7 bits) - (ONE | sign bit).
+    The sign bit, 128, is the last of bfloat16's exponent and makes 256 of ONE's 128; in float16 1,152 of 1,024."""
+    words = words >> (8 * PAIR)
+    if ASM:
+        low, high = tl.inline_asm_elementwise(
+            """{ .reg .b32 a, b, m; mov.b32 m, 0xBF80BF80;  // -1, twice
+            lop3.b32 a, $2, 0x007F007F, 0x43004300, 0xEA; lop3.b32 b, $2, 0x00800080, 0x43004300, 0xEA;
+            fma.rn.bf16x2 a, b, m, a; mov.b32 {$0, $1}, a; }""",
+            "=h,=h,r",
+            [words],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        ONE: tl.constexpr = 0x4300 if tl.bfloat16 == DTYPE else 0x6400
+        low = as_float((words & 127) | ONE, DTYPE) - as_float((words & 128) | ONE, DTYPE)
+        high = as_float(((words >> 16) & 127) | ONE, DTYPE) - as_float(((words >> 16) & 128) | ONE, DTYPE)
+    return low, high
+
+
+@triton.jit
+def fp8_pair(words, PAIR: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Bytes PAIR and PAIR + 2 of each word, e4m3, as two floats: sign, exponent and mantissa moved to where DTYPE has
+    them, then times 2 to the difference of the exponents' biases, 127 - 7 or 15 - 7. Exact, subnormals too."""
+    if PAIR == 0:
+        words = words << 8
+    if ASM:  # the CPU's way of the other branch, on both halves at once
+        low, high = tl.inline_asm_elementwise(
+            """{ .reg .b32 a, m, z; shr.u32 a, $2, 4; and.b32 a, a, 0x07F007F0; mov.b32 m, 0x7B807B80; mov.b32 z, 0;
+            lop3.b32 a, $2, 0x80008000, a, 0xEA; fma.rn.bf16x2 a, a, m, z; mov.b32 {$0, $1}, a; }""",
+            "=h,=h,r",
+            [words],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        SHIFT: tl.constexpr = 4 if tl.bfloat16 == DTYPE else 1
+        FACTOR: tl.constexpr = 2.0**120 if tl.bfloat16 == DTYPE else 256.0
+        MASK: tl.constexpr = 0x7F00 >> SHIFT
+        low = as_float(((words >> SHIFT) & MASK) | (words & 0x8000), DTYPE).to(tl.float32) * FACTOR
+        words = words >> 16
+        high = as_float(((words >> SHIFT) & MASK) | (words & 0x8000), DTYPE).to(tl.float32) * FACTOR
+        low, high = low.to(DTYPE), high.to(DTYPE)
+    return low, high
+
+
+@triton.jit
+def load_w(w_rows, at, width, EVEN: tl.constexpr):
+    """Words or values `at` of each row, [rows, at]; 0 from `width` on, which only a last, odd step reaches."""
+    if EVEN:
+        w = tl.load(w_rows + at[None, :], eviction_policy="evict_first")
+    else:
+        w = tl.load(w_rows + at[None, :], mask=(at < width)[None, :], other=0, eviction_policy="evict_first")
+    return w
+
+
+@triton.jit
+def load_x(x_ptr, x_stride, norm_ptr, cols, toks, T, K, EVEN: tl.constexpr, ASM: tl.constexpr):
+    """x of some columns, [columns, toks], times the norm's weight; and its squares, in float32, for the norm."""
+    inside = (cols < K) | EVEN
+    mask = inside[:, None] & (toks[None, :] < T)
+    x = tl.load(x_ptr + cols[:, None] + toks[None, :] * x_stride, mask=mask, other=0.0, eviction_policy="evict_last")
+    square = tl.zeros(x.shape, tl.float32)
+    if norm_ptr is not None:
+        g = tl.load(norm_ptr + cols, mask=inside, other=0.0, eviction_policy="evict_last")
+        square = x.to(tl.float32) * x.to(tl.float32)
+        x = (x.to(tl.float32) * g[:, None].to(tl.float32)).to(x.dtype)
+        if ASM:  # a wall: Triton would first spread x and g over M columns, and then multiply 8 times as often
+            x = tl.inline_asm_elementwise("mov.b16 $0, $1;", "=h,h", [x], x.dtype, is_pure=False, pack=1)
+    return x, square
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    tl.static_assert(ACTIVATION in ("none", "silu", "gelu", "gelu_tanh", "relu"), "unknown activation")
+    if ACTIVATION == "silu":
+        x = x * tl.sigmoid(x)
+    elif ACTIVATION == "gelu":
+        x = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":  # 0.5 (1 + tanh(z)) = sigmoid(2 z)
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACTIVATION == "relu":
+        x = tl.maximum(x, 0.0)
+    return x
+
+
+@triton.jit
+def gemv_kernel(
+    x_ptr,  # [T, K], rows x_stride apart
+    w_ptr,  # dense: [N, K]; else int32 words of 4 values or, int4, of 8: [N, w_stride]
+    scale_ptr,  # [N]; int4: [K / GROUP, N]; None for dense
+    offset_ptr,  # int4: [K / GROUP, N]; None: none
+    norm_ptr,  # [K]; None: no norm
+    bias_ptr,  # [N]; None: no bias
+    residual_ptr,  # [T, outputs]; None: no residual
+    y_ptr,  # [T, outputs]
+    partial_ptr,  # float32 [SPLIT, M, N], then [SPLIT, programs, M] of squares; unused when SPLIT is 1
+    count_ptr,  # int32 [programs], zero before and after; unused when SPLIT is 1
+    T,
+    N,
+    x_stride,
+    w_stride,
+    y_stride,
+    residual_stride,
+    eps,
+    K: tl.constexpr,  # a model has a handful of them, and a loop of known length needs no masks
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    ROWS: tl.constexpr,  # 1 when T is 1, else M: one row is loaded once and spread over the M columns
+    M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # columns a step; int4: 4 * GROUP
+    SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr,  # steps of the weight asked for before the previous kernel's results are awaited
+    PDL: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    block = tl.program_id(0)
+    part = tl.program_id(1)
+    index = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = index < N
+    # Gate row i and up row i + N/2 lie side by side in a block, so that one program has both.
+    rows = index // 2 + (index % 2) * (N // 2) if GATED else index
+    rows = tl.where(live, rows, 0)
+    w_rows = w_ptr + rows.to(tl.int64)[:, None] * w_stride
+    toks = tl.arange(0, ROWS)
+    STEPS: tl.constexpr = (K + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT)
+    EVEN: tl.constexpr = K % (BLOCK_K * SPLIT) == 0
+    first = part * STEPS
+    PER_WORD: tl.constexpr = 8 if FORMAT == "int4" else (1 if FORMAT == "dense" else 4)
+    WORDS: tl.constexpr = BLOCK_K // PER_WORD
+
+    if PDL:
+        gdc_launch_dependents()
+        if PREFETCH > 0:
+            LINE: tl.constexpr = LINE_BYTES // (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
+            ahead = first * WORDS + tl.arange(0, PREFETCH * WORDS // LINE) * LINE
+            prefetch_l2(w_rows + tl.minimum(ahead, w_stride - 1)[None, :])
+        gdc_wait()
+
+    acc = tl.zeros([BLOCK_N, M], tl.float32)
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    if FORMAT == "int4":
+        squares = tl.zeros([GROUP, ROWS], tl.float32)
+        ones = tl.full([BLOCK_N, GROUP], 1.0, DTYPE)
+        OFFSET: tl.constexpr = 128.0 if tl.bfloat16 == DTYPE else 1024.0
+        for step in tl.range(0, STEPS, num_stages=STAGES):
+            step += first
+            words = load_w(w_rows, step * WORDS + tl.arange(0, WORDS), w_stride, EVEN)
+            for plane in tl.static_range(4):
+                low, high = nibble_pair(words, plane, DTYPE, ASM)
+                w = tl.reshape(tl.join(low, high), [BLOCK_N, GROUP])
+                group = step * 4 + plane
+                x, square = load_x(
+                    x_ptr, x_stride, norm_ptr, group * GROUP + tl.arange(0, GROUP), toks, T, K, EVEN, ASM
+                )
+                squares += square
+                x = tl.broadcast_to(x, [GROUP, M])
+                # The planes past K hold anything: their scales are not read, and x is 0 there.
+                real = live & (group * GROUP < K)
+                scale = tl.load(scale_ptr + group * N + rows, mask=real, other=0.0).to(tl.float32)
+                total = tl.dot(ones, x)
+                acc += (tl.dot(w, x) - (OFFSET + 8) * total) * scale[:, None]
+                if offset_ptr is not None:
+                    offset = tl.load(offset_ptr + group * N + rows, mask=real, other=0.0).to(tl.float32)
+                    acc += offset[:, None] * total
+    elif FORMAT == "int8" or FORMAT == "fp8":
+        HALF: tl.constexpr = BLOCK_K // 2
+        squares = tl.zeros([HALF, ROWS], tl.float32)
+        for step in tl.range(0, STEPS, num_stages=STAGES):
+            step += first
+            words = load_w(w_rows, step * WORDS + tl.arange(0, WORDS), w_stride, EVEN)
+            for pair in tl.static_range(2):
+                if FORMAT == "int8":
+                    low, high = int8_pair(words, pair, DTYPE, ASM)
+                else:
+                    low, high = fp8_pair(words, pair, DTYPE, ASM)
+                w = tl.reshape(tl.join(low, high), [BLOCK_N, HALF])
+                half = tl.arange(0, HALF)
+                cols = step * BLOCK_K + 4 * (half // 2) + pair + 2 * (half % 2)
+                x, square = load_x(x_ptr, x_stride, norm_ptr, cols, toks, T, K, EVEN, ASM)
+                squares += square
+                acc = tl.dot(w, tl.broadcast_to(x, [HALF, M]), acc)
+    else:
+        squares = tl.zeros([BLOCK_K, ROWS], tl.float32)
+        for step in tl.range(0, STEPS, num_stages=STAGES):
+            cols = (first + step) * BLOCK_K + tl.arange(0, BLOCK_K)
+            w = load_w(w_rows, cols, K, EVEN)
+            x, square = load_x(x_ptr, x_stride, norm_ptr, cols, toks, T, K, EVEN, ASM)
+            squares += square
+            acc = tl.dot(w, tl.broadcast_to(x, [BLOCK_K, M]), acc)
+
+    toks = tl.arange(0, M)
+    live_out = live[:, None] & (toks[None, :] < T)
+    sum_square = tl.broadcast_to(tl.sum(squares, 0), [M]) if ROWS == 1 else tl.sum(squares, 0)
+    if SPLIT > 1:
+        # The last part to arrive adds all of them up in their order: the same sum every time, whoever is last.
+        blocks = tl.num_programs(0)
+        here = partial_ptr + toks[None, :] * N + index[:, None]
+        squares_here = partial_ptr + SPLIT * M * N + block * M + toks
+        tl.store(here + part * M * N, acc, mask=live_out)
+        tl.store(squares_here + part * blocks * M, sum_square)
+        tl.debug_barrier()  # all of this program's stores, before its one arrival
+        if tl.atomic_add(count_ptr + block, 1, sem="acq_rel") < SPLIT - 1:
+            return
+        tl.store(count_ptr + block, 0)
+        acc = tl.zeros([BLOCK_N, M], tl.float32)
+        sum_square = tl.zeros([M], tl.float32)
+        for other in tl.static_range(SPLIT):
+            acc += tl.load(here + other * M * N, mask=live_out, other=0.0, cache_modifier=".cg")
+            sum_square += tl.load(squares_here + other * blocks * M, cache_modifier=".cg")
+
+    if norm_ptr is not None:
+        acc *= tl.rsqrt(sum_square / K + eps)[None, :]
+    if FORMAT == "int8" or FORMAT == "fp8":
+        acc *= tl.load(scale_ptr + rows).to(tl.float32)[:, None]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + rows).to(tl.float32)[:, None]
+    if GATED:
+        gate, up = tl.split(tl.permute(tl.reshape(acc, [BLOCK_N // 2, 2, M]), [0, 2, 1]))
+        acc = activate(gate, ACTIVATION) * up
+        index = block * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        live_out = (index < N // 2)[:, None] & (toks[None, :] < T)
+    else:
+        acc = activate(acc, ACTIVATION)
+    if residual_ptr is not None:
+        at = residual_ptr + toks[None, :] * residual_stride + index[:, None]
+        acc += tl.load(at, mask=live_out, other=0.0).to(tl.float32)
+    tl.store(y_ptr + toks[None, :] * y_stride + index[:, None], acc.to(y_ptr.dtype.element_ty), mask=live_out)

@@ -1,0 +1,220 @@
+"""The GEMV kernel against plain torch: in Triton's interpreter on a CPU (float16, small), on a GPU where there is one.
+
+The rule: against float32 the kernel errs at most twice as much as plain torch in the same dtype.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from paceline.kernels.gemv import (
+    PLAIN,
+    Epilogue,
+    Launch,
+    Norm,
+    Planes,
+    choose_launch,
+    gemv,
+    gemv_ref,
+    gemv_refusal,
+    make_scratch,
+    scratch_floats,
+    shape_refusal,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter takes the place of the compiler when triton is first imported.
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton", reason="the kernel is Triton's")
+DTYPES = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
+LAUNCH = Launch(block_n=16, block_k=64, warps=1, stages=2)
+
+
+def words_of(values_NK: torch.Tensor) -> torch.Tensor:
+    return values_NK.contiguous().view(torch.uint8).view(torch.int32)
+
+
+def int4_words(q_NK: torch.Tensor, group: int) -> torch.Tensor:
+    """By the definition: one value at a time into its word and nibble."""
+    rows, columns = q_NK.shape
+    tiles = -(-columns // (4 * group))
+    words = torch.zeros(rows, tiles * group // 2, dtype=torch.int64)
+    for column in range(columns):
+        tile, inside = divmod(column, 4 * group)
+        plane, place = divmod(inside, group)
+        word, high = divmod(place, 2)
+        words[:, tile * group // 2 + word] |= q_NK[:, column].long() << (4 * (plane + 4 * high))
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def random_planes(
+    kind: str, rows: int, columns: int, dtype: torch.dtype, *, offset: bool = False, group: int = 32
+) -> tuple[Planes, torch.Tensor]:
+    """Random planes and the weight in float32 that they stand for."""
+    shape = (rows, columns)
+    scale_N = torch.rand(rows) * 0.01 + 0.001
+    if kind == "dense":
+        weight = (torch.randn(shape) * 0.1).to(dtype)
+        return Planes(kind, shape, weight), weight.float()
+    if kind == "int8":
+        q = torch.randint(-128, 128, shape, dtype=torch.int8)
+        return Planes(kind, shape, words_of(q), scale_N), q.float() * scale_N[:, None]
+    if kind == "fp8":
+        q = (torch.randn(shape) * 2 ** torch.randint(-9, 8, shape)).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return Planes(kind, shape, words_of(q), scale_N), q.float() * scale_N[:, None]
+    q = torch.randint(0, 16, shape)
+    scale_GN = (torch.rand(columns // group, rows) * 0.02 + 0.01).to(torch.bfloat16)
+    offset_GN = (torch.randn(columns // group, rows) * 0.02).to(torch.bfloat16) if offset else None
+    spread = scale_GN.float().T.repeat_interleave(group, 1)
+    weight = (q - 8) * spread
+    if offset_GN is not None:
+        weight += offset_GN.float().T.repeat_interleave(group, 1)
+    return Planes(kind, shape, int4_words(q, group), scale_GN, offset_GN, group), weight
+
+
+def on_device(planes: Planes) -> Planes:
+    def move(t: torch.Tensor | None) -> torch.Tensor | None:
+        return None if t is None else t.to(DEVICE)
+
+    return Planes(
+        planes.format, planes.shape, planes.values.to(DEVICE), move(planes.scale), move(planes.offset), planes.group
+    )
+
+
+def run(
+    x_TK: torch.Tensor, planes: Planes, launch: Launch, norm: Norm | None = None, epilogue: Epilogue = PLAIN
+) -> torch.Tensor:
+    floats = scratch_floats(launch, x_TK.shape[0], planes.shape)
+    scratch = make_scratch(floats, -(-planes.shape[0] // launch.block_n), DEVICE)
+    y_TN = gemv(x_TK, planes, launch, scratch, norm, epilogue)
+    assert not scratch.count.any()  # ready for the next call
+    return y_TN
+
+
+def assert_as_exact(
+    y_TN: torch.Tensor, x_TK: torch.Tensor, weight: torch.Tensor, norm: Norm | None, epilogue: Epilogue
+) -> None:
+    def wide(t: torch.Tensor | None) -> torch.Tensor | None:
+        return None if t is None else t.float()
+
+    weight = weight.to(DEVICE)
+    exact = gemv_ref(
+        x_TK.float(),
+        weight,
+        None if norm is None else Norm(norm.weight_K.float(), norm.eps),
+        Epilogue(wide(epilogue.bias_N), epilogue.activation, epilogue.gated, wide(epilogue.residual_TN)),
+    )
+    plain = gemv_ref(x_TK, weight.to(x_TK.dtype), norm, epilogue)
+    assert y_TN.shape == exact.shape
+    assert y_TN.dtype == x_TK.dtype
+    error, allowed = (y_TN.float() - exact).norm(), (plain.float() - exact).norm()
+    assert error <= 2 * allowed, f"{error / exact.norm():.2e} of it wrong, plain torch {allowed / exact.norm():.2e}"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "columns"), [(40, 192), (17, 100), (1, 32)])
+@pytest.mark.parametrize(("kind", "offset"), [("dense", 0), ("int8", 0), ("fp8", 0), ("int4", 0), ("int4", 1)])
+def test_each_format_on_odd_sizes(kind: str, offset: int, rows: int, columns: int, dtype: torch.dtype) -> None:
+    if kind == "int4":
+        columns = max(32, columns // 32 * 32)  # 192: six groups of 32, a tile and a half
+    planes, weight = random_planes(kind, rows, columns, dtype, offset=bool(offset))
+    x = torch.randn(1, columns, device=DEVICE).to(dtype)
+    assert_as_exact(run(x, on_device(planes), LAUNCH), x, weight, None, Epilogue())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "tokens"), [("dense", 3), ("int8", 9), ("int4", 8), ("fp8", 2)])
+def test_a_few_rows_with_a_stride(kind: str, tokens: int, dtype: torch.dtype) -> None:
+    planes, weight = random_planes(kind, 33, 128, dtype)
+    x = torch.randn(tokens, 300, device=DEVICE).to(dtype)[:, 50:178]
+    norm = Norm(torch.rand(128, device=DEVICE).to(dtype) + 0.5, 1e-5)
+    assert_as_exact(run(x, on_device(planes), LAUNCH, norm), x, weight, norm, Epilogue())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "split"), list(itertools.product(["dense", "int4"], [1, 2, 4])))
+def test_every_part_of_the_epilogue_with_k_split(kind: str, split: int, dtype: torch.dtype) -> None:
+    """Three steps of K: among four parts one has none."""
+    columns = 3 * (128 if kind == "int4" else 64)
+    planes, weight = random_planes(kind, 44, columns, dtype, offset=True)
+    x = torch.randn(2, columns, device=DEVICE).to(dtype)
+    norm = Norm(torch.rand(columns, device=DEVICE).to(dtype) + 0.5, 1e-5)
+    residual = torch.randn(2, 30, device=DEVICE).to(dtype)[:, :22]
+    epilogue = Epilogue(torch.randn(44, device=DEVICE).to(dtype), "silu", True, residual)
+    launch = Launch(16, 64, warps=1, stages=2, split=split)
+    first = run(x, on_device(planes), launch, norm, epilogue)
+    assert_as_exact(first, x, weight, norm, epilogue)
+    assert torch.equal(first, run(x, on_device(planes), launch, norm, epilogue))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
+def test_activations(activation: str, gated: bool) -> None:
+    planes, weight = random_planes("dense", 32, 64, torch.float16)
+    x = torch.randn(1, 64, device=DEVICE).half()
+    epilogue = Epilogue(activation=activation, gated=gated)
+    assert_as_exact(run(x, on_device(planes), LAUNCH, None, epilogue), x, weight, None, epilogue)
+
+
+def test_fp8_and_int8_bytes_are_exact_one_by_one() -> None:
+    """Every byte as a column that a unit vector picks: 256 columns, 16 rows a time."""
+    for kind, view in (("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
+        values = torch.arange(256, dtype=torch.uint8)
+        values = torch.where((values & 127) == 127, 0, values).to(torch.uint8) if kind == "fp8" else values  # NaN
+        weight = values.view(view)[None].float()
+        planes = on_device(Planes(kind, (1, 256), values[None].view(torch.int32), torch.ones(1)))
+        for start in range(0, 256, 16):
+            x = F.one_hot(torch.arange(start, start + 16), 256).half().to(DEVICE)
+            assert torch.equal(run(x, planes, LAUNCH)[:, 0].float().cpu(), weight[0, start : start + 16])
+
+
+def test_no_rows_give_no_rows() -> None:
+    planes, _ = random_planes("dense", 8, 16, torch.float16)
+    assert run(torch.empty(0, 16, device=DEVICE).half(), on_device(planes), LAUNCH).shape == (0, 8)
+
+
+@pytest.mark.parametrize(
+    ("x", "kind", "columns", "reason"),
+    [
+        (torch.zeros(17, 64).half(), "dense", 64, "17 rows, and the kernel takes 16"),
+        (torch.zeros(1, 64), "dense", 64, "dtype is torch.float32"),
+        (torch.zeros(1, 66).half(), "int8", 66, "66 columns are no whole words"),
+        (torch.zeros(1, 64).bfloat16(), "dense", 64, "weight is torch.float16, x torch.bfloat16"),
+        (torch.zeros(1, 64).half(), "dense", 64, None),
+    ],
+)
+def test_refusals(x: torch.Tensor, kind: str, columns: int, reason: str | None) -> None:
+    values = torch.zeros(8, columns).half() if kind == "dense" else torch.zeros(8, columns // 4, dtype=torch.int32)
+    assert shape_refusal(x, Planes(kind, (8, columns), values)) == reason
+
+
+def test_a_norm_of_float16_and_a_cpu_are_refused() -> None:
+    x, planes = torch.zeros(1, 64).half(), Planes("dense", (8, 64), torch.zeros(8, 64).half())
+    assert "float16's largest" in (shape_refusal(x, planes, Norm(torch.ones(64), 1e-5)) or "")
+    assert gemv_refusal(x, planes) == "device is cpu"
+
+
+def test_small_matrices_split_k_and_large_ones_do_not() -> None:
+    def split(rows: int, columns: int) -> int:
+        return choose_launch(Planes("dense", (rows, columns), torch.empty(0)), "an unknown device", 132).split
+
+    assert split(1024, 4096) > 1
+    assert split(128256, 4096) == 1
+
+
+def test_importing_paceline_kernels_needs_no_triton() -> None:
+    code = "import sys; sys.modules['triton'] = None; import paceline.kernels.gemv"
+    subprocess.run([sys.executable, "-c", code], check=True)
