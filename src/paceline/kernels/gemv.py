@@ -127,7 +127,7 @@ def shape_refusal(x_TK: torch.Tensor, planes: Planes, norm: Norm | None = None) 
 
 def scratch_floats(launch: Launch, rows: int, shape: tuple[int, int]) -> int:
     """float32 values that Scratch.partial needs for such a call."""
-    columns = _columns(rows)
+    columns = _columns(rows, "int4")
     programs = -(-shape[0] // launch.block_n)
     return 0 if launch.split == 1 else launch.split * columns * (shape[0] + programs)
 
@@ -165,12 +165,15 @@ def gemv(
     if y_TN.numel() == 0:
         return y_TN
     residual = epilogue.residual_TN
-    columns = _columns(T)
+    columns = _columns(T, planes.format)
     cuda = x_TK.device.type == "cuda"
+    values = planes.values
+    if columns == 1 and planes.format in ("int8", "fp8"):
+        values = values.view(torch.int8 if planes.format == "int8" else torch.float8_e4m3fn)
     options = {"launch_pdl": True} if dependent else {}
     gemv_kernel[(triton.cdiv(N, launch.block_n), launch.split)](
         x_TK,
-        planes.values,
+        values,
         planes.scale,
         planes.offset,
         None if norm is None else norm.weight_K,
@@ -182,7 +185,7 @@ def gemv(
         T,
         N,
         x_TK.stride(0),
-        planes.values.stride(0),
+        values.stride(0),
         y_TN.stride(0),
         0 if residual is None else residual.stride(0),
         0.0 if norm is None else norm.eps,
@@ -195,6 +198,7 @@ def gemv(
         M=columns,
         BLOCK_N=launch.block_n,
         BLOCK_K=4 * planes.group if planes.format == "int4" else launch.block_k,
+        SLICES=launch.warps if planes.format == "int4" else 1,
         SPLIT=launch.split,
         STAGES=launch.stages,
         PREFETCH=launch.prefetch,
@@ -206,7 +210,9 @@ def gemv(
     return y_TN
 
 
-def _columns(rows: int) -> int:
+def _columns(rows: int, kind: str) -> int:
+    if rows == 1 and kind != "int4":
+        return 1
     return 8 if rows <= 8 else 16
 
 

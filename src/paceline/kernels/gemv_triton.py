@@ -104,26 +104,25 @@ def fp8_pair(words, PAIR: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def load_w(w_rows, at, width, EVEN: tl.constexpr):
-    """Words or values `at` of each row, [rows, at]; 0 from `width` on, which only a last, odd step reaches."""
+def load_w(pointers, at, width, EVEN: tl.constexpr):
+    """The weight behind `pointers`, at places `at` of a row; 0 from `width` on, which an odd last step reaches."""
     if EVEN:
-        w = tl.load(w_rows + at[None, :], eviction_policy="evict_first")
+        w = tl.load(pointers, eviction_policy="evict_first")
     else:
-        w = tl.load(w_rows + at[None, :], mask=(at < width)[None, :], other=0, eviction_policy="evict_first")
+        w = tl.load(pointers, mask=at < width, other=0.0, eviction_policy="evict_first")
     return w
 
 
 @triton.jit
 def load_x(x_ptr, x_stride, norm_ptr, cols, toks, T, K, EVEN: tl.constexpr, ASM: tl.constexpr):
-    """x of some columns, [columns, toks], times the norm's weight; and its squares, in float32, for the norm."""
+    """x of [..., columns, 1] places and [toks], times the norm's weight; and its squares, in float32, for the norm."""
     inside = (cols < K) | EVEN
-    mask = inside[:, None] & (toks[None, :] < T)
-    x = tl.load(x_ptr + cols[:, None] + toks[None, :] * x_stride, mask=mask, other=0.0, eviction_policy="evict_last")
+    x = tl.load(x_ptr + cols + toks * x_stride, mask=inside & (toks < T), other=0.0, eviction_policy="evict_last")
     square = tl.zeros(x.shape, tl.float32)
     if norm_ptr is not None:
-        g = tl.load(norm_ptr + cols, mask=inside, other=0.0, eviction_policy="evict_last")
+        g = tl.load(norm_ptr + cols, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
         square = x.to(tl.float32) * x.to(tl.float32)
-        x = (x.to(tl.float32) * g[:, None].to(tl.float32)).to(x.dtype)
+        x = (x.to(tl.float32) * g).to(x.dtype)
         if ASM:  # a wall: Triton would first spread x and g over M columns, and then multiply 8 times as often
             x = tl.inline_asm_elementwise("mov.b16 $0, $1;", "=h,h", [x], x.dtype, is_pure=False, pack=1)
     return x, square
@@ -172,6 +171,7 @@ def gemv_kernel(
     M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,  # columns a step; int4: 4 * GROUP
+    SLICES: tl.constexpr,  # tiles a step; int4: the number of warps, else 1
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
     PREFETCH: tl.constexpr,  # steps of the weight asked for before the previous kernel's results are awaited
@@ -187,72 +187,93 @@ def gemv_kernel(
     rows = tl.where(live, rows, 0)
     w_rows = w_ptr + rows.to(tl.int64)[:, None] * w_stride
     toks = tl.arange(0, ROWS)
-    STEPS: tl.constexpr = (K + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT)
-    EVEN: tl.constexpr = K % (BLOCK_K * SPLIT) == 0
-    first = part * STEPS
-    PER_WORD: tl.constexpr = 8 if FORMAT == "int4" else (1 if FORMAT == "dense" else 4)
+    SPAN: tl.constexpr = BLOCK_K * SLICES * SPLIT
+    STEPS: tl.constexpr = (K + SPAN - 1) // SPAN
+    EVEN: tl.constexpr = K % SPAN == 0
+    first = part * STEPS * SLICES
+    PER_WORD: tl.constexpr = 8 if FORMAT == "int4" else (1 if FORMAT == "dense" or M == 1 else 4)
     WORDS: tl.constexpr = BLOCK_K // PER_WORD
 
     if PDL:
         gdc_launch_dependents()
         if PREFETCH > 0:
             LINE: tl.constexpr = LINE_BYTES // (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
-            LINES: tl.constexpr = (PREFETCH * WORDS + LINE - 1) // LINE
+            LINES: tl.constexpr = (PREFETCH * SLICES * WORDS + LINE - 1) // LINE
             ahead = first * WORDS + tl.arange(0, LINES) * LINE
             prefetch_l2(w_rows + tl.minimum(ahead, w_stride - 1)[None, :])
         gdc_wait()
 
-    acc = tl.zeros([BLOCK_N, M], tl.float32)
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     if FORMAT == "int4":
-        squares = tl.zeros([GROUP, ROWS], tl.float32)
-        ones = tl.full([BLOCK_N, GROUP], 1.0, DTYPE)
+        # Each of SLICES warps has its own tile of 4 groups: a batched product, whose batches are added at the end.
+        slices = tl.arange(0, SLICES)[:, None, None]
+        acc = tl.zeros([SLICES, BLOCK_N, M], tl.float32)
+        squares = tl.zeros([SLICES, GROUP, ROWS], tl.float32)
+        ones = tl.full([SLICES, BLOCK_N, GROUP], 1.0, DTYPE)
         OFFSET: tl.constexpr = 128.0 if tl.bfloat16 == DTYPE else 1024.0
         for step in tl.range(0, STEPS, num_stages=STAGES):
-            step += first
-            words = load_w(w_rows, step * WORDS + tl.arange(0, WORDS), w_stride, EVEN)
+            tile = first + step * SLICES + slices
+            at = tile * WORDS + tl.arange(0, WORDS)[None, None, :]
+            words = load_w(w_rows[None, :, :] + at, at, w_stride, EVEN)
+            xs = ()  # of the four planes, all asked for before the first is waited for
+            for plane in tl.static_range(4):
+                cols = (tile * 4 + plane) * GROUP + tl.arange(0, GROUP)[None, :, None]
+                x, square = load_x(x_ptr, x_stride, norm_ptr, cols, toks[None, None, :], T, K, EVEN, ASM)
+                squares += square
+                xs = (*xs, x)
             for plane in tl.static_range(4):
                 low, high = nibble_pair(words, plane, DTYPE, ASM)
-                w = tl.reshape(tl.join(low, high), [BLOCK_N, GROUP])
-                group = step * 4 + plane
-                x, square = load_x(
-                    x_ptr, x_stride, norm_ptr, group * GROUP + tl.arange(0, GROUP), toks, T, K, EVEN, ASM
-                )
-                squares += square
-                x = tl.broadcast_to(x, [GROUP, M])
+                w = tl.reshape(tl.join(low, high), [SLICES, BLOCK_N, GROUP])
+                x = tl.broadcast_to(xs[plane], [SLICES, GROUP, M])
                 # The planes past K hold anything: their scales are not read, and x is 0 there.
-                real = live & (group * GROUP < K)
-                scale = tl.load(scale_ptr + group * N + rows, mask=real, other=0.0).to(tl.float32)
+                group = tile * 4 + plane
+                real = live[None, :, None] & ((group * GROUP < K) | EVEN)
+                at_group = group * N + rows[None, :, None]
+                scale = tl.load(scale_ptr + at_group, mask=real, other=0.0).to(tl.float32)
                 total = tl.dot(ones, x)
-                acc += (tl.dot(w, x) - (OFFSET + 8) * total) * scale[:, None]
+                acc += (tl.dot(w, x) - (OFFSET + 8) * total) * scale
                 if offset_ptr is not None:
-                    offset = tl.load(offset_ptr + group * N + rows, mask=real, other=0.0).to(tl.float32)
-                    acc += offset[:, None] * total
+                    acc += tl.load(offset_ptr + at_group, mask=real, other=0.0).to(tl.float32) * total
+        acc = tl.sum(acc, 0)
+        squares = tl.sum(squares, 0)
+    elif M == 1:
+        # One row of values that convert for little: plain products, which need no exchange between threads.
+        parts = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        squares = tl.zeros([BLOCK_K, 1], tl.float32)
+        for step in tl.range(0, STEPS, num_stages=STAGES):
+            cols = (first + step) * BLOCK_K + tl.arange(0, BLOCK_K)
+            w = load_w(w_rows + cols[None, :], cols[None, :], K, EVEN)
+            x, square = load_x(x_ptr, x_stride, norm_ptr, cols[:, None], toks[None, :], T, K, EVEN, False)
+            squares += square
+            parts += w.to(tl.float32) * tl.reshape(x, [1, BLOCK_K]).to(tl.float32)
+        acc = tl.sum(parts, 1)[:, None]
     elif FORMAT == "int8" or FORMAT == "fp8":
         HALF: tl.constexpr = BLOCK_K // 2
+        acc = tl.zeros([BLOCK_N, M], tl.float32)
         squares = tl.zeros([HALF, ROWS], tl.float32)
+        half = tl.arange(0, HALF)
         for step in tl.range(0, STEPS, num_stages=STAGES):
-            step += first
-            words = load_w(w_rows, step * WORDS + tl.arange(0, WORDS), w_stride, EVEN)
+            at = ((first + step) * WORDS + tl.arange(0, WORDS))[None, :]
+            words = load_w(w_rows + at, at, w_stride, EVEN)
             for pair in tl.static_range(2):
                 if FORMAT == "int8":
                     low, high = int8_pair(words, pair, DTYPE, ASM)
                 else:
                     low, high = fp8_pair(words, pair, DTYPE, ASM)
                 w = tl.reshape(tl.join(low, high), [BLOCK_N, HALF])
-                half = tl.arange(0, HALF)
-                cols = step * BLOCK_K + 4 * (half // 2) + pair + 2 * (half % 2)
-                x, square = load_x(x_ptr, x_stride, norm_ptr, cols, toks, T, K, EVEN, ASM)
+                cols = (first + step) * BLOCK_K + 4 * (half // 2) + pair + 2 * (half % 2)
+                x, square = load_x(x_ptr, x_stride, norm_ptr, cols[:, None], toks[None, :], T, K, EVEN, ASM)
                 squares += square
-                acc = tl.dot(w, tl.broadcast_to(x, [HALF, M]), acc)
+                acc = tl.dot(w, x, acc)
     else:
+        acc = tl.zeros([BLOCK_N, M], tl.float32)
         squares = tl.zeros([BLOCK_K, ROWS], tl.float32)
         for step in tl.range(0, STEPS, num_stages=STAGES):
             cols = (first + step) * BLOCK_K + tl.arange(0, BLOCK_K)
-            w = load_w(w_rows, cols, K, EVEN)
-            x, square = load_x(x_ptr, x_stride, norm_ptr, cols, toks, T, K, EVEN, ASM)
+            w = load_w(w_rows + cols[None, :], cols[None, :], K, EVEN)
+            x, square = load_x(x_ptr, x_stride, norm_ptr, cols[:, None], toks[None, :], T, K, EVEN, ASM)
             squares += square
-            acc = tl.dot(w, tl.broadcast_to(x, [BLOCK_K, M]), acc)
+            acc = tl.dot(w, x, acc)
 
     toks = tl.arange(0, M)
     live_out = live[:, None] & (toks[None, :] < T)
