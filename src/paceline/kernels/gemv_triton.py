@@ -220,7 +220,7 @@ def gemv_kernel(
                 cols = (tile * 4 + plane) * GROUP + tl.arange(0, GROUP)[None, :, None]
                 x, square = load_x(x_ptr, x_stride, norm_ptr, cols, toks[None, None, :], T, K, EVEN, ASM)
                 squares += square
-                xs = (*xs, x)
+                xs += (x,)
             for plane in tl.static_range(4):
                 low, high = nibble_pair(words, plane, DTYPE, ASM)
                 w = tl.reshape(tl.join(low, high), [SLICES, BLOCK_N, GROUP])
