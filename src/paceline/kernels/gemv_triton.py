@@ -1,14 +1,14 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator, unused-ignore"
 """The Triton side of kernels/gemv.py: one kernel that streams a weight once and multiplies it by a few rows of x.
 
-Shapes: T rows of x (1 to 16), N outputs, K inputs; M = 8 or 16, the T rows padded to what the matrix unit takes.
-A program owns BLOCK_N rows of the weight and one of SPLIT parts of K. The weight is the left operand and stays in the
-order it was loaded, so 16 of its rows fill the matrix unit whatever T is; x is the right one, M columns wide.
-
-Only the bytes of the weight should cost: an H100 has time for some 4 instructions a value at int4 and 3 TB/s. So
-- the RMS norm's factor is applied to the result: x * g goes in, and each program squares the x it loads anyway;
-- int4 is not converted: one LOP3 makes two numbers OFFSET + q out of two nibbles, and OFFSET * sum(x) is taken off
-  a group's result. That sum comes from the matrix unit too, as ones times x.
+Shapes: T rows of x (1 to 16), N outputs, K inputs; M columns of the product: 1, or the T rows padded to 8 or 16 as the
+matrix unit takes them. A program owns BLOCK_N rows of the weight and one of SPLIT parts of K; in it
+- plain_product: one row of x, by multiplying and adding. No exchange between threads, so nothing waits;
+- matrix_product, byte_product: several rows, on the matrix unit, the weight as the left operand;
+- int4_product: any number of rows, on the matrix unit, since it leaves the fewest instructions a value. Two numbers
+  OFFSET + q come out of two nibbles by one LOP3, and OFFSET * sum(x) is taken off a group's result; that sum comes from
+  the matrix unit too, as ones times x.
+The RMS norm's factor is applied to the result: x * g goes in, and each program squares the x it loads anyway.
 """
 
 from __future__ import annotations
@@ -144,6 +144,137 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def plain_product(
+    x_ptr, x_stride, norm_ptr, w_rows, part,
+    T, K: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """w x for one row of x, [rows, 1], and the squares of the x it read, [columns, 1]."""
+    parts = tl.zeros([w_rows.shape[0], BLOCK_K], tl.float32)
+    squares = tl.zeros([BLOCK_K, 1], tl.float32)
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        cols = (part * STEPS + step) * BLOCK_K + tl.arange(0, BLOCK_K)
+        w = load_w(w_rows + cols[None, :], cols[None, :], K, EVEN)
+        x, square = load_x(x_ptr, x_stride, norm_ptr, cols[:, None], tl.arange(0, 1)[None, :], T, K, EVEN, False)
+        squares += square
+        parts += w.to(tl.float32) * tl.reshape(x, [1, BLOCK_K]).to(tl.float32)
+    return tl.sum(parts, 1)[:, None], squares
+
+
+@triton.jit
+def matrix_product(
+    x_ptr, x_stride, norm_ptr, w_rows, part,
+    T, K: tl.constexpr, M: tl.constexpr, BLOCK_K: tl.constexpr,
+    STEPS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """w x^T, [rows, M], for values in x's dtype, and the squares of the x it read, [columns, M]."""
+    acc = tl.zeros([w_rows.shape[0], M], tl.float32)
+    squares = tl.zeros([BLOCK_K, M], tl.float32)
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        cols = (part * STEPS + step) * BLOCK_K + tl.arange(0, BLOCK_K)
+        w = load_w(w_rows + cols[None, :], cols[None, :], K, EVEN)
+        x, square = load_x(x_ptr, x_stride, norm_ptr, cols[:, None], tl.arange(0, M)[None, :], T, K, EVEN, ASM)
+        squares += square
+        acc = tl.dot(w, x, acc)
+    return acc, squares
+
+
+@triton.jit
+def byte_product(
+    x_ptr, x_stride, norm_ptr, w_rows, width, part,
+    T, K: tl.constexpr, FORMAT: tl.constexpr, M: tl.constexpr, BLOCK_K: tl.constexpr,
+    STEPS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """w x^T, [rows, M], for words of 4 bytes, unscaled, and the squares of the x it read, [columns, M]."""
+    HALF: tl.constexpr = BLOCK_K // 2
+    half = tl.arange(0, HALF)
+    acc = tl.zeros([w_rows.shape[0], M], tl.float32)
+    squares = tl.zeros([HALF, M], tl.float32)
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        tile = part * STEPS + step
+        at = (tile * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4))[None, :]
+        words = load_w(w_rows + at, at, width, EVEN)
+        for pair in tl.static_range(2):
+            if FORMAT == "int8":
+                low, high = int8_pair(words, pair, x_ptr.dtype.element_ty, ASM)
+            else:
+                low, high = fp8_pair(words, pair, x_ptr.dtype.element_ty, ASM)
+            w = tl.reshape(tl.join(low, high), [w_rows.shape[0], HALF])
+            cols = tile * BLOCK_K + 4 * (half // 2) + pair + 2 * (half % 2)
+            x, square = load_x(x_ptr, x_stride, norm_ptr, cols[:, None], tl.arange(0, M)[None, :], T, K, EVEN, ASM)
+            squares += square
+            acc = tl.dot(w, x, acc)
+    return acc, squares
+
+
+@triton.jit
+def int4_product(
+    x_ptr, x_stride, norm_ptr, w_rows, width, scale_ptr, offset_ptr, rows, live, part,
+    T, N, K: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr, SLICES: tl.constexpr,
+    STEPS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """w x^T, [rows, M], for words of 8 nibbles, and the squares of the x it read, [columns, ROWS].
+
+    Each of SLICES warps has a tile of 4 groups of its own: a batched product, whose batches are added at the end. The
+    warps that share all rows instead wait for each other and for x four times a tile (docs/performance-log.md).
+    """
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    OFFSET: tl.constexpr = 128.0 if tl.bfloat16 == DTYPE else 1024.0
+    BLOCK_N: tl.constexpr = w_rows.shape[0]
+    acc = tl.zeros([SLICES, BLOCK_N, M], tl.float32)
+    squares = tl.zeros([SLICES, GROUP, ROWS], tl.float32)
+    ones = tl.full([SLICES, BLOCK_N, GROUP], 1.0, DTYPE)
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        tile = (part * STEPS + step) * SLICES + tl.arange(0, SLICES)[:, None, None]
+        at = tile * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, None, :]
+        words = load_w(w_rows[None, :, :] + at, at, width, EVEN)
+        xs = ()  # of the four planes, all asked for before the first is waited for
+        for plane in tl.static_range(4):
+            cols = (tile * 4 + plane) * GROUP + tl.arange(0, GROUP)[None, :, None]
+            toks = tl.arange(0, ROWS)[None, None, :]
+            x, square = load_x(x_ptr, x_stride, norm_ptr, cols, toks, T, K, EVEN, ASM)
+            squares += square
+            xs += (x,)
+        for plane in tl.static_range(4):
+            low, high = nibble_pair(words, plane, DTYPE, ASM)
+            w = tl.reshape(tl.join(low, high), [SLICES, BLOCK_N, GROUP])
+            x = tl.broadcast_to(xs[plane], [SLICES, GROUP, M])
+            # The planes past K hold anything: their scales are not read, and x is 0 there.
+            group = tile * 4 + plane
+            real = live[None, :, None] & ((group * GROUP < K) | EVEN)
+            at_group = group * N + rows[None, :, None]
+            scale = tl.load(scale_ptr + at_group, mask=real, other=0.0).to(tl.float32)
+            total = tl.dot(ones, x)
+            acc += (tl.dot(w, x) - (OFFSET + 8) * total) * scale
+            if offset_ptr is not None:
+                acc += tl.load(offset_ptr + at_group, mask=real, other=0.0).to(tl.float32) * total
+    return tl.sum(acc, 0), tl.sum(squares, 0)
+
+
+@triton.jit
+def add_parts(
+    acc, sum_square, partial_ptr, count_ptr, index, live_out, block, part, N, M: tl.constexpr, SPLIT: tl.constexpr
+):
+    """The sums over all parts of K and whether this program is the one that goes on, the last to arrive. It adds them
+    in their order: the same sum every time, whoever is last."""
+    blocks = tl.num_programs(0)
+    toks = tl.arange(0, M)
+    here = partial_ptr + toks[None, :] * N + index[:, None]
+    squares_here = partial_ptr + SPLIT * M * N + block * M + toks
+    tl.store(here + part * M * N, acc, mask=live_out)
+    tl.store(squares_here + part * blocks * M, sum_square)
+    tl.debug_barrier()  # all of this program's stores, before its one arrival
+    last = tl.atomic_add(count_ptr + block, 1, sem="acq_rel") == SPLIT - 1
+    if last:
+        tl.store(count_ptr + block, 0)
+        acc = tl.zeros(acc.shape, tl.float32)
+        sum_square = tl.zeros([M], tl.float32)
+        for other in tl.static_range(SPLIT):
+            acc += tl.load(here + other * M * N, mask=live_out, other=0.0, cache_modifier=".cg")
+            sum_square += tl.load(squares_here + other * blocks * M, cache_modifier=".cg")
+    return acc, sum_square, last
+
+
+@triton.jit
 def gemv_kernel(
     x_ptr,  # [T, K], rows x_stride apart
     w_ptr,  # dense: [N, K]; else int32 words of 4 values or, int4, of 8: [N, w_stride]
@@ -186,7 +317,6 @@ def gemv_kernel(
     rows = index // 2 + (index % 2) * (N // 2) if GATED else index
     rows = tl.where(live, rows, 0)
     w_rows = w_ptr + rows.to(tl.int64)[:, None] * w_stride
-    toks = tl.arange(0, ROWS)
     SPAN: tl.constexpr = BLOCK_K * SLICES * SPLIT
     STEPS: tl.constexpr = (K + SPAN - 1) // SPAN
     EVEN: tl.constexpr = K % SPAN == 0
@@ -203,97 +333,31 @@ def gemv_kernel(
             prefetch_l2(w_rows + tl.minimum(ahead, w_stride - 1)[None, :])
         gdc_wait()
 
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     if FORMAT == "int4":
-        # Each of SLICES warps has its own tile of 4 groups: a batched product, whose batches are added at the end.
-        slices = tl.arange(0, SLICES)[:, None, None]
-        acc = tl.zeros([SLICES, BLOCK_N, M], tl.float32)
-        squares = tl.zeros([SLICES, GROUP, ROWS], tl.float32)
-        ones = tl.full([SLICES, BLOCK_N, GROUP], 1.0, DTYPE)
-        OFFSET: tl.constexpr = 128.0 if tl.bfloat16 == DTYPE else 1024.0
-        for step in tl.range(0, STEPS, num_stages=STAGES):
-            tile = first + step * SLICES + slices
-            at = tile * WORDS + tl.arange(0, WORDS)[None, None, :]
-            words = load_w(w_rows[None, :, :] + at, at, w_stride, EVEN)
-            xs = ()  # of the four planes, all asked for before the first is waited for
-            for plane in tl.static_range(4):
-                cols = (tile * 4 + plane) * GROUP + tl.arange(0, GROUP)[None, :, None]
-                x, square = load_x(x_ptr, x_stride, norm_ptr, cols, toks[None, None, :], T, K, EVEN, ASM)
-                squares += square
-                xs += (x,)
-            for plane in tl.static_range(4):
-                low, high = nibble_pair(words, plane, DTYPE, ASM)
-                w = tl.reshape(tl.join(low, high), [SLICES, BLOCK_N, GROUP])
-                x = tl.broadcast_to(xs[plane], [SLICES, GROUP, M])
-                # The planes past K hold anything: their scales are not read, and x is 0 there.
-                group = tile * 4 + plane
-                real = live[None, :, None] & ((group * GROUP < K) | EVEN)
-                at_group = group * N + rows[None, :, None]
-                scale = tl.load(scale_ptr + at_group, mask=real, other=0.0).to(tl.float32)
-                total = tl.dot(ones, x)
-                acc += (tl.dot(w, x) - (OFFSET + 8) * total) * scale
-                if offset_ptr is not None:
-                    acc += tl.load(offset_ptr + at_group, mask=real, other=0.0).to(tl.float32) * total
-        acc = tl.sum(acc, 0)
-        squares = tl.sum(squares, 0)
+        acc, squares = int4_product(
+            x_ptr, x_stride, norm_ptr, w_rows, w_stride, scale_ptr, offset_ptr, rows, live, part,
+            T, N, K, GROUP, ROWS, M, SLICES, STEPS, STAGES, EVEN, ASM,
+        )  # fmt: skip
     elif M == 1:
-        # One row of values that convert for little: plain products, which need no exchange between threads.
-        parts = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        squares = tl.zeros([BLOCK_K, 1], tl.float32)
-        for step in tl.range(0, STEPS, num_stages=STAGES):
-            cols = (first + step) * BLOCK_K + tl.arange(0, BLOCK_K)
-            w = load_w(w_rows + cols[None, :], cols[None, :], K, EVEN)
-            x, square = load_x(x_ptr, x_stride, norm_ptr, cols[:, None], toks[None, :], T, K, EVEN, False)
-            squares += square
-            parts += w.to(tl.float32) * tl.reshape(x, [1, BLOCK_K]).to(tl.float32)
-        acc = tl.sum(parts, 1)[:, None]
-    elif FORMAT == "int8" or FORMAT == "fp8":
-        HALF: tl.constexpr = BLOCK_K // 2
-        acc = tl.zeros([BLOCK_N, M], tl.float32)
-        squares = tl.zeros([HALF, ROWS], tl.float32)
-        half = tl.arange(0, HALF)
-        for step in tl.range(0, STEPS, num_stages=STAGES):
-            at = ((first + step) * WORDS + tl.arange(0, WORDS))[None, :]
-            words = load_w(w_rows + at, at, w_stride, EVEN)
-            for pair in tl.static_range(2):
-                if FORMAT == "int8":
-                    low, high = int8_pair(words, pair, DTYPE, ASM)
-                else:
-                    low, high = fp8_pair(words, pair, DTYPE, ASM)
-                w = tl.reshape(tl.join(low, high), [BLOCK_N, HALF])
-                cols = (first + step) * BLOCK_K + 4 * (half // 2) + pair + 2 * (half % 2)
-                x, square = load_x(x_ptr, x_stride, norm_ptr, cols[:, None], toks[None, :], T, K, EVEN, ASM)
-                squares += square
-                acc = tl.dot(w, x, acc)
+        acc, squares = plain_product(x_ptr, x_stride, norm_ptr, w_rows, part, T, K, BLOCK_K, STEPS, STAGES, EVEN)
+    elif FORMAT == "dense":
+        acc, squares = matrix_product(
+            x_ptr, x_stride, norm_ptr, w_rows, part, T, K, M, BLOCK_K, STEPS, STAGES, EVEN, ASM
+        )
     else:
-        acc = tl.zeros([BLOCK_N, M], tl.float32)
-        squares = tl.zeros([BLOCK_K, ROWS], tl.float32)
-        for step in tl.range(0, STEPS, num_stages=STAGES):
-            cols = (first + step) * BLOCK_K + tl.arange(0, BLOCK_K)
-            w = load_w(w_rows + cols[None, :], cols[None, :], K, EVEN)
-            x, square = load_x(x_ptr, x_stride, norm_ptr, cols[:, None], toks[None, :], T, K, EVEN, ASM)
-            squares += square
-            acc = tl.dot(w, x, acc)
+        acc, squares = byte_product(
+            x_ptr, x_stride, norm_ptr, w_rows, w_stride, part, T, K, FORMAT, M, BLOCK_K, STEPS, STAGES, EVEN, ASM
+        )
 
     toks = tl.arange(0, M)
     live_out = live[:, None] & (toks[None, :] < T)
     sum_square = tl.broadcast_to(tl.sum(squares, 0), [M]) if ROWS == 1 else tl.sum(squares, 0)
     if SPLIT > 1:
-        # The last part to arrive adds all of them up in their order: the same sum every time, whoever is last.
-        blocks = tl.num_programs(0)
-        here = partial_ptr + toks[None, :] * N + index[:, None]
-        squares_here = partial_ptr + SPLIT * M * N + block * M + toks
-        tl.store(here + part * M * N, acc, mask=live_out)
-        tl.store(squares_here + part * blocks * M, sum_square)
-        tl.debug_barrier()  # all of this program's stores, before its one arrival
-        if tl.atomic_add(count_ptr + block, 1, sem="acq_rel") < SPLIT - 1:
+        acc, sum_square, last = add_parts(
+            acc, sum_square, partial_ptr, count_ptr, index, live_out, block, part, N, M, SPLIT
+        )
+        if not last:
             return
-        tl.store(count_ptr + block, 0)
-        acc = tl.zeros([BLOCK_N, M], tl.float32)
-        sum_square = tl.zeros([M], tl.float32)
-        for other in tl.static_range(SPLIT):
-            acc += tl.load(here + other * M * N, mask=live_out, other=0.0, cache_modifier=".cg")
-            sum_square += tl.load(squares_here + other * blocks * M, cache_modifier=".cg")
 
     if norm_ptr is not None:
         acc *= tl.rsqrt(sum_square / K + eps)[None, :]
