@@ -207,12 +207,30 @@ def test_a_norm_of_float16_and_a_cpu_are_refused() -> None:
     assert gemv_refusal(x, planes) == "device is cpu"
 
 
-def test_small_matrices_split_k_and_large_ones_do_not() -> None:
-    def split(rows: int, columns: int) -> int:
-        return choose_launch(Planes("dense", (rows, columns), torch.empty(0)), "an unknown device", 132).split
+@pytest.mark.parametrize(("rows", "columns", "tokens"), [(34, 1100, 1), (40, 544, 5)])
+@pytest.mark.parametrize("kind", ["dense", "int8", "fp8", "int4"])
+def test_the_launch_chosen_for_an_unknown_device_is_right(kind: str, rows: int, columns: int, tokens: int) -> None:
+    if kind == "int4":
+        columns = columns // 32 * 32
+    planes, weight = random_planes(kind, rows, columns, torch.float16)
+    x = torch.randn(tokens, columns, device=DEVICE).half()
+    epilogue = Epilogue(activation="silu", gated=True)
+    launch = choose_launch(planes, tokens, "an unknown device", 8)
+    assert_as_exact(run(x, on_device(planes), launch, None, epilogue), x, weight, None, epilogue)
 
-    assert split(1024, 4096) > 1
+
+def test_tall_matrices_are_not_split_and_flat_ones_are() -> None:
+    def split(rows: int, columns: int) -> int:
+        planes = Planes("dense", (rows, columns), torch.empty(0))
+        return choose_launch(planes, 8, "an unknown device", 132).split
+
+    assert split(4096, 14336) == 4
     assert split(128256, 4096) == 1
+
+
+def test_a_known_device_takes_its_table() -> None:
+    planes = Planes("int4", (28672, 4096), torch.empty(0), group=128)
+    assert choose_launch(planes, 1, "NVIDIA H100 80GB HBM3", 132) != choose_launch(planes, 1, "another", 132)
 
 
 def test_importing_paceline_kernels_needs_no_triton() -> None:

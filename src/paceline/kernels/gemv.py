@@ -9,7 +9,7 @@ Shapes: T rows of x, N rows of the weight, K columns; outputs are N, or N / 2 wh
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from types import MappingProxyType
 
@@ -63,8 +63,9 @@ class Epilogue:
 
 @dataclass(frozen=True)
 class Launch:
-    """block_n: rows of the weight a program; block_k: columns a step (int4: four groups, whatever it says);
-    split: programs that share a row's columns; prefetch: steps of the weight asked for before x is awaited."""
+    """block_n: rows of the weight a program (even where gate and up make one, 16 and up on the matrix unit); block_k:
+    columns a step (int4: four groups a warp, whatever it says); split: programs that share a row's columns; prefetch:
+    steps of the weight that a dependent launch asks for before x is awaited."""
 
     block_n: int
     block_k: int
@@ -216,18 +217,69 @@ def _columns(rows: int, kind: str) -> int:
     return 8 if rows <= 8 else 16
 
 
-# Launches by device name, then by format and shape; measured (docs/performance-log.md).
-TUNED: Mapping[str, Mapping[tuple[str, int, int], Launch]] = MappingProxyType({})
+# One row, by device name, then by format and the weight's shape: Llama-3.1-8B's four linears, each over 32 layers of
+# distinct weights in one graph, with dependent launch (docs/performance-log.md).
+TUNED: Mapping[str, Mapping[tuple[str, int, int], Launch]] = MappingProxyType(
+    {
+        "NVIDIA H100 80GB HBM3": MappingProxyType(
+            {
+                ("dense", 6144, 4096): Launch(2, 2048, warps=4, stages=4),
+                ("dense", 4096, 4096): Launch(2, 2048, warps=4, stages=4),
+                ("dense", 28672, 4096): Launch(2, 2048, warps=4, stages=4),
+                ("dense", 4096, 14336): Launch(2, 2048, warps=8, stages=4),
+                ("int8", 6144, 4096): Launch(2, 1024, warps=2, stages=4),
+                ("int8", 4096, 4096): Launch(8, 1024, warps=4, stages=4),
+                ("int8", 28672, 4096): Launch(4, 1024, warps=4, stages=4),
+                ("int8", 4096, 14336): Launch(2, 2048, warps=4, stages=4),
+                ("fp8", 6144, 4096): Launch(4, 1024, warps=2, stages=3),
+                ("fp8", 4096, 4096): Launch(4, 1024, warps=2, stages=3),
+                ("fp8", 28672, 4096): Launch(4, 1024, warps=2, stages=3),
+                ("fp8", 4096, 14336): Launch(4, 1024, warps=4, stages=3),
+                ("int4", 6144, 4096): Launch(16, 512, warps=4, stages=3),
+                ("int4", 4096, 4096): Launch(16, 512, warps=8, stages=4),
+                ("int4", 28672, 4096): Launch(16, 512, warps=4, stages=2),
+                ("int4", 4096, 14336): Launch(16, 512, warps=4, stages=3),
+            }
+        )
+    }
+)
+# One row of anything else: what did well at every shape above.
+ONE_ROW: Mapping[str, Launch] = MappingProxyType(
+    {
+        "dense": Launch(2, 2048, warps=4, stages=4),
+        "int8": Launch(4, 1024, warps=4, stages=4),
+        "fp8": Launch(4, 1024, warps=2, stages=3),
+        "int4": Launch(16, 512, warps=4, stages=3),
+    }
+)
+# Several rows: 16 rows of the weight a warp fill the matrix unit.
+FEW_ROWS: Mapping[str, Launch] = MappingProxyType(
+    {
+        "dense": Launch(32, 256, warps=4, stages=4),
+        "int8": Launch(64, 256, warps=4, stages=4),
+        "fp8": Launch(64, 256, warps=4, stages=4),
+        "int4": Launch(16, 512, warps=4, stages=3),
+    }
+)
 
 
-def choose_launch(planes: Planes, device_name: str, processors: int) -> Launch:
-    """The tuned launch of a device we know; else blocks of 64 rows, K split until every processor has two programs."""
-    tuned = TUNED.get(device_name, {}).get((planes.format, *planes.shape))
-    if tuned is not None:
-        return tuned
-    block_n = 64
-    block_k = 4 * planes.group if planes.format == "int4" else 256
-    steps, split = -(-planes.shape[1] // block_k), 1
-    while -(-planes.shape[0] // block_n) * split < 2 * processors and steps >= 4 * split:
+def choose_launch(planes: Planes, rows: int, device_name: str, processors: int) -> Launch:
+    """How to launch `rows` rows of x on a device of so many multiprocessors: tuned where we measured, else by rule.
+
+    On the matrix unit K is split until every multiprocessor has two programs, since one waits for x at every step: the
+    8B's down projection takes 62 us in 64 programs and 28 in 256.
+    """
+    columns = planes.shape[1]
+    if rows == 1:
+        tuned = TUNED.get(device_name, {}).get((planes.format, *planes.shape))
+        if tuned is not None:
+            return tuned
+        launch = ONE_ROW[planes.format]
+        return replace(launch, block_k=min(launch.block_k, 1 << max(columns - 1, 127).bit_length()))
+    launch = FEW_ROWS[planes.format]
+    if planes.format == "int4":
+        return launch
+    programs, split = -(-planes.shape[0] // launch.block_n), 1
+    while programs * split < 2 * processors and columns >= 4 * split * launch.block_k:
         split *= 2
-    return Launch(block_n, block_k, warps=4, stages=4 if planes.format == "dense" else 3, split=split)
+    return replace(launch, split=split)

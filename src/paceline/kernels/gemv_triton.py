@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator, unused-ignore"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment"
 """The Triton side of kernels/gemv.py: one kernel that streams a weight once and multiplies it by a few rows of x.
 
 Shapes: T rows of x (1 to 16), N outputs, K inputs; M columns of the product: 1, or the T rows padded to 8 or 16 as the
