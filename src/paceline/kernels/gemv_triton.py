@@ -277,7 +277,7 @@ def add_parts(
 @triton.jit
 def gemv_kernel(
     x_ptr,  # [T, K], rows x_stride apart
-    w_ptr,  # dense: [N, K]; else int32 words of 4 values or, int4, of 8: [N, w_stride]
+    w_ptr,  # [N, w_stride]: values, or int32 words: of 8 in int4, of 4 in int8 and fp8 for more than one row
     scale_ptr,  # [N]; int4: [K / GROUP, N]; None for dense
     offset_ptr,  # int4: [K / GROUP, N]; None: none
     norm_ptr,  # [K]; None: no norm
