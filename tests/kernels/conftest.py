@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,10 @@ import torch
 
 from paceline.inputs import AttentionMetadata, KVLayer
 from paceline.kernels.attention_plan import build_attention
+
+# Without a GPU, Triton's kernels run in its interpreter, which it chooses when a kernel is defined.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @dataclass(frozen=True)
@@ -70,3 +75,22 @@ def make_batch() -> Callable[..., Batch]:
         return Batch(q, KVLayer(cache[0], cache[1], 0), metadata)
 
     return make
+
+
+@pytest.fixture
+def triton_device(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where Triton's kernels run here: "cuda", or "cpu" in the interpreter. Skips without Triton."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        return "cuda"
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_with_index(tensor, scope):
+        # Triton 3.6 asks int() of an array with one element for a loop's bounds, which NumPy 2.4 refuses.
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_with_index)
+    return "cpu"

@@ -1,0 +1,301 @@
+"""Attention of a decode over the paged cache, in Triton: the context is split, the parts are merged (Flash-Decoding,
+Dao et al., 2023; online softmax, Milakov and Gimelshein, 2018).
+
+Legend: T tokens, H query heads, K key/value heads, R requests, B blocks of the longest table, D head size, S splits,
+X rows that share a key head: (queries a request) * (H / K).
+
+Everything that changes from step to step is read from device tensors, so that a captured CUDA graph stays valid: the
+grid is fixed, and a program finds out on the device which keys, if any, are its own. Split s takes the tiles s, s + S,
+s + 2 S, ... of the context. So a request's result follows from its own length and `DecodeLaunch`, never from its
+neighbours, and is the same at every run.
+
+The plain twin is kernels/attention.py: paged_attention_ref. This module imports Triton: import it where Triton is.
+"""
+
+# Triton kernels have no annotations: mypy checks what is around them.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from paceline.inputs import KVLayer
+
+LARGEST_HEAD = 256
+# Merging loads a row's parts as one tile of [splits, D].
+MOST_SPLITS = 64
+# tl.dot takes at least 16 rows; more than 64 rows of scores and sums would leave no registers for the keys in flight.
+FEWEST_ROWS, MOST_ROWS = 16, 64
+
+
+@dataclass(frozen=True)
+class DecodeLaunch:
+    """How one decode is cut into programs. Not a function of the batch, or results would depend on it."""
+
+    splits: int  # programs a request and key head, at most MOST_SPLITS; a context of fewer tiles uses fewer
+    keys_a_tile: int  # a power of two, at least 16
+    warps: int
+    stages: int  # of the loop over tiles; the look-up of a tile's slots takes one, its keys and values the others
+    dependent: bool  # programmatic dependent launch: the next kernel starts while the last programs of this one end
+
+
+def default_launch(kv_heads: int, head_dim: int, itemsize: int, device: torch.device) -> DecodeLaunch:
+    """Two programs a multiprocessor, tiles of 16 KiB of keys and as many of values."""
+    # 8 processors in the interpreter, so that small tests split too.
+    processors, dependent = 8, False
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        processors, dependent = properties.multi_processor_count, torch.version.hip is None and properties.major >= 9
+    splits = max(1, min(MOST_SPLITS, 2 * processors // kv_heads))
+    keys = 16384 // (_padded(head_dim) * itemsize)
+    return DecodeLaunch(splits, max(16, min(128, keys)), warps=4, stages=3, dependent=dependent)
+
+
+def decode_refusal(head_dim: int, dtype: torch.dtype) -> str | None:
+    """Why this kernel cannot take such a cache; None when it can."""
+    if head_dim > LARGEST_HEAD:
+        return f"heads of {head_dim} are larger than {LARGEST_HEAD}"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"dtype is {dtype}"
+    return None
+
+
+def decode_attention(
+    q_THD: torch.Tensor,
+    kv: KVLayer,
+    block_tables_RB: torch.Tensor,
+    seq_lens_R: torch.Tensor,
+    *,
+    block_size: int,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    slopes_H: torch.Tensor | None = None,
+    launch: DecodeLaunch | None = None,
+) -> torch.Tensor:
+    """Attention of each request's last T / R tokens over its cached keys, their own included; [T, H, D], contiguous.
+
+    `block_tables_RB` and `seq_lens_R` are int32; `q_THD` may be a slice of a wider projection, its last dimension
+    contiguous. A request of length 0 is an unused row of a captured step: it reads nothing and yields zeros.
+    `window`, `soft_cap` and `slopes_H` are those of `paged_attention`. Products and sums are taken in float32.
+    """
+    tokens, heads, dim = q_THD.shape
+    kv_heads, requests = kv.k_HSD.shape[0], seq_lens_R.shape[0]
+    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+    if tokens == 0:
+        return out_THD
+    queries, group = tokens // requests, heads // kv_heads
+    if queries * requests != tokens:
+        raise ValueError(f"{tokens} tokens are not equally many for each of {requests} requests")
+    launch = launch or default_launch(kv_heads, dim, q_THD.element_size(), q_THD.device)
+    rows = queries * group
+    rows_a_tile = max(FEWEST_ROWS, min(MOST_ROWS, triton.next_power_of_2(rows)))
+    row_tiles = triton.cdiv(rows, rows_a_tile)
+    # Allocated here: in a captured graph the layers then share one piece of the graph's pool.
+    parts_RKSXD = q_THD.new_empty((requests, kv_heads, launch.splits, rows, dim), dtype=torch.float32)
+    weights_RKSX = q_THD.new_empty((requests, kv_heads, launch.splits, rows), dtype=torch.float32)
+    shape = {
+        "WINDOW": window or 0,
+        "SPLITS": launch.splits,
+        "KEY_TILE": launch.keys_a_tile,
+        "QUERIES": queries,
+        "GROUP": group,
+        "D": dim,
+        "D_TILE": _padded(dim),
+        "DEPENDENT": launch.dependent,
+    }
+    _attend_split[(launch.splits, kv_heads * row_tiles, requests)](
+        q_THD,
+        kv.k_HSD,
+        kv.v_HSD,
+        block_tables_RB,
+        seq_lens_R,
+        slopes_H,
+        parts_RKSXD,
+        weights_RKSX,
+        scale,
+        q_THD.stride(0),
+        q_THD.stride(1),
+        kv.k_HSD.stride(0),
+        kv.v_HSD.stride(0),
+        block_tables_RB.stride(0),
+        BLOCK_SIZE=block_size,
+        SOFT_CAP=soft_cap or 0.0,
+        ROW_TILES=row_tiles,
+        ROW_TILE=rows_a_tile,
+        STAGES=launch.stages,
+        num_warps=launch.warps,
+        **({"launch_pdl": True} if launch.dependent else {}),
+        **shape,
+    )
+    _merge_splits[(rows, kv_heads, requests)](
+        parts_RKSXD,
+        weights_RKSX,
+        seq_lens_R,
+        out_THD,
+        S_TILE=triton.next_power_of_2(launch.splits),
+        num_warps=4,
+        **({"launch_pdl": True} if launch.dependent else {}),
+        **shape,
+    )
+    return out_THD
+
+
+def _padded(dim: int) -> int:
+    return max(16, int(triton.next_power_of_2(dim)))
+
+
+@triton.jit
+def _first_seen(length, WINDOW: tl.constexpr, QUERIES: tl.constexpr):
+    """The first position that any query sees."""
+    low = 0
+    if WINDOW > 0:
+        low = tl.maximum(length - QUERIES - WINDOW + 1, 0)
+    return low
+
+
+@triton.jit
+def _tanh(x):
+    """1 - 2 / (1 + e^2x) loses the digits of a small x, which are those of most scores: there the series to x^9."""
+    square = x * x
+    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+    return tl.where(square < 0.09, series, 1 - 2 / (1 + tl.exp(2 * x)))  # e^2x may overflow, to a quotient of 0
+
+
+@triton.jit
+def _attend_split(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    tables_ptr,
+    lens_ptr,
+    slopes_ptr,
+    parts_ptr,
+    weights_ptr,
+    scale,
+    q_token_stride,
+    q_head_stride,
+    k_head_stride,
+    v_head_stride,
+    table_stride,
+    BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    SPLITS: tl.constexpr,
+    KEY_TILE: tl.constexpr,
+    QUERIES: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROW_TILES: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    D: tl.constexpr,
+    D_TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """One split of one request, for the rows that share a key head: their softmax-weighted mean of the values over the
+    split's keys, and the logarithm (base 2) of the sum of the weights."""
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    ROWS: tl.constexpr = QUERIES * GROUP
+    split, head, request = tl.program_id(0), tl.program_id(1) // ROW_TILES, tl.program_id(2)
+    length = tl.load(lens_ptr + request)
+    low = _first_seen(length, WINDOW, QUERIES)
+    begin = (low // KEY_TILE + split) * KEY_TILE
+    if DEPENDENT:  # queries and the newest keys are the previous kernel's; lengths and tables are older
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if begin >= length:
+        return
+    dims = tl.arange(0, D_TILE)
+    rows = tl.program_id(1) % ROW_TILES * ROW_TILE + tl.arange(0, ROW_TILE)
+    query, query_head = rows // GROUP, head * GROUP + rows % GROUP
+    position = length - QUERIES + query
+    q = tl.load(
+        q_ptr + ((request * QUERIES + query) * q_token_stride + query_head * q_head_stride)[:, None] + dims[None, :],
+        mask=(rows < ROWS)[:, None] & (dims < D)[None, :],
+        other=0.0,
+    )
+    if slopes_ptr is not None:
+        slope = tl.load(slopes_ptr + query_head, mask=rows < ROWS, other=0.0)
+    k_head_ptr = k_ptr + head.to(tl.int64) * k_head_stride
+    v_head_ptr = v_ptr + head.to(tl.int64) * v_head_stride
+    top = tl.full([ROW_TILE], float("-inf"), tl.float32)
+    total = tl.zeros([ROW_TILE], tl.float32)
+    values = tl.zeros([ROW_TILE, D_TILE], tl.float32)
+    for first in tl.range(begin, length, SPLITS * KEY_TILE, num_stages=STAGES):
+        key = first + tl.arange(0, KEY_TILE)
+        own = (key >= low) & (key < length)  # other slots may hold anything, NaN too: they are never read
+        block = tl.load(tables_ptr + request * table_stride + key // BLOCK_SIZE, mask=own, other=0)
+        slot = block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE
+        k = tl.load(k_head_ptr + slot[None, :] * D + dims[:, None], mask=own[None, :] & (dims < D)[:, None], other=0.0)
+        v = tl.load(v_head_ptr + slot[:, None] * D + dims[None, :], mask=own[:, None] & (dims < D)[None, :], other=0.0)
+        scores = tl.dot(q, k, input_precision="ieee") * scale
+        if SOFT_CAP > 0.0:
+            scores = SOFT_CAP * _tanh(scores / SOFT_CAP)
+        if slopes_ptr is not None:
+            scores -= slope[:, None] * (position[:, None] - key[None, :]).to(tl.float32)
+        seen = own[None, :] & (key[None, :] <= position[:, None])
+        if WINDOW > 0:
+            seen = seen & (key[None, :] > position[:, None] - WINDOW)
+        scores = tl.where(seen, scores * LOG2_E, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen no key yet: no -inf - -inf
+        probs = tl.exp2(scores - base[:, None])
+        shrink = tl.exp2(top - base)
+        total = total * shrink + tl.sum(probs, 1)
+        values = values * shrink[:, None] + tl.dot(probs.to(v.dtype), v, input_precision="ieee")
+        top = new_top
+    part = ((request * tl.num_programs(1) // ROW_TILES + head) * SPLITS + split) * ROWS + rows
+    total = tl.where(total > 0.0, total, 1.0)  # a row that sees no key of this split: mean 0, weight 2**-inf
+    tl.store(
+        parts_ptr + part.to(tl.int64)[:, None] * D + dims[None, :],
+        values / total[:, None],
+        mask=(rows < ROWS)[:, None] & (dims < D)[None, :],
+    )
+    tl.store(weights_ptr + part, top + tl.log2(total), mask=rows < ROWS)
+
+
+@triton.jit
+def _merge_splits(
+    parts_ptr,
+    weights_ptr,
+    lens_ptr,
+    out_ptr,
+    WINDOW: tl.constexpr,
+    SPLITS: tl.constexpr,
+    KEY_TILE: tl.constexpr,
+    QUERIES: tl.constexpr,
+    GROUP: tl.constexpr,
+    S_TILE: tl.constexpr,
+    D: tl.constexpr,
+    D_TILE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """One row of the result: the mean of its splits, weighted by their sums, always in the same order."""
+    ROWS: tl.constexpr = QUERIES * GROUP
+    row, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length = tl.load(lens_ptr + request)
+    first_tile = _first_seen(length, WINDOW, QUERIES) // KEY_TILE
+    split = tl.arange(0, S_TILE)
+    used = (split < SPLITS) & ((first_tile + split) * KEY_TILE < length)  # nothing was written for the others
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    dims = tl.arange(0, D_TILE)
+    part = ((request * tl.num_programs(1) + head) * SPLITS + split) * ROWS + row
+    weight = tl.load(weights_ptr + part, mask=used, other=float("-inf"))
+    means = tl.load(
+        parts_ptr + part.to(tl.int64)[:, None] * D + dims[None, :],
+        mask=used[:, None] & (dims < D)[None, :],
+        other=0.0,
+    )
+    top = tl.max(weight, 0)
+    weight = tl.exp2(weight - tl.where(top == float("-inf"), 0.0, top))
+    total = tl.sum(weight, 0)
+    result = tl.sum(means * weight[:, None], 0) / tl.where(total > 0.0, total, 1.0)
+    token, query_head = request * QUERIES + row // GROUP, head * GROUP + row % GROUP
+    out = out_ptr + (token.to(tl.int64) * tl.num_programs(1) * GROUP + query_head) * D + dims
+    tl.store(out, result.to(out_ptr.dtype.element_ty), mask=dims < D)

@@ -1,0 +1,165 @@
+"""Between the projection and the attention, in one Triton kernel: norm of queries and keys (Henry et al., 2020), their
+rotary embedding (Su et al., 2021, half-split), and the write of keys and values into the paged cache.
+
+Legend: T tokens, H query heads, K key/value heads, X = H + 2 K, D head size, F rotated elements of a head.
+
+The plain twins are rms_norm or layer_norm (kernels/norm.py), apply_rotary (kernels/rotary.py) and write_kv
+(kernels/kv_write.py), one after the other. Here everything between load and store is float32: one rounding, not four.
+This module imports Triton: import it where Triton is.
+"""
+
+# Triton kernels have no annotations: mypy checks what is around them.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+
+from paceline.inputs import KVLayer
+
+
+@dataclass(frozen=True)
+class QKNorm:
+    """A norm of queries and keys: its weights are [D] where each head has its own norm, [H * D] and [K * D] where all
+    heads of a token are normed together."""
+
+    kind: Literal["rms", "layer"]
+    eps: float
+    q_weight: torch.Tensor
+    k_weight: torch.Tensor
+
+
+def rope_and_write_kv(
+    qkv_TXD: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None,
+    kv: KVLayer,
+    slot_mapping_T: torch.Tensor,
+    norm: QKNorm | None = None,
+) -> torch.Tensor:
+    """The queries, normed and turned, as [T, H, D]; keys, likewise, and values go to `slot_mapping_T` (int64).
+
+    `qkv_TXD`: queries, keys and values of each token side by side, its last dimension contiguous. `rotary`: (cos, sin)
+    [T, F] as apply_rotary takes them, the first half of sin negated; None for a layer without. A negative slot is an
+    unused row of a captured step: nothing is written for it.
+    """
+    tokens, all_heads, dim = qkv_TXD.shape
+    kv_heads = kv.k_HSD.shape[0]
+    heads = all_heads - 2 * kv_heads
+    q_THD = torch.empty((tokens, heads, dim), dtype=qkv_TXD.dtype, device=qkv_TXD.device)
+    if tokens == 0:
+        return q_THD
+    cos_TF, sin_TF = (None, None) if rotary is None else (rotary[0].contiguous(), rotary[1].contiguous())
+    together = norm is not None and norm.q_weight.numel() != dim
+    _rope_and_write[(all_heads, tokens)](
+        qkv_TXD,
+        cos_TF,
+        sin_TF,
+        None if norm is None else norm.q_weight,
+        None if norm is None else norm.k_weight,
+        slot_mapping_T,
+        q_THD,
+        kv.k_HSD,
+        kv.v_HSD,
+        0.0 if norm is None else norm.eps,
+        qkv_TXD.stride(0),
+        qkv_TXD.stride(1),
+        kv.k_HSD.stride(0),
+        kv.v_HSD.stride(0),
+        H=heads,
+        K=kv_heads,
+        D=dim,
+        D_TILE=triton.next_power_of_2(dim),
+        F=0 if cos_TF is None else cos_TF.shape[-1],
+        CENTRED=norm is not None and norm.kind == "layer",
+        TOGETHER=together,
+        H_TILE=triton.next_power_of_2(heads),
+        num_warps=4 if together else 1,
+    )
+    return q_THD
+
+
+@triton.jit
+def _norm_factors(token_ptr, head_stride, first_head, eps, HEADS: tl.constexpr, TILE: tl.constexpr,
+                  D: tl.constexpr, D_TILE: tl.constexpr, CENTRED: tl.constexpr):  # fmt: skip
+    """Mean (0 unless CENTRED) and 1 / sqrt(variance + eps) over HEADS heads of one token."""
+    head, dims = tl.arange(0, TILE), tl.arange(0, D_TILE)
+    inside = (head < HEADS)[:, None] & (dims < D)[None, :]
+    x = tl.load(token_ptr + (first_head + head)[:, None] * head_stride + dims[None, :], mask=inside, other=0.0)
+    x = x.to(tl.float32)
+    mean = 0.0
+    if CENTRED:
+        mean = tl.sum(tl.sum(x, 1), 0) / (HEADS * D)
+    x = tl.where(inside, x - mean, 0.0)
+    return mean, 1.0 / tl.sqrt(tl.sum(tl.sum(x * x, 1), 0) / (HEADS * D) + eps)
+
+
+@triton.jit
+def _rope_and_write(
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    slots_ptr,
+    q_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    eps,
+    token_stride,
+    head_stride,
+    k_head_stride,
+    v_head_stride,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    D_TILE: tl.constexpr,
+    F: tl.constexpr,
+    CENTRED: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    H_TILE: tl.constexpr,
+):
+    """One head of one token: a query's (below H), a key's (below H + K) or a value's."""
+    head, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    token_ptr = qkv_ptr + token * token_stride
+    dims = tl.arange(0, D_TILE)
+    # The element that each turns with: i + F/2 in the first half, i - F/2 in the second.
+    partner = tl.where(dims < F // 2, dims + F // 2, dims - F // 2)
+    turns = dims < F
+    x_ptr = token_ptr + head * head_stride
+    x = tl.load(x_ptr + dims, mask=dims < D, other=0.0).to(tl.float32)
+    if head < H + K:
+        other = tl.load(x_ptr + partner, mask=turns, other=0.0).to(tl.float32)
+        if q_weight_ptr is not None:
+            first_head = head
+            weight_ptr = q_weight_ptr
+            if head >= H:
+                weight_ptr = k_weight_ptr
+            if TOGETHER:
+                first_head = tl.where(head < H, 0, H)
+                weight_ptr += (head - first_head) * D
+                if head < H:
+                    mean, factor = _norm_factors(token_ptr, head_stride, 0, eps, H, H_TILE, D, D_TILE, CENTRED)
+                else:
+                    mean, factor = _norm_factors(token_ptr, head_stride, H, eps, K, H_TILE, D, D_TILE, CENTRED)
+            else:
+                mean, factor = _norm_factors(token_ptr, head_stride, head, eps, 1, 1, D, D_TILE, CENTRED)
+            x = (x - mean) * factor * tl.load(weight_ptr + dims, mask=dims < D, other=0.0).to(tl.float32)
+            other = (other - mean) * factor * tl.load(weight_ptr + partner, mask=turns, other=0.0).to(tl.float32)
+        if F > 0:
+            cos = tl.load(cos_ptr + token * F + dims, mask=turns, other=1.0).to(tl.float32)
+            sin = tl.load(sin_ptr + token * F + dims, mask=turns, other=0.0).to(tl.float32)
+            x = x * cos + other * sin
+    if head < H:
+        tl.store(q_ptr + (token * H + head) * D + dims, x.to(q_ptr.dtype.element_ty), mask=dims < D)
+    else:
+        slot = tl.load(slots_ptr + token)
+        if head < H + K:
+            cache = k_cache_ptr + (head - H).to(tl.int64) * k_head_stride
+        else:
+            cache = v_cache_ptr + (head - H - K).to(tl.int64) * v_head_stride
+        tl.store(cache + slot * D + dims, x.to(k_cache_ptr.dtype.element_ty), mask=(dims < D) & (slot >= 0))

@@ -1,0 +1,226 @@
+"""The split decode attention against its twin; without a GPU in Triton's interpreter, and so in float32 and float16.
+
+Importing the kernels is each test's business, since Triton is optional: the fixture `triton_device` comes first.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from paceline.inputs import KVLayer
+from paceline.kernels.alibi import alibi_slopes
+from paceline.kernels.attention import paged_attention_ref
+
+pytest.importorskip("triton")
+from paceline.kernels.decode_attention import (
+    DecodeLaunch,
+    decode_attention,
+    decode_refusal,
+    default_launch,
+)
+
+SMALL = DecodeLaunch(splits=3, keys_a_tile=16, warps=1, stages=2, dependent=False)
+
+
+def run(batch, *, scale=0.3, launch=SMALL, window=None, soft_cap=None, slopes_H=None, lengths=None):
+    """decode_attention of a batch from make_batch, and the reference's answer in the batch's own dtype."""
+    metadata = batch.metadata
+    seq_lens = torch.tensor(metadata.seq_lens if lengths is None else lengths, dtype=torch.int32)
+    found = decode_attention(
+        batch.q_THD,
+        batch.kv,
+        metadata.groups[0].block_tables_RB,
+        seq_lens.to(batch.q_THD.device),
+        block_size=metadata.block_size,
+        scale=scale,
+        window=window,
+        soft_cap=soft_cap,
+        slopes_H=slopes_H,
+        launch=launch,
+    )
+    expected = paged_attention_ref(batch.q_THD, batch.kv, metadata, scale=scale, soft_cap=soft_cap, slopes_H=slopes_H)
+    return found, expected
+
+
+def assert_close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("lengths", [[17], [1, 70, 16, 33, 5]], ids=["one", "five"])
+@pytest.mark.parametrize("window", [None, 1, 5, 40])
+@pytest.mark.parametrize(("soft_cap", "alibi"), [(None, False), (2.0, False), (None, True), (2.0, True)])
+def test_equals_the_reference(make_batch, triton_device, lengths, window, soft_cap, alibi):
+    """`padded=False`: slots that no request owns hold NaN, and a block's last slots too."""
+    batch = make_batch([(n, 1) for n in lengths], dim=16, window=window, padded=False, device=triton_device)
+    slopes = torch.tensor(alibi_slopes(4), device=triton_device) if alibi else None
+    assert_close(*run(batch, window=window, soft_cap=soft_cap, slopes_H=slopes))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 6), (6, 3), (6, 1), (36, 1)])
+@pytest.mark.parametrize("queries", [1, 4])
+def test_head_groupings_and_drafts(make_batch, triton_device, heads, kv_heads, queries):
+    """MHA, GQA and MQA; 36 heads * 4 queries are rows of three tiles, the last one partly filled."""
+    batch = make_batch(
+        [(37, queries), (4, queries)],
+        heads=heads,
+        kv_heads=kv_heads,
+        dim=16,
+        padded=False,
+        device=triton_device,
+    )
+    assert_close(*run(batch))
+
+
+@pytest.mark.parametrize("window", [1, 6, 30])
+def test_drafts_in_a_window(make_batch, triton_device, window):
+    """The window of the last query starts later than the first one's: whole tiles are hidden from some rows."""
+    batch = make_batch([(50, 5), (18, 5), (5, 5)], dim=16, window=window, padded=False, device=triton_device)
+    slopes = torch.tensor(alibi_slopes(4), device=triton_device)
+    assert_close(*run(batch, window=window, slopes_H=slopes))
+
+
+@pytest.mark.parametrize("dim", [8, 16, 24, 80, 256])
+@pytest.mark.parametrize("block_size", [4, 16])
+def test_head_sizes_and_block_sizes(make_batch, triton_device, dim, block_size):
+    batch = make_batch([(35, 1), (2, 1)], dim=dim, block_size=block_size, padded=False, device=triton_device)
+    assert_close(*run(batch, scale=dim**-0.5))
+
+
+def test_default_launch(make_batch, triton_device):
+    batch = make_batch([(300, 1), (70, 1)], dim=64, padded=False, device=triton_device)
+    assert_close(*run(batch, launch=None))
+
+
+def test_queries_inside_a_fused_projection(make_batch, triton_device):
+    batch = make_batch([(20, 1), (7, 1)], dim=16, device=triton_device)
+    wide = torch.randn(2, 8, 16, device=triton_device)
+    wide[:, :4] = batch.q_THD
+    found, expected = run(type(batch)(wide[:, :4], batch.kv, batch.metadata))
+    assert found.is_contiguous()
+    assert_close(found, expected)
+
+
+def test_unused_rows_of_a_captured_step_give_zeros(make_batch, triton_device):
+    batch = make_batch([(20, 1), (7, 1), (9, 1)], dim=16, padded=False, device=triton_device)
+    found, expected = run(batch, lengths=[20, 0, 9])
+    assert not found[1].any()
+    assert_close(found[[0, 2]], expected[[0, 2]])
+
+
+def test_neighbours_change_nothing(make_batch, triton_device):
+    """To the bit: a request's splits follow from its own length."""
+    batch = make_batch([(60, 1), (7, 1), (33, 1)], dim=16, device=triton_device)
+    together, _ = run(batch)
+    tables = batch.metadata.groups[0].block_tables_RB
+    for r, length in enumerate(batch.metadata.seq_lens):
+        alone = decode_attention(
+            batch.q_THD[r : r + 1],
+            batch.kv,
+            tables[r : r + 1],
+            torch.tensor([length], dtype=torch.int32, device=triton_device),
+            block_size=4,
+            scale=0.3,
+            launch=SMALL,
+        )
+        assert torch.equal(alone[0], together[r])
+
+
+def test_nan_of_a_request_stays_its_own(make_batch, triton_device):
+    batch = make_batch([(20, 1), (7, 1)], dim=16, padded=False, device=triton_device)
+    slot = int(batch.metadata.groups[0].block_tables_RB[1, 0]) * 4
+    batch.kv.v_HSD[:, slot] = float("nan")
+    found, expected = run(batch)
+    assert found[1].isnan().all()
+    assert_close(found[0], expected[0])
+
+
+def test_large_scores_do_not_overflow(make_batch, triton_device):
+    batch = make_batch([(40, 1)], dim=16, device=triton_device)
+    assert_close(*run(batch, scale=1e4))
+
+
+def test_a_soft_cap_keeps_the_digits_of_small_scores(make_batch, triton_device):
+    """A cap of 1,000 hardly bends scores around 1, and must not round them either: 1 - 2 / (1 + e^2x) is off by
+    6e-8 of the cap, 6e-5 in the score."""
+    batch = make_batch([(40, 1)], dim=16, device=triton_device)
+    found, expected = run(batch, soft_cap=1000.0, scale=0.25)
+    torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("requests", [[(1, 1), (70, 1), (33, 1)], [(20, 3), (6, 3)]])
+def test_float16_error_is_at_most_twice_that_of_plain_torch(make_batch, triton_device, requests):
+    batch = make_batch(requests, dim=32, dtype=torch.float16, device=triton_device)
+    metadata = batch.metadata
+    found, _ = run(batch)
+    exact = paged_attention_ref(batch.q_THD.float(), batch.kv, metadata, scale=0.3)
+    plain = torch.empty_like(batch.q_THD)
+    for r, length in enumerate(metadata.seq_lens):
+        first, end = metadata.query_starts[r], metadata.query_starts[r + 1]
+        table = metadata.groups[0].block_tables_RB[r].tolist()
+        slots = [table[p // 4] * 4 + p % 4 for p in range(length)]
+        k, v = (x[:, slots].repeat_interleave(2, 0) for x in (batch.kv.k_HSD, batch.kv.v_HSD))
+        scores = (batch.q_THD[first:end].transpose(0, 1) * 0.3) @ k.transpose(1, 2)
+        hidden = torch.ones(end - first, length, dtype=torch.bool, device=k.device).triu(length - (end - first) + 1)
+        probs = torch.softmax(scores.float().masked_fill(hidden, float("-inf")), -1).half()
+        plain[first:end] = (probs @ v).transpose(0, 1)
+    assert found.dtype == torch.float16
+    assert (found.float() - exact).norm() <= 2 * (plain.float() - exact).norm()
+
+
+def test_nothing_to_do(make_batch, triton_device):
+    batch = make_batch([(5, 1)], dim=16, device=triton_device)
+    empty = torch.empty(0, dtype=torch.int32, device=triton_device)
+    out = decode_attention(batch.q_THD[:0], batch.kv, empty.view(0, 1), empty, block_size=4, scale=1.0)
+    assert out.shape == (0, 4, 16)
+
+
+def test_unequal_queries_are_refused(make_batch, triton_device):
+    batch = make_batch([(5, 2), (6, 1)], dim=16, device=triton_device)
+    with pytest.raises(ValueError, match="3 tokens are not equally many for each of 2 requests"):
+        run(batch)
+
+
+def test_refusals_say_why():
+    assert decode_refusal(256, torch.bfloat16) is None
+    assert decode_refusal(257, torch.bfloat16) == "heads of 257 are larger than 256"
+    assert decode_refusal(64, torch.float8_e4m3fn) == "dtype is torch.float8_e4m3fn"
+
+
+@pytest.mark.parametrize(("dim", "itemsize", "keys"), [(16, 2, 128), (64, 2, 128), (128, 2, 64), (256, 4, 16)])
+def test_a_tile_is_16_kib(dim, itemsize, keys):
+    assert default_launch(8, dim, itemsize, torch.device("cpu")).keys_a_tile == keys
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dependent", [False, True])
+def test_in_a_graph_lengths_and_tables_may_change(dtype, dependent):
+    """One capture, then other lengths, tables and keys: the replay must see them."""
+    if dependent and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("dependent launches need compute capability 9")
+    torch.manual_seed(0)
+    cache = torch.randn(2, 8, 1025 * 16, 128, device="cuda", dtype=dtype)
+    kv = KVLayer(cache[0], cache[1], 0)
+    q = torch.randn(2, 32, 128, device="cuda", dtype=dtype)
+    tables = torch.zeros(2, 512, device="cuda", dtype=torch.int32)
+    lens = torch.ones(2, device="cuda", dtype=torch.int32)
+    launch = DecodeLaunch(splits=33, keys_a_tile=64, warps=4, stages=3, dependent=dependent)
+
+    def step():
+        return decode_attention(q, kv, tables, lens, block_size=16, scale=0.09, launch=launch)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for lengths in ([8192, 700], [3, 0], [64, 65]):
+        tables.copy_(torch.randperm(1024).view(2, 512) + 1)
+        lens.copy_(torch.tensor(lengths))
+        graph.replay()
+        for r, length in enumerate(lengths):
+            slots = (tables[r].long()[:, None] * 16 + torch.arange(16, device="cuda")).flatten()[:length]
+            k, v = (x[:, slots].double().repeat_interleave(4, 0) for x in cache)
+            probs = torch.softmax((k @ q[r].double()[:, :, None])[..., 0] * 0.09, -1)
+            expected = (probs[:, None] @ v)[:, 0] if length else torch.zeros(32, 128, device="cuda").double()
+            torch.testing.assert_close(out[r].double(), expected, rtol=2e-2, atol=4e-3)
