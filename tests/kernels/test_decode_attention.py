@@ -60,7 +60,7 @@ def test_equals_the_reference(make_batch, triton_device, lengths, window, soft_c
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 6), (6, 3), (6, 1), (36, 1)])
 @pytest.mark.parametrize("queries", [1, 4])
 def test_head_groupings_and_drafts(make_batch, triton_device, heads, kv_heads, queries):
-    """MHA, GQA and MQA; 36 heads * 4 queries are rows of three tiles, the last one partly filled."""
+    """MHA, GQA and MQA; 6 * 4 rows are a tile and a half, 36 * 4 nine tiles."""
     batch = make_batch(
         [(37, queries), (4, queries)],
         heads=heads,
@@ -148,24 +148,53 @@ def test_a_soft_cap_keeps_the_digits_of_small_scores(make_batch, triton_device):
     torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("requests", [[(1, 1), (70, 1), (33, 1)], [(20, 3), (6, 3)]])
-def test_float16_error_is_at_most_twice_that_of_plain_torch(make_batch, triton_device, requests):
-    batch = make_batch(requests, dim=32, dtype=torch.float16, device=triton_device)
+def errors(batch, launch, scale):
+    """The norms of our error and of plain torch's in the same dtype, both against float32."""
     metadata = batch.metadata
-    found, _ = run(batch)
-    exact = paged_attention_ref(batch.q_THD.float(), batch.kv, metadata, scale=0.3)
+    found, _ = run(batch, launch=launch, scale=scale)
+    exact = paged_attention_ref(batch.q_THD.float(), batch.kv, metadata, scale=scale)
     plain = torch.empty_like(batch.q_THD)
+    group, size = batch.q_THD.shape[1] // batch.kv.k_HSD.shape[0], metadata.block_size
     for r, length in enumerate(metadata.seq_lens):
         first, end = metadata.query_starts[r], metadata.query_starts[r + 1]
         table = metadata.groups[0].block_tables_RB[r].tolist()
-        slots = [table[p // 4] * 4 + p % 4 for p in range(length)]
-        k, v = (x[:, slots].repeat_interleave(2, 0) for x in (batch.kv.k_HSD, batch.kv.v_HSD))
-        scores = (batch.q_THD[first:end].transpose(0, 1) * 0.3) @ k.transpose(1, 2)
+        slots = [table[p // size] * size + p % size for p in range(length)]
+        k, v = (x[:, slots].repeat_interleave(group, 0) for x in (batch.kv.k_HSD, batch.kv.v_HSD))
+        scores = (batch.q_THD[first:end].transpose(0, 1) * scale) @ k.transpose(1, 2)
         hidden = torch.ones(end - first, length, dtype=torch.bool, device=k.device).triu(length - (end - first) + 1)
-        probs = torch.softmax(scores.float().masked_fill(hidden, float("-inf")), -1).half()
+        probs = torch.softmax(scores.float().masked_fill(hidden, float("-inf")), -1).to(v.dtype)
         plain[first:end] = (probs @ v).transpose(0, 1)
-    assert found.dtype == torch.float16
-    assert (found.float() - exact).norm() <= 2 * (plain.float() - exact).norm()
+    assert found.dtype == batch.q_THD.dtype
+    return (found.float() - exact).norm(), (plain.float() - exact).norm()
+
+
+@pytest.mark.parametrize("requests", [[(1, 1), (70, 1), (33, 1)], [(20, 3), (6, 3)]])
+def test_float16_error_is_at_most_twice_that_of_plain_torch(make_batch, triton_device, requests):
+    batch = make_batch(requests, dim=32, dtype=torch.float16, padded=False, device=triton_device)
+    ours, plain = errors(batch, SMALL, 0.3)
+    assert ours <= 2 * plain
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"), [(32, 8, 128), (9, 3, 64), (71, 1, 64), (8, 8, 80), (16, 2, 256)]
+)
+def test_default_launch_on_a_gpu(make_batch, dtype, queries, heads, kv_heads, dim):
+    batch = make_batch(
+        [(1700, queries), (33, queries), (5, queries)],
+        heads=heads,
+        kv_heads=kv_heads,
+        dim=dim,
+        block_size=16,
+        dtype=dtype,
+        padded=False,
+        device="cuda",
+    )
+    ours, plain = errors(batch, None, dim**-0.5)
+    # exp2 by the GPU's own instruction is good to 2 units in the last place, torch's exp to 1.
+    assert ours <= (4 if dtype == torch.float32 else 2) * plain
 
 
 def test_nothing_to_do(make_batch, triton_device):
@@ -187,9 +216,25 @@ def test_refusals_say_why():
     assert decode_refusal(64, torch.float8_e4m3fn) == "dtype is torch.float8_e4m3fn"
 
 
-@pytest.mark.parametrize(("dim", "itemsize", "keys"), [(16, 2, 128), (64, 2, 128), (128, 2, 64), (256, 4, 16)])
-def test_a_tile_is_16_kib(dim, itemsize, keys):
-    assert default_launch(8, dim, itemsize, torch.device("cpu")).keys_a_tile == keys
+@pytest.mark.parametrize(
+    ("rows", "dim", "itemsize", "expected"),
+    [
+        (4, 128, 2, (32, 1, 5)),
+        (1, 16, 2, (128, 1, 5)),
+        (71, 64, 2, (64, 2, 5)),
+        (40, 256, 2, (16, 8, 5)),
+        (40, 256, 4, (16, 2, 3)),
+        (4, 80, 4, (16, 1, 5)),
+    ],
+)
+def test_a_tile_is_8_kib_and_its_sums_fit_the_registers(rows, dim, itemsize, expected):
+    launch = default_launch(rows, 8, dim, itemsize, torch.device("cpu"))
+    assert (launch.keys_a_tile, launch.warps, launch.stages) == expected
+
+
+@pytest.mark.parametrize(("kv_heads", "splits"), [(1, 24), (8, 3), (100, 1)])
+def test_a_key_head_gets_its_share_of_three_programs_a_processor(kv_heads, splits):
+    assert default_launch(4, kv_heads, 128, 2, torch.device("cpu")).splits == splits
 
 
 @pytest.mark.gpu
