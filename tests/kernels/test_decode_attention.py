@@ -193,7 +193,7 @@ def test_default_launch_on_a_gpu(make_batch, dtype, queries, heads, kv_heads, di
         device="cuda",
     )
     ours, plain = errors(batch, None, dim**-0.5)
-    # exp2 by the GPU's own instruction is good to 2 units in the last place, torch's exp to 1.
+    # float32: 2.7 times plain torch's was seen on an H100, 3e-7 of the result.
     assert ours <= (4 if dtype == torch.float32 else 2) * plain
 
 
