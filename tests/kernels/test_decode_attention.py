@@ -80,6 +80,15 @@ def test_drafts_in_a_window(make_batch, triton_device, window):
     assert_close(*run(batch, window=window, slopes_H=slopes))
 
 
+def test_blocks_that_a_window_has_passed_are_not_read(make_batch, triton_device):
+    """The window of 80 tokens' last begins at 75, in a tile that begins at 64: blocks 16 and 17 are given back."""
+    batch = make_batch([(80, 1)], dim=16, window=5, padded=False, device=triton_device)
+    tables = batch.metadata.groups[0].block_tables_RB
+    tables[0, :18] = 0
+    assert batch.kv.v_HSD[:, :4].isnan().all()
+    assert_close(*run(batch, window=5))
+
+
 @pytest.mark.parametrize("dim", [8, 16, 24, 80, 256])
 @pytest.mark.parametrize("block_size", [4, 16])
 def test_head_sizes_and_block_sizes(make_batch, triton_device, dim, block_size):
