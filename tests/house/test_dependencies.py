@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 OPTIONAL = ("fallback", "plot")  # extras of pyproject.toml whose packages the code imports
+WITH_TORCH = {"triton"}  # comes with torch where torch runs on CUDA or ROCm; the code goes on without it
 
 
 def declared(field: str = "dependencies") -> set[str]:
@@ -19,21 +21,25 @@ def declared(field: str = "dependencies") -> set[str]:
     return {Requirement(text).name for text in re.findall(r'"(.+?)"', block)}
 
 
+def imports(nodes: Iterable[ast.AST]) -> set[str]:
+    names: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
 def imported(*, at_import: bool = False) -> set[str]:
     """The third-party packages that src imports, anywhere in a file, or outside of functions only."""
-    names: set[str] = set()
-    for path in (ROOT / "src").rglob("*.py"):
-        tree = ast.parse(path.read_text())
-        for node in tree.body if at_import else ast.walk(tree):
-            if isinstance(node, ast.Import):
-                names |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-                names.add(node.module.split(".")[0])
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "src").rglob("*.py")]
+    names = set().union(*(imports(tree.body if at_import else ast.walk(tree)) for tree in trees))
     return names - set(sys.stdlib_module_names) - {"paceline"}
 
 
 def optional() -> set[str]:
-    return set().union(*(declared(extra) for extra in OPTIONAL))
+    return WITH_TORCH.union(*(declared(extra) for extra in OPTIONAL))
 
 
 def test_every_import_is_declared_and_every_dependency_imported():
@@ -41,7 +47,17 @@ def test_every_import_is_declared_and_every_dependency_imported():
 
 
 def test_an_optional_dependency_is_imported_only_where_it_is_used():
-    assert not imported(at_import=True) & optional()
+    assert not imported(at_import=True) & (optional() - WITH_TORCH)
+
+
+def test_modules_that_import_triton_are_imported_only_where_a_kernel_is_launched():
+    paths = {path: ast.parse(path.read_text()) for path in (ROOT / "src").rglob("*.py")}
+    needy = {path.stem for path, tree in paths.items() if "triton" in imports(tree.body)}
+    assert needy
+    for path, tree in paths.items():
+        if path.stem not in needy:
+            at_import = [node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)]
+            assert not needy & {module.split(".")[-1] for module in at_import}, path
 
 
 def test_the_readme_gives_a_reason_for_each():

@@ -162,4 +162,5 @@ def _rope_and_write(
             cache = k_cache_ptr + (head - H).to(tl.int64) * k_head_stride
         else:
             cache = v_cache_ptr + (head - H - K).to(tl.int64) * v_head_stride
-        tl.store(cache + slot * D + dims, x.to(k_cache_ptr.dtype.element_ty), mask=(dims < D) & (slot >= 0))
+        if slot >= 0:
+            tl.store(cache + slot * D + dims, x.to(k_cache_ptr.dtype.element_ty), mask=dims < D)

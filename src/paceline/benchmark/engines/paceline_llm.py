@@ -14,7 +14,7 @@ from paceline.benchmark.job import Job, Phases, Subject
 from paceline.benchmark.protocol import LAST
 from paceline.config import DecoderConfig
 from paceline.errors import UsageError
-from paceline.formats import keeps_memory, resident_bytes
+from paceline.formats import keeps_memory, resident_bytes, unpack_bytes
 from paceline.llm import LLM
 from paceline.models.decoder import Decoder
 from paceline.sampling.params import SamplingParams
@@ -79,5 +79,5 @@ def _planned(config: DecoderConfig, job: Job, dtype: torch.dtype, device: torch.
     return {
         "weights": weights.total,
         "cache": cache,
-        "step": sizing.activation_bytes(config, step, dtype.itemsize, unpacks=job.weight_format != "dense"),
+        "step": sizing.activation_bytes(config, step, dtype.itemsize, unpacked=unpack_bytes(job.weight_format, dtype)),
     }
