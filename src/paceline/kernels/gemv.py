@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.util import find_spec
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -75,14 +77,6 @@ class Launch:
     prefetch: int = 1
 
 
-@dataclass(frozen=True)
-class Scratch:
-    """Where the parts of a split product meet. One serves all calls of a stream: they follow one another."""
-
-    partial: torch.Tensor  # float32
-    count: torch.Tensor  # int32, zero between calls
-
-
 PLAIN = Epilogue()
 
 
@@ -113,6 +107,8 @@ def shape_refusal(x_TK: torch.Tensor, planes: Planes, norm: Norm | None = None) 
         return f"{x_TK.shape[0]} rows, and the kernel takes {MAX_ROWS}"
     if x_TK.dtype not in (torch.bfloat16, torch.float16):
         return f"dtype is {x_TK.dtype}"
+    if x_TK.shape[1] > 1 and x_TK.stride(1) != 1:
+        return "a row of x has gaps"
     if planes.format not in FORMATS:
         return f"no tile unpack for {planes.format}"
     if planes.format == "dense" and planes.values.dtype != x_TK.dtype:
@@ -126,92 +122,104 @@ def shape_refusal(x_TK: torch.Tensor, planes: Planes, norm: Norm | None = None) 
     return None
 
 
-def scratch_floats(launch: Launch, rows: int, shape: tuple[int, int]) -> int:
-    """float32 values that Scratch.partial needs for such a call."""
-    columns = _columns(rows, "int4")
-    programs = -(-shape[0] // launch.block_n)
-    return 0 if launch.split == 1 else launch.split * columns * (shape[0] + programs)
-
-
-def make_scratch(floats: int, programs: int, device: torch.device | str) -> Scratch:
-    return Scratch(
-        torch.empty(floats, dtype=torch.float32, device=device), torch.zeros(programs, dtype=torch.int32, device=device)
-    )
-
-
 def gemv(
     x_TK: torch.Tensor,
     planes: Planes,
-    launch: Launch,
-    scratch: Scratch,
+    *,
     norm: Norm | None = None,
     epilogue: Epilogue = PLAIN,
-    *,
-    dependent: bool = False,
+    launch: Launch | None = None,
 ) -> torch.Tensor:
-    """[T, outputs] in x's dtype. x may have any row stride; `scratch` has scratch_floats(...) and one count a program.
+    """[T, outputs] in x's dtype, the same at every call. x may have any row stride. `launch`: choose_launch's if None.
 
-    `dependent` starts it while the kernel before it on the stream still runs (programmatic dependent launch, compute
-    capability 9.0 on): weights are fetched at once, x and everything else only when that kernel is done.
+    On compute capability 9.0 and up it starts while the kernel before it on the stream still runs (programmatic
+    dependent launch): weights are fetched at once, x and everything else only when that kernel is done.
     """
     # Triton is optional, and its interpreter is chosen by the environment when this is first imported.
     import triton
 
-    from paceline.kernels.gemv_triton import gemv_kernel
+    from paceline.kernels.gemv_triton import add_parts_kernel, gemv_kernel
 
     T, K = x_TK.shape
     N = planes.shape[0]
-    outputs = N // 2 if epilogue.gated else N
-    y_TN = x_TK.new_empty((T, outputs))
+    y_TN = x_TK.new_empty((T, N // 2 if epilogue.gated else N))
     if y_TN.numel() == 0:
         return y_TN
-    residual = epilogue.residual_TN
+    device = _device(x_TK.device)
+    launch = launch or choose_launch(planes, T, device.name, device.processors)
     columns = _columns(T, planes.format)
-    cuda = x_TK.device.type == "cuda"
+    residual = epilogue.residual_TN
     values = planes.values
     if columns == 1 and planes.format in ("int8", "fp8"):
         values = values.view(torch.int8 if planes.format == "int8" else torch.float8_e4m3fn)
-    options = {"launch_pdl": True} if dependent else {}
+    # Allocated here: in a captured graph all layers then share one piece of the graph's pool.
+    parts = None if launch.split == 1 else x_TK.new_empty((launch.split, N + 1, columns), dtype=torch.float32)
+    after: dict[str, Any] = {
+        "scale_ptr": planes.scale,
+        "bias_ptr": epilogue.bias_N,
+        "residual_ptr": residual,
+        "y_ptr": y_TN,
+        "T": T,
+        "N": N,
+        "y_stride": y_TN.stride(0),
+        "residual_stride": 0 if residual is None else residual.stride(0),
+        "eps": 0.0 if norm is None else norm.eps,
+        "K": K,
+        "FORMAT": planes.format,
+        "ACTIVATION": epilogue.activation or "none",
+        "GATED": epilogue.gated,
+        "M": columns,
+        "SPLIT": launch.split,
+        "PDL": device.dependent,
+        **({"launch_pdl": True} if device.dependent else {}),
+    }
     gemv_kernel[(triton.cdiv(N, launch.block_n), launch.split)](
-        x_TK,
-        values,
-        planes.scale,
-        planes.offset,
-        None if norm is None else norm.weight_K,
-        epilogue.bias_N,
-        residual,
-        y_TN,
-        scratch.partial,
-        scratch.count,
-        T,
-        N,
-        x_TK.stride(0),
-        values.stride(0),
-        y_TN.stride(0),
-        0 if residual is None else residual.stride(0),
-        0.0 if norm is None else norm.eps,
-        K=K,
-        FORMAT=planes.format,
+        x_ptr=x_TK,
+        w_ptr=values,
+        offset_ptr=planes.offset,
+        norm_ptr=None if norm is None else norm.weight_K,
+        parts_ptr=parts,
+        x_stride=x_TK.stride(0),
+        w_stride=values.stride(0),
         GROUP=planes.group,
-        ACTIVATION=epilogue.activation or "none",
-        GATED=epilogue.gated,
         ROWS=1 if T == 1 else columns,
-        M=columns,
         BLOCK_N=launch.block_n,
         BLOCK_K=4 * planes.group if planes.format == "int4" else launch.block_k,
         SLICES=launch.warps if planes.format == "int4" else 1,
-        SPLIT=launch.split,
         STAGES=launch.stages,
         PREFETCH=launch.prefetch,
-        PDL=dependent,
-        ASM=cuda and torch.version.cuda is not None and x_TK.dtype == torch.bfloat16,
+        ASM=device.ptx and x_TK.dtype == torch.bfloat16,
         num_warps=launch.warps,
-        **options,
+        **after,
     )
+    if parts is not None:
+        block = 128 // columns
+        add_parts_kernel[(triton.cdiv(N, block),)](
+            parts_ptr=parts, NORM=norm is not None, BLOCK_N=block, num_warps=1, **after
+        )
     return y_TN
 
 
+@dataclass(frozen=True)
+class _Device:
+    """What a launch is chosen by."""
+
+    name: str
+    processors: int
+    dependent: bool  # has programmatic dependent launch
+    ptx: bool  # takes PTX between Triton's operations
+
+
+@cache
+def _device(device: torch.device) -> _Device:
+    if device.type != "cuda":
+        return _Device("interpreter", 8, dependent=False, ptx=False)
+    found, nvidia = torch.cuda.get_device_properties(device), torch.version.hip is None
+    return _Device(found.name, found.multi_processor_count, nvidia and found.major >= 9, nvidia)
+
+
 def _columns(rows: int, kind: str) -> int:
+    """Columns of the product: the rows of x as plain sums or the matrix unit take them."""
     if rows == 1 and kind != "int4":
         return 1
     return 8 if rows <= 8 else 16

@@ -129,6 +129,15 @@ def load_x(x_ptr, x_stride, norm_ptr, cols, toks, T, K, EVEN: tl.constexpr, ASM:
 
 
 @triton.jit
+def block_rows(block, N, GATED: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The weight's rows of a block and which of them exist; row 0 stands for the others. Gate row i and up row
+    i + N / 2 lie side by side, so that one program has both."""
+    index = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = index // 2 + (index % 2) * (N // 2) if GATED else index
+    return tl.where(index < N, rows, 0), index < N
+
+
+@triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
         x = x * tl.sigmoid(x)
@@ -251,27 +260,76 @@ def int4_product(
 
 
 @triton.jit
-def add_parts(
-    acc, sum_square, partial_ptr, count_ptr, index, live_out, block, part, N, M: tl.constexpr, SPLIT: tl.constexpr
+def finish(
+    acc, sum_square, block, scale_ptr, has_norm: tl.constexpr, bias_ptr, residual_ptr, y_ptr,
+    T, N, K: tl.constexpr, y_stride, residual_stride, eps,
+    FORMAT: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """All that follows the sums over K, [BLOCK_N, M], of one block of rows; stores y."""
+    index = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, live = block_rows(block, N, GATED, BLOCK_N)
+    toks = tl.arange(0, M)[None, :]
+    if has_norm:
+        acc *= tl.rsqrt(sum_square / K + eps)[None, :]
+    if FORMAT == "int8" or FORMAT == "fp8":
+        acc *= tl.load(scale_ptr + rows).to(tl.float32)[:, None]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + rows).to(tl.float32)[:, None]
+    if GATED:
+        gate, up = tl.split(tl.permute(tl.reshape(acc, [BLOCK_N // 2, 2, M]), [0, 2, 1]))
+        acc = activate(gate, ACTIVATION) * up
+        index = block * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        live = index < N // 2
+    else:
+        acc = activate(acc, ACTIVATION)
+    live_out = live[:, None] & (toks < T)
+    if residual_ptr is not None:
+        at = residual_ptr + toks * residual_stride + index[:, None]
+        acc += tl.load(at, mask=live_out, other=0.0).to(tl.float32)
+    tl.store(y_ptr + toks * y_stride + index[:, None], acc.to(y_ptr.dtype.element_ty), mask=live_out)
+
+
+@triton.jit
+def add_parts_kernel(
+    parts_ptr,  # float32 [SPLIT, N + 1, M], as gemv_kernel leaves it
+    scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    T,
+    N,
+    y_stride,
+    residual_stride,
+    eps,
+    K: tl.constexpr,
+    FORMAT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    NORM: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """The sums over all parts of K and whether this program is the one that goes on, the last to arrive. It adds them
-    in their order: the same sum every time, whoever is last."""
-    blocks = tl.num_programs(0)
+    """Adds the parts of a split product in their order, the same sum every time, and goes on where gemv_kernel would
+    without a split."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    block = tl.program_id(0)
+    index = block * BLOCK_N + tl.arange(0, BLOCK_N)
     toks = tl.arange(0, M)
-    here = partial_ptr + toks[None, :] * N + index[:, None]
-    squares_here = partial_ptr + SPLIT * M * N + block * M + toks
-    tl.store(here + part * M * N, acc, mask=live_out)
-    tl.store(squares_here + part * blocks * M, sum_square)
-    tl.debug_barrier()  # all of this program's stores, before its one arrival
-    last = tl.atomic_add(count_ptr + block, 1, sem="acq_rel") == SPLIT - 1
-    if last:
-        tl.store(count_ptr + block, 0)
-        acc = tl.zeros(acc.shape, tl.float32)
-        sum_square = tl.zeros([M], tl.float32)
-        for other in tl.static_range(SPLIT):
-            acc += tl.load(here + other * M * N, mask=live_out, other=0.0, cache_modifier=".cg")
-            sum_square += tl.load(squares_here + other * blocks * M, cache_modifier=".cg")
-    return acc, sum_square, last
+    acc = tl.zeros([BLOCK_N, M], tl.float32)
+    sum_square = tl.zeros([M], tl.float32)
+    for part in tl.static_range(SPLIT):
+        here = parts_ptr + part * (N + 1) * M + toks
+        acc += tl.load(here[None, :] + index[:, None] * M, mask=(index < N)[:, None], other=0.0)
+        if NORM:
+            sum_square += tl.load(here + N * M)
+    finish(
+        acc, sum_square, block, scale_ptr, NORM, bias_ptr, residual_ptr, y_ptr,
+        T, N, K, y_stride, residual_stride, eps, FORMAT, ACTIVATION, GATED, M, BLOCK_N,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -284,8 +342,7 @@ def gemv_kernel(
     bias_ptr,  # [N]; None: no bias
     residual_ptr,  # [T, outputs]; None: no residual
     y_ptr,  # [T, outputs]
-    partial_ptr,  # float32 [SPLIT, M, N], then [SPLIT, programs, M] of squares; unused when SPLIT is 1
-    count_ptr,  # int32 [programs], zero before and after; unused when SPLIT is 1
+    parts_ptr,  # SPLIT > 1: float32 [SPLIT, N + 1, M], sums of each part, in row N those of x squared; y is not written
     T,
     N,
     x_stride,
@@ -311,11 +368,7 @@ def gemv_kernel(
 ):
     block = tl.program_id(0)
     part = tl.program_id(1)
-    index = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    live = index < N
-    # Gate row i and up row i + N/2 lie side by side in a block, so that one program has both.
-    rows = index // 2 + (index % 2) * (N // 2) if GATED else index
-    rows = tl.where(live, rows, 0)
+    rows, live = block_rows(block, N, GATED, BLOCK_N)
     w_rows = w_ptr + rows.to(tl.int64)[:, None] * w_stride
     SPAN: tl.constexpr = BLOCK_K * SLICES * SPLIT
     STEPS: tl.constexpr = (K + SPAN - 1) // SPAN
@@ -349,30 +402,15 @@ def gemv_kernel(
             x_ptr, x_stride, norm_ptr, w_rows, w_stride, part, T, K, FORMAT, M, BLOCK_K, STEPS, STAGES, EVEN, ASM
         )
 
-    toks = tl.arange(0, M)
-    live_out = live[:, None] & (toks[None, :] < T)
     sum_square = tl.broadcast_to(tl.sum(squares, 0), [M]) if ROWS == 1 else tl.sum(squares, 0)
     if SPLIT > 1:
-        acc, sum_square, last = add_parts(
-            acc, sum_square, partial_ptr, count_ptr, index, live_out, block, part, N, M, SPLIT
-        )
-        if not last:
-            return
-
-    if norm_ptr is not None:
-        acc *= tl.rsqrt(sum_square / K + eps)[None, :]
-    if FORMAT == "int8" or FORMAT == "fp8":
-        acc *= tl.load(scale_ptr + rows).to(tl.float32)[:, None]
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + rows).to(tl.float32)[:, None]
-    if GATED:
-        gate, up = tl.split(tl.permute(tl.reshape(acc, [BLOCK_N // 2, 2, M]), [0, 2, 1]))
-        acc = activate(gate, ACTIVATION) * up
-        index = block * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-        live_out = (index < N // 2)[:, None] & (toks[None, :] < T)
+        here = parts_ptr + part * (N + 1) * M + tl.arange(0, M)
+        index = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        tl.store(here[None, :] + index[:, None] * M, acc, mask=live[:, None])
+        if norm_ptr is not None and block == 0:
+            tl.store(here + N * M, sum_square)
     else:
-        acc = activate(acc, ACTIVATION)
-    if residual_ptr is not None:
-        at = residual_ptr + toks[None, :] * residual_stride + index[:, None]
-        acc += tl.load(at, mask=live_out, other=0.0).to(tl.float32)
-    tl.store(y_ptr + toks[None, :] * y_stride + index[:, None], acc.to(y_ptr.dtype.element_ty), mask=live_out)
+        finish(
+            acc, sum_square, block, scale_ptr, norm_ptr is not None, bias_ptr, residual_ptr, y_ptr,
+            T, N, K, y_stride, residual_stride, eps, FORMAT, ACTIVATION, GATED, M, BLOCK_N,
+        )  # fmt: skip
