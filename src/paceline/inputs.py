@@ -42,12 +42,18 @@ class GroupMetadata:
 @dataclass(frozen=True)
 class AttentionMetadata:
     """The ragged batch: request r owns tokens query_starts[r]:query_starts[r+1], which are its last ones, and
-    attends over its `seq_lens[r]` tokens (those of this step included). Host ints, so that no device is asked."""
+    attends over its `seq_lens[r]` tokens (those of this step included). Host ints, so that no device is asked.
+
+    `lens_R`: those lengths on the device, where every request has equally many queries and a kernel reads lengths and
+    block tables there (kernels/decode_attention.py). Groups then have no segments, and a captured step, whose tensors
+    hold other requests at every replay, has no `seq_lens`.
+    """
 
     query_starts: Sequence[int]  # R + 1
     seq_lens: Sequence[int]  # R
     block_size: int
     groups: tuple[GroupMetadata, ...]
+    lens_R: torch.Tensor | None = None  # int32
 
 
 @dataclass(frozen=True)

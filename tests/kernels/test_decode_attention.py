@@ -220,9 +220,11 @@ def test_unequal_queries_are_refused(make_batch, triton_device):
 
 
 def test_refusals_say_why():
-    assert decode_refusal(256, torch.bfloat16) is None
-    assert decode_refusal(257, torch.bfloat16) == "heads of 257 are larger than 256"
-    assert decode_refusal(64, torch.float8_e4m3fn) == "dtype is torch.float8_e4m3fn"
+    cuda = torch.device("cuda")
+    assert decode_refusal(256, torch.bfloat16, torch.device("cpu")) == "device is cpu"
+    assert decode_refusal(256, torch.bfloat16, cuda) is None
+    assert decode_refusal(257, torch.bfloat16, cuda) == "heads of 257 are larger than 256"
+    assert decode_refusal(64, torch.float8_e4m3fn, cuda) == "dtype is torch.float8_e4m3fn"
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from paceline.cache.kv_cache import allocate_kv, copy_block
 from paceline.engine.step import PLACEHOLDER, Branch, NewRequest, ScheduledRequest, SchedulerOutput, StepOutput
 from paceline.inputs import ModelInputs
 from paceline.kernels.attention_plan import build_attention
+from paceline.kernels.decode_attention import decode_refusal
 from paceline.log import get_logger
 from paceline.models.model import Model
 from paceline.sampling.candidates import find_candidates
@@ -52,6 +53,10 @@ class ModelRunner:
         self.windows = tuple(group.window for group in model.kv_groups)
         self.kv = allocate_kv(model.kv_groups, num_blocks, block_size, dtype=model.dtype, device=model.device)
         self._requests: dict[str, RequestTokens] = {}
+        # Why a decode's attention needs a plan made on the host; None where a kernel finds its keys on the device.
+        self.decode_refusal = next(
+            filter(None, (decode_refusal(group.head_dim, model.dtype, model.device) for group in model.kv_groups)), None
+        )
         self._padded = True  # whether a request may read, under a mask, slots that are not its own
 
     @torch.inference_mode()
@@ -95,6 +100,7 @@ class ModelRunner:
             block_size=self.block_size,
             device=self.model.device,
             padded=self._padded,
+            on_device=self.decode_refusal is None,
         )
         device = self.model.device
         return ModelInputs(torch.tensor(token_ids, device=device), torch.tensor(positions, device=device), attention)

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from paceline.formats import dense, fp8, int4, int8
+from paceline.kernels.gemv import Planes
 from paceline.kernels.linear import onednn_refusal
 from paceline.registry import lookup
 from paceline.sizing import FormatBytes, MatrixBytes
@@ -23,6 +24,11 @@ class Weight(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes that one multiplication reads."""
+        ...
+
+    @property
+    def planes(self) -> Planes | None:
+        """The same bytes as the GEMV kernel reads them; None for a layout that it does not know."""
         ...
 
     def matmul(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:

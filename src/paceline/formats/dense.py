@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
+from paceline.kernels.gemv import Planes
 from paceline.kernels.linear import linear_onednn, linear_ref, onednn_refusal, pack_onednn, packed_bytes
 
 
@@ -21,6 +23,10 @@ class DenseWeight:
     def nbytes(self) -> int:
         return self.values_NK.nbytes
 
+    @cached_property
+    def planes(self) -> Planes:
+        return Planes("dense", self.shape, self.values_NK)
+
     def matmul(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
         return linear_ref(x_TK, self.values_NK, bias_N)
 
@@ -34,6 +40,7 @@ class OneDNNWeight:
 
     packed_NK: torch.Tensor
     shape: tuple[int, int]
+    planes: None = None
 
     @property
     def nbytes(self) -> int:

@@ -6,9 +6,11 @@ Unpacked before each product, on every device so far: it saves memory, not time.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
+from paceline.kernels.gemv import Planes, byte_planes
 from paceline.kernels.linear import linear_ref
 
 MOST = torch.finfo(torch.float8_e4m3fn).max  # 448
@@ -27,6 +29,10 @@ class FP8Weight:
     @property
     def nbytes(self) -> int:
         return self.q_NK.nbytes + self.scale_N.nbytes
+
+    @cached_property
+    def planes(self) -> Planes | None:
+        return byte_planes("fp8", self.q_NK, self.scale_N)
 
     def matmul(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
         return linear_ref(x_TK, self.unpack(), bias_N)

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch.nn import functional as F
 
+from paceline.kernels.gemv import Planes
 from paceline.kernels.linear import linear_ref
 from paceline.kernels.linear_int4 import int4_refusal, linear_int4, pack_plane, plane_block, unpack_plane
 
@@ -59,6 +61,10 @@ class Int4Weight:
     def nbytes(self) -> int:
         return self.words_NW.nbytes + self.scale_GN.nbytes + (0 if self.offset_GN is None else self.offset_GN.nbytes)
 
+    @cached_property
+    def planes(self) -> Planes:
+        return Planes("int4", self.shape, self.words_NW, self.scale_GN, self.offset_GN, self.group_size)
+
     def matmul(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
         return linear_ref(x_TK, self.unpack(), bias_N)
 
@@ -78,6 +84,7 @@ class Int4CPUWeight:
     group_size: int
     shape: tuple[int, int]
     dtype: torch.dtype
+    planes: None = None
 
     @property
     def nbytes(self) -> int:

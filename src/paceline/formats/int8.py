@@ -6,9 +6,11 @@ Multiplied through torch's packed int8 op (weight-only: activations stay floatin
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
+from paceline.kernels.gemv import Planes, byte_planes
 from paceline.kernels.linear import linear_ref
 
 # Above this many rows torch's int8 op loses to unpacking the weight and a dense product.
@@ -30,6 +32,10 @@ class Int8Weight:
     @property
     def nbytes(self) -> int:
         return self.q_NK.nbytes + self.scale_N.nbytes
+
+    @cached_property
+    def planes(self) -> Planes | None:
+        return byte_planes("int8", self.q_NK, self.scale_N)
 
     def matmul(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
         if x_TK.device.type == "cpu" and x_TK.shape[0] <= MAX_PACKED_ROWS and self.shape[1] % PACKED_COLUMNS == 0:

@@ -171,6 +171,7 @@ class StreamedWeight:
     format: str
     slices: Sequence[tuple[int, int]]
     scale_N: torch.Tensor | None = None
+    planes: None = None
 
     @property
     def nbytes(self) -> int:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from paceline.inputs import AttentionMetadata, KVLayer, Segment
+from paceline.kernels.decode_attention import decode_attention
 from paceline.sizing import SCORE_BYTES
 
 # On CUDA, without cuDNN's attention: it builds a plan for every new number of keys, 50 ms each on an H100, and a
@@ -52,6 +53,18 @@ def paged_attention(
     The keys of the step's own tokens must have been written (kernels/kv_write.py). `soft_cap` c bounds scores to
     c * tanh(score / c) before the mask; `slopes_H` (float32, kernels/alibi.py) times the distance is taken from them.
     """
+    if metadata.lens_R is not None:
+        return decode_attention(
+            q_THD,
+            kv,
+            metadata.groups[kv.group].block_tables_RB,
+            metadata.lens_R,
+            block_size=metadata.block_size,
+            scale=scale,
+            window=metadata.groups[kv.group].window,
+            soft_cap=soft_cap,
+            slopes_H=slopes_H,
+        )
     scores = Scores(scale, soft_cap, slopes_H)
     segments = metadata.groups[kv.group].segments
     if len(segments) == 1 and isinstance(segments[0].queries, slice):  # one stream: no output buffer to fill

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -59,12 +60,16 @@ def build_attention(
     block_size: int,
     device: torch.device | str = "cpu",
     padded: bool = True,
+    on_device: bool = False,
 ) -> AttentionMetadata:
     """The step's AttentionMetadata with its plan. `block_tables[g][r]` lists the blocks of request r in group g.
 
     `padded=False` gives every request a segment of its own: slower, and no request then reads a slot that is not
-    its own, not even under a mask.
+    its own, not even under a mask. `on_device`: a kernel is there that reads lengths and tables on the device, so a
+    step whose requests have equally few queries needs no segments.
     """
+    counts = {end - start for start, end in pairwise(query_starts)}
+    on_device = on_device and len(counts) == 1 and 1 <= max(counts) <= BATCHED_QUERIES
     groups = []
     for tables, window in zip(block_tables, windows, strict=True):
         requests = [
@@ -83,10 +88,11 @@ def build_attention(
                 block_tables_RB=_pad_tables(tables, device),
                 slot_mapping_T=_slot_mapping(requests, device),
                 window=window,
-                segments=tuple(_segments(requests, torch.device(device), padded)),
+                segments=() if on_device else tuple(_segments(requests, torch.device(device), padded)),
             )
         )
-    return AttentionMetadata(tuple(query_starts), tuple(seq_lens), block_size, tuple(groups))
+    lens_R = torch.tensor(seq_lens, dtype=torch.int32, device=device) if on_device else None
+    return AttentionMetadata(tuple(query_starts), tuple(seq_lens), block_size, tuple(groups), lens_R)
 
 
 def _pad_tables(tables: Sequence[Sequence[int]], device: torch.device | str) -> torch.Tensor:

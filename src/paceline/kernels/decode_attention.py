@@ -15,6 +15,7 @@ The plain twin is kernels/attention.py: paged_attention_ref; the kernels are in 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
@@ -60,8 +61,12 @@ def default_launch(rows: int, kv_heads: int, head_dim: int, itemsize: int, devic
     )
 
 
-def decode_refusal(head_dim: int, dtype: torch.dtype) -> str | None:
+def decode_refusal(head_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why this kernel cannot take such a cache; None when it can."""
+    if device.type != "cuda":
+        return f"device is {device.type}"
+    if find_spec("triton") is None:
+        return "triton is not installed"
     if head_dim > LARGEST_HEAD:
         return f"heads of {head_dim} are larger than {LARGEST_HEAD}"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):

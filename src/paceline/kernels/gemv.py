@@ -44,6 +44,12 @@ class Planes:
     group: int = 0
 
 
+def byte_planes(format: str, q_NK: torch.Tensor, scale_N: torch.Tensor) -> Planes | None:
+    """int8 or fp8 values, contiguous, as words; None where a row is no whole number of them."""
+    rows, columns = q_NK.shape
+    return None if columns % 4 else Planes(format, (rows, columns), q_NK.view(torch.int32), scale_N)
+
+
 @dataclass(frozen=True)
 class Norm:
     """An RMS norm of x over its columns; a unit offset is in the weight already."""

@@ -50,14 +50,18 @@ class Attention(nn.Module):
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
         kv: KVLayer,
         metadata: AttentionMetadata,
+        *,
+        norm: Norm | None = None,
+        residual_TM: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[T, M] -> [T, M]. Writes the tokens' keys and values into `kv` before attending, so that they see themselves.
+        """`residual + attention(norm(x))`, [T, M] -> [T, M]; without `norm` and `residual_TM` there is no such step.
 
-        `rotary`: cosines and sines of the tokens' positions, [T, rotated dims] each; None for a layer without.
+        Writes the tokens' keys and values into `kv` before attending, so that they see themselves. `rotary`: cosines
+        and sines of the tokens' positions, [T, rotated dims] each; None for a layer without.
         """
         config = self.config
         H, K = config.num_heads, config.num_kv_heads
-        qkv_TXD = self.qkv(x_TM).view(x_TM.shape[0], H + 2 * K, config.head_dim)
+        qkv_TXD = self.qkv(x_TM, norm=norm).view(x_TM.shape[0], H + 2 * K, config.head_dim)
         q_THD, k_TKD = qkv_TXD[:, :H], qkv_TXD[:, H : H + K]
         if self.q_norm is not None and self.k_norm is not None:
             if config.qk_norm == "projection":
@@ -75,7 +79,7 @@ class Attention(nn.Module):
         attended_THD = paged_attention(
             q_THD, kv, metadata, scale=config.scale, soft_cap=config.soft_cap, slopes_H=self.slopes_H
         )
-        hidden_TM: torch.Tensor = self.out(attended_THD.flatten(1))
+        hidden_TM: torch.Tensor = self.out(attended_THD.flatten(1), residual_TN=residual_TM)
         return hidden_TM
 
     def extra_repr(self) -> str:

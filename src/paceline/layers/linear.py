@@ -1,4 +1,4 @@
-"""A linear layer: one weight in some storage format, and optionally a bias.
+"""A linear layer with what goes before and after it: one weight in some storage format, and optionally a bias.
 
 Shapes: T tokens, K inputs, N outputs.
 """
@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from paceline.formats import Weight
+from paceline.kernels.activation import activate
+from paceline.kernels.activation import gated as gated_activation
+from paceline.layers.norm import Norm
 
 
 class Linear(nn.Module):
-    """`y_TN = x_TK @ weight_NK.T + bias_N`. The weight's format does the multiplication.
-
-    The weight is not an nn.Parameter: it may be packed into planes that mean nothing to autograd or to `.to()`.
-    dtype and device are chosen once, when the weight is packed.
+    """`residual + activation(norm(x) @ weight.T + bias)`, each part but the product optional. The weight is not an nn.Parameter: it may be
+    packed into planes that mean nothing to autograd or to `.to()`. dtype and device are chosen once, when it is packed.
     """
 
     def __init__(self, weight: Weight, bias_N: torch.Tensor | None = None) -> None:
@@ -23,8 +24,34 @@ class Linear(nn.Module):
         self.weight = weight
         self.bias_N = bias_N
 
-    def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
-        return self.weight.matmul(x_TK, self.bias_N)
+    def forward(
+        self,
+        x_TK: torch.Tensor,
+        *,
+        norm: Norm | None = None,
+        activation: str | None = None,
+        gated: bool = False,
+        residual_TN: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[T, K] -> [T, N]; [T, N / 2] when `gated`: the activation of the first half times the second."""
+        return self.plain(x_TK, norm=norm, activation=activation, gated=gated, residual_TN=residual_TN)
+
+    def plain(
+        self,
+        x_TK: torch.Tensor,
+        *,
+        norm: Norm | None = None,
+        activation: str | None = None,
+        gated: bool = False,
+        residual_TN: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The same, one operation after the other, each rounded to x's dtype."""
+        if norm is not None:
+            x_TK = norm(x_TK)
+        y_TN = self.weight.matmul(x_TK, self.bias_N)
+        if activation is not None:
+            y_TN = gated_activation(y_TN, activation) if gated else activate(y_TN, activation)
+        return y_TN if residual_TN is None else residual_TN + y_TN
 
     def extra_repr(self) -> str:
         rows, columns = self.weight.shape

@@ -8,12 +8,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from paceline.kernels.activation import activate, gated
 from paceline.layers.linear import Linear
+from paceline.layers.norm import Norm
 
 
 class GatedMLP(nn.Module):
-    """`down(activation(gate(x)) * up(x))`; gate and up are one fused projection, gate's rows first."""
+    """`residual + down(activation(gate(x)) * up(x))` of x = norm(x); gate and up are one projection, gate's rows first.
+    Without `norm` and `residual_TD` there is no such step."""
 
     def __init__(self, activation: str, gate_up: Linear, down: Linear) -> None:
         super().__init__()
@@ -21,13 +22,16 @@ class GatedMLP(nn.Module):
         self.down = down
         self.activation = activation
 
-    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        hidden_TD: torch.Tensor = self.down(gated(self.gate_up(x_TD), self.activation))
+    def forward(
+        self, x_TD: torch.Tensor, *, norm: Norm | None = None, residual_TD: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        inner_TD = self.gate_up(x_TD, norm=norm, activation=self.activation, gated=True)
+        hidden_TD: torch.Tensor = self.down(inner_TD, residual_TN=residual_TD)
         return hidden_TD
 
 
 class PlainMLP(nn.Module):
-    """`down(activation(up(x)))`."""
+    """`residual + down(activation(up(norm(x))))`, as GatedMLP."""
 
     def __init__(self, activation: str, up: Linear, down: Linear) -> None:
         super().__init__()
@@ -35,6 +39,9 @@ class PlainMLP(nn.Module):
         self.down = down
         self.activation = activation
 
-    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        hidden_TD: torch.Tensor = self.down(activate(self.up(x_TD), self.activation))
+    def forward(
+        self, x_TD: torch.Tensor, *, norm: Norm | None = None, residual_TD: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        inner_TD = self.up(x_TD, norm=norm, activation=self.activation)
+        hidden_TD: torch.Tensor = self.down(inner_TD, residual_TN=residual_TD)
         return hidden_TD

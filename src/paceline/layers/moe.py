@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from paceline.config import MoeConfig
+from paceline.layers.norm import Norm
 
 
 def route(x_TD: torch.Tensor, router_ED: torch.Tensor, config: MoeConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,7 +40,12 @@ class MoE(nn.Module):
         self.router_ED = router_ED
         self.experts = nn.ModuleList(experts)
 
-    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x_TD: torch.Tensor, *, norm: Norm | None = None, residual_TD: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`residual + experts(norm(x))`; without `norm` and `residual_TD` there is no such step."""
+        if norm is not None:
+            x_TD = norm(x_TD)
         experts_TA, weights_TA = route(x_TD, self.router_ED, self.config)
         expert_P, pair_P = experts_TA.flatten().sort(stable=True)
         counts = torch.bincount(expert_P, minlength=self.config.num_experts).tolist()
@@ -49,7 +55,8 @@ class MoE(nn.Module):
         answer_PD = torch.empty_like(sorted_PD)
         answer_PD[pair_P] = torch.cat(answers)
         answer_TAD = answer_PD.view(*experts_TA.shape, -1)
-        return (answer_TAD * weights_TA[:, :, None].to(x_TD.dtype)).sum(dim=1)
+        mixed_TD = (answer_TAD * weights_TA[:, :, None].to(x_TD.dtype)).sum(dim=1)
+        return mixed_TD if residual_TD is None else residual_TD + mixed_TD
 
     def extra_repr(self) -> str:
         return f"{self.config.experts_per_token} of {self.config.num_experts} experts"

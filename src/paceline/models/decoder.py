@@ -99,6 +99,8 @@ class Block(nn.Module):
             return build_norm(config, parts, f"{name}.{which}", config.hidden_size)
 
         self.residual = r
+        # Then the sums are part of the last projections, and a kernel that has one saves an operation.
+        self.adds_in_projection = r.multiplier == 1.0 and not r.post_norms
         self.attention_norm = norm("attention_norm") if r.pre_norms else None
         self.attention = build_attention(config, parts, f"{name}.attention")
         self.post_attention_norm = norm("post_attention_norm") if r.post_norms else None
@@ -117,19 +119,20 @@ class Block(nn.Module):
         kv: KVLayer,
         metadata: AttentionMetadata,
     ) -> torch.Tensor:
-        normed_TD = x_TD if self.attention_norm is None else self.attention_norm(x_TD)
-        attended_TD = self.attention(normed_TD, rotary, kv, metadata)
-        if self.post_attention_norm is not None:
-            attended_TD = self.post_attention_norm(attended_TD)
-        joined_TD = torch.add(x_TD, attended_TD, alpha=self.residual.multiplier)
-        if not self.residual.parallel:
-            x_TD = joined_TD
-        if not self.residual.shared_norm:
-            normed_TD = x_TD if self.mlp_norm is None else self.mlp_norm(x_TD)
-        mixed_TD = self.mlp(normed_TD)
-        if self.post_mlp_norm is not None:
-            mixed_TD = self.post_mlp_norm(mixed_TD)
-        return torch.add(joined_TD, mixed_TD, alpha=self.residual.multiplier)
+        r, adds = self.residual, self.adds_in_projection
+        inner_TD, norm = x_TD, self.attention_norm
+        if r.shared_norm and norm is not None:  # once, for both
+            inner_TD, norm = norm(x_TD), None
+        attended_TD = self.attention(inner_TD, rotary, kv, metadata, norm=norm, residual_TM=x_TD if adds else None)
+        joined_TD = attended_TD if adds else self._join(x_TD, attended_TD, self.post_attention_norm)
+        if not r.shared_norm:
+            inner_TD, norm = x_TD if r.parallel else joined_TD, self.mlp_norm
+        mixed_TD = self.mlp(inner_TD, norm=norm, residual_TD=joined_TD if adds else None)
+        return mixed_TD if adds else self._join(joined_TD, mixed_TD, self.post_mlp_norm)
+
+    def _join(self, x_TD: torch.Tensor, half_TD: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+        """The residual stream with one half's answer, which may have a norm of its own."""
+        return torch.add(x_TD, half_TD if norm is None else norm(half_TD), alpha=self.residual.multiplier)
 
 
 class Decoder(nn.Module):
