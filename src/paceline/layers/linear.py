@@ -11,11 +11,15 @@ from torch import nn
 from paceline.formats import Weight
 from paceline.kernels.activation import activate
 from paceline.kernels.activation import gated as gated_activation
+from paceline.kernels.gemv import Epilogue, gemv, gemv_refusal
 from paceline.layers.norm import Norm
 
 
 class Linear(nn.Module):
-    """`residual + activation(norm(x) @ weight.T + bias)`, each part but the product optional. The weight is not an nn.Parameter: it may be
+    """`residual + activation(norm(x) @ weight.T + bias)`, each part but the product optional.
+
+    Few rows on CUDA go through one kernel that reads the packed weight once (kernels/gemv.py); everything else through
+    `plain`, its twin, where the weight's format does the multiplication. The weight is not an nn.Parameter: it may be
     packed into planes that mean nothing to autograd or to `.to()`. dtype and device are chosen once, when it is packed.
     """
 
@@ -34,7 +38,12 @@ class Linear(nn.Module):
         residual_TN: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """[T, K] -> [T, N]; [T, N / 2] when `gated`: the activation of the first half times the second."""
-        return self.plain(x_TK, norm=norm, activation=activation, gated=gated, residual_TN=residual_TN)
+        planes = self.weight.planes
+        if planes is None or gemv_refusal(x_TK, planes) is not None:
+            return self.plain(x_TK, norm=norm, activation=activation, gated=gated, residual_TN=residual_TN)
+        if norm is not None:
+            x_TK = norm(x_TK)
+        return gemv(x_TK, planes, epilogue=Epilogue(self.bias_N, activation, gated, residual_TN))
 
     def plain(
         self,
