@@ -11,7 +11,7 @@ from paceline.kernels.norm import layer_norm_ref, rms_norm_ref
 from paceline.kernels.rotary import apply_rotary_ref
 
 pytest.importorskip("triton")
-from paceline.kernels.rope_kv import QKNorm, rope_and_write_kv
+from paceline.kernels.rope_kv import QKNorm, rope_and_write_kv, rope_refusal
 
 
 def angles(tokens, rotated, device, dtype=torch.float32):
@@ -97,3 +97,8 @@ def test_a_negative_slot_writes_nothing(triton_device):
     others = [slot for slot in range(24) if slot != 5]
     assert (kv.k_HSD[:, others] == 7).all()
     assert (kv.v_HSD[:, others] == 7).all()
+
+
+def test_refusals_say_why():
+    assert rope_refusal(torch.float32, torch.device("cpu")) == "device is cpu"
+    assert rope_refusal(torch.float64, torch.device("cuda")) == "dtype is torch.float64"

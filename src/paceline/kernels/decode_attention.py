@@ -15,11 +15,11 @@ The plain twin is kernels/attention.py: paged_attention_ref; the kernels are in 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 
 from paceline.inputs import KVLayer
+from paceline.kernels.gpu import gpu, triton_refusal
 
 LARGEST_HEAD = 256
 # Merging loads a row's parts as one tile of [splits, D].
@@ -45,33 +45,25 @@ def default_launch(rows: int, kv_heads: int, head_dim: int, itemsize: int, devic
     Llama-3.1-8B's heads in bfloat16, one stream on an H100, 512 and 8,192 tokens: 6.2 and 17.1 us a layer, merging
     included. Tiles of 16 KiB: 6.6 and 17.5 us with 2 warps, 7.4 and 18.3 with 4; without dependent launch 1 us more.
     """
-    # 8 processors in the interpreter, so that small tests split too.
-    processors, dependent = 8, False
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        processors, dependent = properties.multi_processor_count, torch.version.hip is None and properties.major >= 9
+    chip = gpu(device)
     dim = _padded(head_dim)
     keys = max(16, min(128, 8192 // (dim * itemsize)))
     return DecodeLaunch(
-        splits=max(1, min(MOST_SPLITS, 3 * processors // kv_heads)),
+        splits=max(1, min(MOST_SPLITS, 3 * chip.processors // kv_heads)),
         keys_a_tile=keys,
         warps=max(1, min(8, _rows_a_tile(rows, itemsize) * dim // 2048)),  # 64 registers a thread for the sums
         stages=5 if keys * dim * itemsize <= 8192 else 3,  # more shared memory than older GPUs have, otherwise
-        dependent=dependent,
+        dependent=chip.dependent,
     )
 
 
 def decode_refusal(head_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why this kernel cannot take such a cache; None when it can."""
-    if device.type != "cuda":
-        return f"device is {device.type}"
-    if find_spec("triton") is None:
-        return "triton is not installed"
     if head_dim > LARGEST_HEAD:
         return f"heads of {head_dim} are larger than {LARGEST_HEAD}"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"dtype is {dtype}"
-    return None
+    return triton_refusal(device)
 
 
 def decode_attention(

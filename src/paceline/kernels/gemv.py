@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from paceline.kernels.activation import activate, gated
+from paceline.kernels.gpu import gpu, triton_refusal
 from paceline.kernels.linear import linear_ref
 from paceline.kernels.norm import rms_norm
 
@@ -100,11 +99,7 @@ def gemv_ref(
 
 def gemv_refusal(x_TK: torch.Tensor, planes: Planes, norm: Norm | None = None) -> str | None:
     """Why the kernel cannot take such a product; None when it can."""
-    if x_TK.device.type != "cuda":
-        return f"device is {x_TK.device.type}"
-    if find_spec("triton") is None:
-        return "triton is not installed"
-    return shape_refusal(x_TK, planes, norm)
+    return triton_refusal(x_TK.device) or shape_refusal(x_TK, planes, norm)
 
 
 def shape_refusal(x_TK: torch.Tensor, planes: Planes, norm: Norm | None = None) -> str | None:
@@ -151,7 +146,7 @@ def gemv(
     y_TN = x_TK.new_empty((T, N // 2 if epilogue.gated else N))
     if y_TN.numel() == 0:
         return y_TN
-    device = _device(x_TK.device)
+    device = gpu(x_TK.device)
     launch = launch or choose_launch(planes, T, device.name, device.processors)
     columns = _columns(T, planes.format)
     residual = epilogue.residual_TN
@@ -204,24 +199,6 @@ def gemv(
             parts_ptr=parts, NORM=norm is not None, BLOCK_N=block, num_warps=1, **after
         )
     return y_TN
-
-
-@dataclass(frozen=True)
-class _Device:
-    """What a launch is chosen by."""
-
-    name: str
-    processors: int
-    dependent: bool  # has programmatic dependent launch
-    ptx: bool  # takes PTX between Triton's operations
-
-
-@cache
-def _device(device: torch.device) -> _Device:
-    if device.type != "cuda":
-        return _Device("interpreter", 8, dependent=False, ptx=False)
-    found, nvidia = torch.cuda.get_device_properties(device), torch.version.hip is None
-    return _Device(found.name, found.multi_processor_count, nvidia and found.major >= 9, nvidia)
 
 
 def _columns(rows: int, kind: str) -> int:

@@ -5,11 +5,8 @@ Legend: T tokens, H query heads, K key/value heads, X = H + 2 K, D head size, F 
 
 The plain twins are rms_norm or layer_norm (kernels/norm.py), apply_rotary (kernels/rotary.py) and write_kv
 (kernels/kv_write.py), one after the other. Here everything between load and store is float32: one rounding, not four.
-This module imports Triton: import it where Triton is.
+The kernel is in kernels/rope_kv_triton.py.
 """
-
-# Triton kernels have no annotations: mypy checks what is around them.
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
 from __future__ import annotations
 
@@ -17,10 +14,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import triton
-import triton.language as tl
 
 from paceline.inputs import KVLayer
+from paceline.kernels.gpu import gpu, triton_refusal
 
 
 @dataclass(frozen=True)
@@ -32,6 +28,13 @@ class QKNorm:
     eps: float
     q_weight: torch.Tensor
     k_weight: torch.Tensor
+
+
+def rope_refusal(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the kernel cannot take queries, keys and values of `dtype`, in a cache of the same; None when it can."""
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"dtype is {dtype}"
+    return triton_refusal(device)
 
 
 def rope_and_write_kv(
@@ -46,7 +49,15 @@ def rope_and_write_kv(
     `qkv_TXD`: queries, keys and values of each token side by side, its last dimension contiguous. `rotary`: (cos, sin)
     [T, F] as apply_rotary takes them, the first half of sin negated; None for a layer without. A negative slot is an
     unused row of a captured step: nothing is written for it.
+
+    On compute capability 9.0 and up it starts while the kernel before it on the stream still runs, and waits for that
+    one's end before it reads or writes anything.
     """
+    # Triton is optional, and its interpreter is chosen by the environment when this is first imported.
+    import triton
+
+    from paceline.kernels.rope_kv_triton import rope_and_write
+
     tokens, all_heads, dim = qkv_TXD.shape
     kv_heads = kv.k_HSD.shape[0]
     heads = all_heads - 2 * kv_heads
@@ -55,7 +66,8 @@ def rope_and_write_kv(
         return q_THD
     cos_TF, sin_TF = (None, None) if rotary is None else (rotary[0].contiguous(), rotary[1].contiguous())
     together = norm is not None and norm.q_weight.numel() != dim
-    _rope_and_write[(all_heads, tokens)](
+    dependent = gpu(qkv_TXD.device).dependent
+    rope_and_write[(all_heads, tokens)](
         qkv_TXD,
         cos_TF,
         sin_TF,
@@ -78,89 +90,8 @@ def rope_and_write_kv(
         CENTRED=norm is not None and norm.kind == "layer",
         TOGETHER=together,
         H_TILE=triton.next_power_of_2(heads),
+        DEPENDENT=dependent,
         num_warps=4 if together else 1,
+        **({"launch_pdl": True} if dependent else {}),
     )
     return q_THD
-
-
-@triton.jit
-def _norm_factors(token_ptr, head_stride, first_head, eps, HEADS: tl.constexpr, TILE: tl.constexpr,
-                  D: tl.constexpr, D_TILE: tl.constexpr, CENTRED: tl.constexpr):  # fmt: skip
-    """Mean (0 unless CENTRED) and 1 / sqrt(variance + eps) over HEADS heads of one token."""
-    head, dims = tl.arange(0, TILE), tl.arange(0, D_TILE)
-    inside = (head < HEADS)[:, None] & (dims < D)[None, :]
-    x = tl.load(token_ptr + (first_head + head)[:, None] * head_stride + dims[None, :], mask=inside, other=0.0)
-    x = x.to(tl.float32)
-    mean = 0.0
-    if CENTRED:
-        mean = tl.sum(tl.sum(x, 1), 0) / (HEADS * D)
-    x = tl.where(inside, x - mean, 0.0)
-    return mean, 1.0 / tl.sqrt(tl.sum(tl.sum(x * x, 1), 0) / (HEADS * D) + eps)
-
-
-@triton.jit
-def _rope_and_write(
-    qkv_ptr,
-    cos_ptr,
-    sin_ptr,
-    q_weight_ptr,
-    k_weight_ptr,
-    slots_ptr,
-    q_ptr,
-    k_cache_ptr,
-    v_cache_ptr,
-    eps,
-    token_stride,
-    head_stride,
-    k_head_stride,
-    v_head_stride,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    D_TILE: tl.constexpr,
-    F: tl.constexpr,
-    CENTRED: tl.constexpr,
-    TOGETHER: tl.constexpr,
-    H_TILE: tl.constexpr,
-):
-    """One head of one token: a query's (below H), a key's (below H + K) or a value's."""
-    head, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    token_ptr = qkv_ptr + token * token_stride
-    dims = tl.arange(0, D_TILE)
-    # The element that each turns with: i + F/2 in the first half, i - F/2 in the second.
-    partner = tl.where(dims < F // 2, dims + F // 2, dims - F // 2)
-    turns = dims < F
-    x_ptr = token_ptr + head * head_stride
-    x = tl.load(x_ptr + dims, mask=dims < D, other=0.0).to(tl.float32)
-    if head < H + K:
-        other = tl.load(x_ptr + partner, mask=turns, other=0.0).to(tl.float32)
-        if q_weight_ptr is not None:
-            first_head = head
-            weight_ptr = q_weight_ptr
-            if head >= H:
-                weight_ptr = k_weight_ptr
-            if TOGETHER:
-                first_head = tl.where(head < H, 0, H)
-                weight_ptr += (head - first_head) * D
-                if head < H:
-                    mean, factor = _norm_factors(token_ptr, head_stride, 0, eps, H, H_TILE, D, D_TILE, CENTRED)
-                else:
-                    mean, factor = _norm_factors(token_ptr, head_stride, H, eps, K, H_TILE, D, D_TILE, CENTRED)
-            else:
-                mean, factor = _norm_factors(token_ptr, head_stride, head, eps, 1, 1, D, D_TILE, CENTRED)
-            x = (x - mean) * factor * tl.load(weight_ptr + dims, mask=dims < D, other=0.0).to(tl.float32)
-            other = (other - mean) * factor * tl.load(weight_ptr + partner, mask=turns, other=0.0).to(tl.float32)
-        if F > 0:
-            cos = tl.load(cos_ptr + token * F + dims, mask=turns, other=1.0).to(tl.float32)
-            sin = tl.load(sin_ptr + token * F + dims, mask=turns, other=0.0).to(tl.float32)
-            x = x * cos + other * sin
-    if head < H:
-        tl.store(q_ptr + (token * H + head) * D + dims, x.to(q_ptr.dtype.element_ty), mask=dims < D)
-    else:
-        slot = tl.load(slots_ptr + token)
-        if head < H + K:
-            cache = k_cache_ptr + (head - H).to(tl.int64) * k_head_stride
-        else:
-            cache = v_cache_ptr + (head - H - K).to(tl.int64) * v_head_stride
-        if slot >= 0:
-            tl.store(cache + slot * D + dims, x.to(k_cache_ptr.dtype.element_ty), mask=dims < D)
