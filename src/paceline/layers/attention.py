@@ -13,6 +13,7 @@ from paceline.inputs import AttentionMetadata, KVLayer
 from paceline.kernels.alibi import alibi_slopes
 from paceline.kernels.attention import paged_attention
 from paceline.kernels.kv_write import write_kv
+from paceline.kernels.rope_kv import QKNorm, rope_and_write_kv, rope_refusal
 from paceline.kernels.rotary import apply_rotary
 from paceline.layers.linear import Linear
 from paceline.layers.norm import Norm
@@ -40,6 +41,9 @@ class Attention(nn.Module):
         self.out = out
         self.q_norm = q_norm
         self.k_norm = k_norm
+        self.qk_norm: QKNorm | None = None
+        if q_norm is not None and k_norm is not None:
+            self.qk_norm = QKNorm(q_norm.kind, q_norm.eps, q_norm.weight_C, k_norm.weight_C)
         self.slopes_H: torch.Tensor | None = None
         if config.alibi is not None:
             self.slopes_H = torch.tensor(alibi_slopes(config.num_heads), device=device) * config.alibi
@@ -62,9 +66,37 @@ class Attention(nn.Module):
         config = self.config
         H, K = config.num_heads, config.num_kv_heads
         qkv_TXD = self.qkv(x_TM, norm=norm).view(x_TM.shape[0], H + 2 * K, config.head_dim)
+        q_THD = self._turn_and_write(qkv_TXD, rotary, kv, metadata.groups[kv.group].slot_mapping_T)
+        attended_THD = paged_attention(
+            q_THD, kv, metadata, scale=config.scale, soft_cap=config.soft_cap, slopes_H=self.slopes_H
+        )
+        hidden_TM: torch.Tensor = self.out(attended_THD.flatten(1), residual_TN=residual_TM)
+        return hidden_TM
+
+    def _turn_and_write(
+        self,
+        qkv_TXD: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        kv: KVLayer,
+        slot_mapping_T: torch.Tensor,
+    ) -> torch.Tensor:
+        """The queries, normed and turned, [T, H, D]; keys, likewise, and values go into the cache."""
+        if rope_refusal(qkv_TXD.dtype, qkv_TXD.device) is None:
+            return rope_and_write_kv(qkv_TXD, rotary, kv, slot_mapping_T, self.qk_norm)
+        return self._turn_and_write_plain(qkv_TXD, rotary, kv, slot_mapping_T)
+
+    def _turn_and_write_plain(
+        self,
+        qkv_TXD: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        kv: KVLayer,
+        slot_mapping_T: torch.Tensor,
+    ) -> torch.Tensor:
+        """The same, one operation after the other."""
+        H, K = self.config.num_heads, self.config.num_kv_heads
         q_THD, k_TKD = qkv_TXD[:, :H], qkv_TXD[:, H : H + K]
         if self.q_norm is not None and self.k_norm is not None:
-            if config.qk_norm == "projection":
+            if self.config.qk_norm == "projection":
                 q_THD = self.q_norm(q_THD.flatten(1)).view(q_THD.shape)
                 k_TKD = self.k_norm(k_TKD.flatten(1)).view(k_TKD.shape)
             else:
@@ -75,12 +107,8 @@ class Attention(nn.Module):
             # Queries and keys turn alike: one call for both, since each small operation costs 2.5 us of host time.
             qk_TXD = apply_rotary(qkv_TXD[:, : H + K], *rotary)
             q_THD, k_TKD = qk_TXD[:, :H], qk_TXD[:, H:]
-        write_kv(k_TKD, qkv_TXD[:, H + K :], kv, metadata.groups[kv.group].slot_mapping_T)
-        attended_THD = paged_attention(
-            q_THD, kv, metadata, scale=config.scale, soft_cap=config.soft_cap, slopes_H=self.slopes_H
-        )
-        hidden_TM: torch.Tensor = self.out(attended_THD.flatten(1), residual_TN=residual_TM)
-        return hidden_TM
+        write_kv(k_TKD, qkv_TXD[:, H + K :], kv, slot_mapping_T)
+        return q_THD
 
     def extra_repr(self) -> str:
         config = self.config
