@@ -3,9 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from paceline.engine.device import available_bytes, pick_device, pick_dtype
+from paceline.engine import device as module
+from paceline.engine.device import auto_dtype, available_bytes, pick_device, pick_dtype
 from paceline.errors import UsageError
 from paceline.host import total_memory
+from paceline.kernels.gpu import GPU
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -35,6 +37,27 @@ def test_float16_runs_as_float32_on_cpu_and_says_so(caplog):
     with caplog.at_level("INFO", "paceline"):
         assert pick_dtype("auto", torch.float16, CPU) == torch.float32
     assert "float16" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("stored", "with_bf16", "without"),
+    [
+        (torch.float32, torch.bfloat16, torch.float16),
+        (torch.bfloat16, torch.bfloat16, torch.float16),
+        (torch.float16, torch.float16, torch.float16),
+    ],
+)
+def test_auto_on_cuda_takes_float16_where_the_gpu_has_no_bfloat16(stored, with_bf16, without):
+    assert auto_dtype(stored, "cuda", bf16=True) == with_bf16
+    assert auto_dtype(stored, "cuda", bf16=False) == without
+
+
+def test_a_bfloat16_model_on_such_a_gpu_is_told(caplog, monkeypatch):
+    monkeypatch.setattr(module, "gpu", lambda device: GPU("NVIDIA T4", 40, (7, 5)))
+    assert pick_dtype("auto", torch.bfloat16, CUDA) == torch.float16
+    assert caplog.messages == [
+        "the checkpoint is bfloat16; running in float16, since NVIDIA T4 has no bfloat16; values above 65,504 overflow"
+    ]
 
 
 def test_an_asked_dtype_is_taken_by_any_of_its_names():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from logging import INFO, WARNING
 from types import MappingProxyType
 
 import torch
 
 from paceline.errors import UsageError
 from paceline.host import available_memory
+from paceline.kernels.gpu import gpu
 from paceline.log import get_logger
 from paceline.registry import lookup
 
@@ -46,19 +48,30 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str | torch.dtype, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """'auto' keeps what the checkpoint stores, so that nothing is lost, with two exceptions told in the log:
-    float16 runs as float32 on CPU, which has no fast float16, and float32 as bfloat16 on CUDA, at half the bytes."""
+    """A dtype by its name; 'auto' is `auto_dtype`, told in the log where it is not what the checkpoint stores."""
     if isinstance(name, torch.dtype):
         name = str(name).removeprefix("torch.")
     if name != "auto":
         return lookup(DTYPES, "dtype", name)
-    if device.type == "cpu" and stored == torch.float16:
-        log.info("the checkpoint is float16; running in float32, which this CPU computes faster")
-        return torch.float32
-    if device.type == "cuda" and stored == torch.float32:
-        chosen = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-        log.info("the checkpoint is float32; running in %s (dtype='float32' keeps it)", str(chosen)[6:])
-        return chosen
+    chosen = auto_dtype(stored, device.type, bf16=device.type != "cuda" or gpu(device).bf16)
+    if chosen == stored:
+        return stored
+    names, why = tuple(str(dtype).removeprefix("torch.") for dtype in (stored, chosen)), "at half the bytes"
+    if device.type == "cpu":
+        why = "which this CPU computes faster"
+    elif stored == torch.bfloat16:
+        why = f"since {gpu(device).name} has no bfloat16; values above 65,504 overflow"
+    log.log(WARNING if stored == torch.bfloat16 else INFO, "the checkpoint is %s; running in %s, %s", *names, why)
+    return chosen
+
+
+def auto_dtype(stored: torch.dtype, device_type: str, *, bf16: bool) -> torch.dtype:
+    """What the checkpoint stores, so that nothing is lost, with exceptions: float16 runs as float32 on a CPU, which has
+    no fast float16; on CUDA float32 runs as bfloat16, and both as float16 on a GPU without bfloat16 (`bf16`)."""
+    if device_type == "cpu":
+        return torch.float32 if stored == torch.float16 else stored
+    if stored in (torch.float32, torch.bfloat16):
+        return torch.bfloat16 if bf16 else torch.float16
     return stored
 
 

@@ -63,7 +63,7 @@ def decode_refusal(head_dim: int, dtype: torch.dtype, device: torch.device) -> s
         return f"heads of {head_dim} are larger than {LARGEST_HEAD}"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"dtype is {dtype}"
-    return triton_refusal(device)
+    return triton_refusal(device, dtype)
 
 
 def decode_attention(

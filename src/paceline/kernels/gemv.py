@@ -99,7 +99,7 @@ def gemv_ref(
 
 def gemv_refusal(x_TK: torch.Tensor, planes: Planes, norm: Norm | None = None) -> str | None:
     """Why the kernel cannot take such a product; None when it can."""
-    return triton_refusal(x_TK.device) or shape_refusal(x_TK, planes, norm)
+    return triton_refusal(x_TK.device, x_TK.dtype) or shape_refusal(x_TK, planes, norm)
 
 
 def shape_refusal(x_TK: torch.Tensor, planes: Planes, norm: Norm | None = None) -> str | None:
@@ -147,8 +147,10 @@ def gemv(
     if y_TN.numel() == 0:
         return y_TN
     device = gpu(x_TK.device)
-    launch = launch or choose_launch(planes, T, device.name, device.processors)
-    columns = _columns(T, planes.format)
+    # Without Triton's loads of fp8 its bytes are taken apart, which is done for the matrix unit alone: as for two rows.
+    rows = max(T, 2) if planes.format == "fp8" and not device.fp8 else T
+    launch = launch or choose_launch(planes, rows, device.name, device.processors)
+    columns = _columns(rows, planes.format)
     residual = epilogue.residual_TN
     values = planes.values
     if columns == 1 and planes.format in ("int8", "fp8"):

@@ -11,25 +11,72 @@ import torch
 
 @dataclass(frozen=True)
 class GPU:
+    """`capability`: NVIDIA's compute capability; None for AMD. `triton`: why Triton does not run there; None where it
+    does."""
+
     name: str
     processors: int  # multiprocessors
-    dependent: bool  # has programmatic dependent launch: compute capability 9.0 and up
-    ptx: bool  # takes PTX between Triton's operations
+    capability: tuple[int, int] | None = None
+    triton: str | None = None
+
+    @property
+    def dependent(self) -> bool:
+        """Has programmatic dependent launch."""
+        return self.capability is not None and self.capability >= (9, 0)
+
+    @property
+    def ptx(self) -> bool:
+        """Takes PTX between Triton's operations."""
+        return self.capability is not None
+
+    @property
+    def bf16(self) -> bool:
+        """Computes in bfloat16. NVIDIA's since Ampere; AMD's that torch still runs on all do."""
+        return self.capability is None or self.capability >= (8, 0)
+
+    @property
+    def fp8(self) -> bool:
+        """Triton loads float8_e4m3fn there: since Ada, and on AMD."""
+        return self.capability is None or self.capability >= (8, 9)
+
+    def refusal(self, dtype: torch.dtype) -> str | None:
+        """Why none of our kernels runs there in `dtype`; None where they do."""
+        if self.triton is not None:
+            return self.triton
+        if dtype == torch.bfloat16 and not self.bf16:
+            assert self.capability is not None
+            return "compute capability {}.{} has no bfloat16".format(*self.capability)
+        return None
+
+
+# In place of a GPU for the interpreter: 8 processors, so that small tests split their work too.
+INTERPRETER = GPU("interpreter", 8)
 
 
 @cache
 def gpu(device: torch.device) -> GPU:
-    """Of the interpreter, for a device that is none: 8 processors, so that small tests split their work too."""
+    """INTERPRETER for a device that is none."""
     if device.type != "cuda":
-        return GPU("interpreter", 8, dependent=False, ptx=False)
-    found, nvidia = torch.cuda.get_device_properties(device), torch.version.hip is None
-    return GPU(found.name, found.multi_processor_count, nvidia and found.major >= 9, nvidia)
+        return INTERPRETER
+    found = torch.cuda.get_device_properties(device)
+    capability = (found.major, found.minor) if torch.version.hip is None else None
+    return GPU(found.name, found.multi_processor_count, capability, try_triton(device))
 
 
-def triton_refusal(device: torch.device) -> str | None:
-    """Why no Triton kernel runs there; None when one can."""
-    if device.type != "cuda":
-        return f"device is {device.type}"
+def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no Triton kernel runs there in `dtype`; None when one can."""
+    return f"device is {device.type}" if device.type != "cuda" else gpu(device).refusal(dtype)
+
+
+def try_triton(device: torch.device) -> str | None:
+    """Why Triton does not run on `device`, found by running its smallest kernel: a missing C compiler, a driver too old
+    or a GPU that it does not know each raise something else. None where it runs."""
     if find_spec("triton") is None:
-        return "triton is not installed"
+        return "Triton is not installed"
+    try:
+        from paceline.kernels.smallest_triton import run_smallest
+
+        run_smallest(device)
+    except Exception as error:  # whatever a compiler or a driver raises
+        return f"Triton does not run here: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return None

@@ -34,7 +34,7 @@ def rope_refusal(dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the kernel cannot take queries, keys and values of `dtype`, in a cache of the same; None when it can."""
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"dtype is {dtype}"
-    return triton_refusal(device)
+    return triton_refusal(device, dtype)
 
 
 def rope_and_write_kv(
