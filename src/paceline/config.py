@@ -7,7 +7,7 @@ decoder (models/decoder.py) executes it. EngineConfig and its parts are what a u
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from paceline.errors import UsageError
 
@@ -223,6 +223,15 @@ class DecoderConfig:
 # --------------------------------------------------------------------------------------------- the engine
 
 
+Mode = Literal["auto", "eager", "graph", "compile"]
+MODES: tuple[str, ...] = get_args(Mode)
+
+
+def check_mode(mode: str) -> None:
+    if mode not in MODES:
+        raise UsageError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+
+
 @dataclass(frozen=True)
 class CacheConfig:
     """`num_blocks`: blocks a KV group, the null block not counted; None lets sizing.py choose from memory."""
@@ -285,7 +294,9 @@ class SpeculativeConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How a loaded model is run. `async_depth`: how many steps schedule() may run ahead of update()."""
+    """How a loaded model is run. `async_depth`: how many steps schedule() may run ahead of update(). `mode`: "graph"
+    captures decode steps in CUDA graphs where it can, "eager" never, "auto" is "graph"; "compile" is "graph" with
+    torch.compile for what no kernel of ours covers."""
 
     max_model_len: int
     seed: int = 0
@@ -293,8 +304,10 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     speculative: SpeculativeConfig | None = None
     async_depth: int = 0
+    mode: Mode = "auto"
 
     def __post_init__(self) -> None:
+        check_mode(self.mode)
         if self.max_model_len < 1:
             raise UsageError(f"max_model_len must be at least 1, got {self.max_model_len}")
         if self.async_depth not in (0, 1, 2):

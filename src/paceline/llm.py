@@ -53,10 +53,11 @@ class LLM:
     device and streams them, for models larger than it; `offload_dir` is where a file of them may lie.
     `speculative_config`: a SpeculativeConfig or its fields. `generation_config`: "auto" applies the model's sampling
     defaults where a request sets none. `model_impl`: "paceline" (one of its families), "transformers" (transformers'
-    modules with our paged attention, slower), or "auto", the first of them that runs the model. `load_format`: "dummy"
-    reads no weights but makes random ones of the model's shape, to measure with; `model` may then be a config.json.
-    `threads` sets torch's
-    CPU threads, for the whole process. `trust_remote_code` is refused: no code of a checkpoint is ever run.
+    modules with our paged attention, slower), or "auto", the first of them that runs the model. `mode`: "graph"
+    captures decode steps in CUDA graphs where it can, "eager" never, "auto" is "graph"; "compile" is "graph" with
+    torch.compile for what no kernel of ours covers. `load_format`: "dummy" reads no weights but makes random ones
+    of the model's shape, to measure with; `model` may then be a config.json. `threads` sets torch's CPU threads, for
+    the whole process. `trust_remote_code` is refused: no code of a checkpoint is ever run.
 
     Raises UsageError for an unknown or impossible option, and the errors of loading (ModelNotFoundError,
     DownloadError, CheckpointError, UnsupportedModelError, OutOfMemoryError).
@@ -93,6 +94,7 @@ class LLM:
         hf_token: str | None = None,
         download_dir: str | None = None,
         model_impl: str = "auto",
+        mode: str = "auto",
         load_format: str = "auto",
         threads: int | None = None,
         progress: Progress | None = None,
@@ -133,6 +135,7 @@ class LLM:
             hf_token=hf_token,
             download_dir=download_dir,
             model_impl=model_impl,
+            mode=mode,  # type: ignore[arg-type]  # checked there
             load_format=load_format,
         )
         self._model: LoadedModel | None = load_model(options, progress)

@@ -12,20 +12,20 @@ from paceline.formats import FORMATS
 FLAGS = {
     "bench": "--help",
     "bench latency": """
-        --against --context --debug --device --dtype --help --json --plot --quantize --quiet --rounds --threads
+        --against --context --debug --device --dtype --help --json --mode --plot --quantize --quiet --rounds --threads
     """,
     "chat": """
         --chat-template --debug --device --dtype --help --ignore-eos --max-model-len --max-tokens --memory-gib
-        --min-p --min-tokens --model --model-impl --no-history --offload --offload-dir --offload-to --quantize --quiet
-        --raw --repetition-penalty --revision --seed --speculative --stop --system --temperature --threads --top-k
-        --top-p
+        --min-p --min-tokens --mode --model --model-impl --no-history --offload --offload-dir --offload-to --quantize
+        --quiet --raw --repetition-penalty --revision --seed --speculative --stop --system --temperature --threads
+        --top-k --top-p
     """,
     "env": "--debug --help --json --measure",
     "generate": """
         --chat-template --debug --device --dtype --help --ignore-eos --json --max-model-len --max-tokens
-        --memory-gib --min-p --min-tokens --model --model-impl --offload --offload-dir --offload-to --quantize --quiet
-        --raw --repetition-penalty --revision --seed --speculative --stop --system --temperature --threads --top-k
-        --top-p
+        --memory-gib --min-p --min-tokens --mode --model --model-impl --offload --offload-dir --offload-to --quantize
+        --quiet --raw --repetition-penalty --revision --seed --speculative --stop --system --temperature --threads
+        --top-k --top-p
     """,
     "models": "--debug --help --json",
     "models delete": "--debug --help --yes",

@@ -14,7 +14,8 @@ from paceline.benchmark.protocol import Generate, Timing
 @dataclass(frozen=True)
 class Job:
     """One engine at one precision. `engine`: a key of worker.ENGINES; `weight_format`: "dense" or a format's name;
-    `gpt_fast`: the directory of its checkout; `started`: time.time() when its process was started."""
+    `gpt_fast`: the directory of its checkout; `mode`: paceline's, as LLM takes it; `started`: time.time() when its
+    process was started."""
 
     engine: str
     shape: str
@@ -26,6 +27,7 @@ class Job:
     device: str = "auto"
     threads: int | None = None
     gpt_fast: str | None = None
+    mode: str = "auto"
     started: float = 0.0
 
 

@@ -31,7 +31,7 @@ Run = Callable[[Job], Result]
 @dataclass(frozen=True)
 class Options:
     """`shape`: as read_shape takes it. `weight_formats`: "dense" or a format's name, a row each. `against`: RIVALS,
-    or "gpt-fast=DIR"."""
+    or "gpt-fast=DIR". `mode`: paceline's, as LLM takes it."""
 
     shape: str
     weight_formats: tuple[str, ...] = ("dense",)
@@ -41,6 +41,7 @@ class Options:
     device: str = "auto"
     threads: int | None = None
     against: tuple[str, ...] = ()
+    mode: str = "auto"
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
@@ -137,6 +138,7 @@ def run(options: Options, *, tell: Callable[[str], None] = lambda line: None, ru
         options.dtype,
         device=options.device,
         threads=options.threads,
+        mode=options.mode,
     )
     for weight_format in options.weight_formats:
         attempt(dataclasses.replace(base, weight_format=weight_format))

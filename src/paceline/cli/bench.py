@@ -14,7 +14,7 @@ from paceline import __version__
 from paceline.benchmark.latency import Options, run
 from paceline.benchmark.protocol import PROMPT
 from paceline.cli.group import NearestGroup
-from paceline.cli.options import configure_logging, debug_option
+from paceline.cli.options import QUANTIZATIONS, configure_logging, debug_option, mode_option
 from paceline.errors import EngineError, UsageError
 
 
@@ -35,7 +35,7 @@ def bench() -> None:
 @click.option(
     "--quantize",
     multiple=True,
-    type=click.Choice(["none", "int8"]),
+    type=click.Choice(["none", *QUANTIZATIONS]),
     help="How weights are stored; several are a row each [default: none].",
 )
 @click.option(
@@ -43,6 +43,7 @@ def bench() -> None:
 )
 @click.option("--rounds", type=int, default=5, show_default=True, metavar="N", help="Figures are medians of N.")
 @click.option("--device", default="auto", show_default=True, metavar="NAME", help="cpu, cuda or cuda:N.")
+@mode_option
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads [default: every core].")
 @click.option(
     "--against",
@@ -70,6 +71,7 @@ def latency(shape: str, **options: Any) -> None:
         dtype=options["dtype"],
         device=options["device"],
         threads=options["threads"],
+        mode=options["mode"],
         against=options["against"],
     )
     plot_path, json_path = options["plot_path"], options["json_path"]

@@ -34,6 +34,7 @@ _ENGINE = (
     "offload_dir",
     "chat_template",
     "model_impl",
+    "mode",
 )
 
 

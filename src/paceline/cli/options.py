@@ -9,12 +9,22 @@ from typing import Any
 
 import click
 
+from paceline.config import MODES
 from paceline.errors import UsageError
 from paceline.loading.aliases import DEFAULT_MODEL
 
 QUANTIZATIONS = ("int8", "int4", "fp8")  # formats.FORMATS without dense, and without torch
 # Options whose names are SamplingParams' own: whatever is given goes there, and its checks are the only ones.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "min_tokens", "max_tokens")
+
+
+mode_option = click.option(
+    "--mode",
+    type=click.Choice(MODES),
+    default="auto",
+    show_default=True,
+    help="How steps run: plainly (eager), as CUDA graphs (graph; auto, where it can), or so with torch.compile too.",
+)
 
 
 def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -66,6 +76,7 @@ def engine_options(command: Callable[..., None]) -> Callable[..., None]:
             show_default=True,
             help="Whose definition of the model runs; auto takes paceline's where it has one.",
         ),
+        mode_option,
         click.option("--max-model-len", type=int, metavar="N", help="Longest context [default: the model's own]."),
         click.option("--memory-gib", type=float, metavar="GIB", help="Take no more memory [default: what is free]."),
         click.option("--offload", is_flag=True, help="Stream the weights, for a model larger than the device."),

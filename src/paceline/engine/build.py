@@ -12,7 +12,16 @@ from typing import Any
 import torch
 
 from paceline import sizing
-from paceline.config import CacheConfig, DecoderConfig, EngineConfig, KVGroup, SchedulerConfig, SpeculativeConfig
+from paceline.config import (
+    CacheConfig,
+    DecoderConfig,
+    EngineConfig,
+    KVGroup,
+    Mode,
+    SchedulerConfig,
+    SpeculativeConfig,
+    check_mode,
+)
 from paceline.engine.device import DTYPES, available_bytes, pick_device, pick_dtype
 from paceline.engine.engine import Engine
 from paceline.engine.memory import CPU_CACHE_SHARE, CUDA_MEMORY_SHARE, Room, divide
@@ -27,6 +36,8 @@ from paceline.loading.progress import Progress
 from paceline.loading.random_checkpoint import RandomCheckpoint
 from paceline.loading.resolve import ModelSource, resolve
 from paceline.log import get_logger
+from paceline.models.compile import compile_model
+from paceline.models.decoder import Decoder
 from paceline.models.fallback import FallbackConfig, load_fallback, measure
 from paceline.models.implementation import Implementation, check_model_impl, choose_config, implementation_of
 from paceline.models.load import load_decoder, settle_tied_head
@@ -48,7 +59,8 @@ class LoadOptions:
     `memory_gib`: what weights, cache and activations may take on the device together; None: what is free there.
     `offload`: "auto", "host" or "disk" keeps the matrices there and streams them (engine/offload.py).
     `model_impl`: "paceline", "transformers", or "auto", the first of them that runs the model.
-    `load_format`: "dummy" makes random weights of the model's shape instead of reading any; `seed` is theirs too."""
+    `mode`: as in EngineConfig. `load_format`: "dummy" makes random weights of the model's shape instead of reading any;
+    `seed` is theirs too."""
 
     model: str
     tokenizer: str | None = None
@@ -66,6 +78,7 @@ class LoadOptions:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     speculative: SpeculativeConfig | None = None
     async_depth: int = 0
+    mode: Mode = "auto"
     skip_tokenizer_init: bool = False
     chat_template: str | None = None
     generation_config: str = "auto"
@@ -76,6 +89,7 @@ class LoadOptions:
 
     def __post_init__(self) -> None:
         check_model_impl(self.model_impl)
+        check_mode(self.mode)
         if self.load_format not in LOAD_FORMATS:
             raise UsageError(unknown("load_format", self.load_format, LOAD_FORMATS))
         if self.load_format == "dummy" and not self.skip_tokenizer_init and self.tokenizer is None:
@@ -165,6 +179,9 @@ def load_model(options: LoadOptions, progress: Progress | None = None) -> Loaded
             else:
                 weights = _load_decoder(config, checkpoint, options, dtype, device, progress)
         generation_config = _read_generation_config(options, checkpoint)
+    if options.mode == "compile":
+        with phases.time("compile"):
+            _compile(weights.model)
     with phases.time("cache"):
         engine = _build_engine(weights.model, options, weights.max_model_len, weights.num_blocks)
     if weights.stream is not None:
@@ -412,6 +429,18 @@ def _plan_cache(
     return context, plan.num_blocks
 
 
+def _compile(model: Model) -> None:
+    refusal = "it runs through transformers' own modules"
+    if isinstance(model, Decoder):
+        start = time.perf_counter()
+        failure = compile_model(model, model.dtype, model.device)
+        if failure is None:
+            log.info("compiled norms and activations in %.1f s", time.perf_counter() - start)
+            return
+        refusal = f"torch.compile does not work here: {failure}"
+    log.warning("mode='compile': %s; the model runs uncompiled", refusal)
+
+
 def _build_engine(model: Model, options: LoadOptions, max_model_len: int, num_blocks: tuple[int, ...]) -> Engine:
     engine_config = EngineConfig(
         max_model_len=max_model_len,
@@ -420,6 +449,7 @@ def _build_engine(model: Model, options: LoadOptions, max_model_len: int, num_bl
         scheduler=options.scheduler,
         speculative=options.speculative,
         async_depth=options.async_depth,
+        mode=options.mode,
     )
     runner = ModelRunner(model, num_blocks, options.cache.block_size)
     return Engine(engine_config, model.kv_groups, num_blocks, runner)

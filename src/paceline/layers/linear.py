@@ -10,7 +10,7 @@ from torch import nn
 
 from paceline.formats import Weight
 from paceline.kernels.activation import activate
-from paceline.kernels.activation import gated as gated_activation
+from paceline.kernels.elementwise import PLAIN
 from paceline.kernels.gemv import Epilogue, gemv, gemv_refusal
 from paceline.layers.norm import Norm
 
@@ -27,6 +27,7 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = weight
         self.bias_N = bias_N
+        self.ops = PLAIN
 
     def forward(
         self,
@@ -59,7 +60,7 @@ class Linear(nn.Module):
             x_TK = norm(x_TK)
         y_TN = self.weight.matmul(x_TK, self.bias_N)
         if activation is not None:
-            y_TN = gated_activation(y_TN, activation) if gated else activate(y_TN, activation)
+            y_TN = self.ops.gated(y_TN, activation) if gated else activate(y_TN, activation)
         return y_TN if residual_TN is None else residual_TN + y_TN
 
     def extra_repr(self) -> str:

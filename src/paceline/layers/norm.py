@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from paceline.config import NormConfig
-from paceline.kernels.norm import layer_norm, rms_norm
+from paceline.kernels.elementwise import PLAIN
 
 
 class Norm(nn.Module):
@@ -25,11 +25,12 @@ class Norm(nn.Module):
         self.bias_C = bias_C
         self.kind = config.kind
         self.eps = config.eps
+        self.ops = PLAIN
 
     def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
         if self.kind == "rms":
-            return rms_norm(x_TC, self.weight_C, self.eps)
-        return layer_norm(x_TC, self.weight_C, self.bias_C, self.eps)
+            return self.ops.rms_norm(x_TC, self.weight_C, self.eps)
+        return self.ops.layer_norm(x_TC, self.weight_C, self.bias_C, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.kind}, {self.weight_C.shape[-1]}, eps={self.eps}"

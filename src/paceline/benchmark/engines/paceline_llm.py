@@ -35,6 +35,7 @@ def build(job: Job, device: torch.device, phases: Phases) -> Subject:
             skip_tokenizer_init=True,
             dtype=job.dtype,
             device=str(device),
+            mode=job.mode,
             quantization=None if job.weight_format == "dense" else job.weight_format,
             max_model_len=longest,
             max_num_seqs=1,
