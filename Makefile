@@ -25,7 +25,7 @@ test-full:  ## all of them
 
 # The folders that hold GPU tests, by name: the others import packages that such a machine need not have (gguf).
 test-gpu:  ## on a machine with a CUDA device, with its own python3: nothing is installed
-	PYTHONPATH="src:$$PYTHONPATH" $(PYTHON) -m pytest -m gpu tests/benchmark tests/kernels tests/oracle tests/sampling
+	PYTHONPATH="src:$$PYTHONPATH" $(PYTHON) -m pytest -m gpu tests/benchmark tests/kernels tests/models tests/oracle tests/sampling
 
 bench:  ## beside transformers, in one run: table, JSON and plot in benchmarks/results
 	$(PYTHON) benchmarks/cpu_vs_transformers.py

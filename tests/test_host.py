@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
+
 import pytest
 
 from paceline import host
@@ -75,3 +79,15 @@ def test_the_driver_is_read_from_the_kernel_module(monkeypatch):
     assert host.nvidia_driver() == "570.133.20"
     monkeypatch.setattr(host, "_read", lambda path: None)
     assert host.nvidia_driver() is None
+
+
+def test_the_age_of_this_process(monkeypatch):
+    if not host.Path("/proc/self/stat").exists():
+        assert host.process_age() is None
+        return
+    code = "import time; time.sleep(0.2); from paceline.host import process_age; print(process_age())"
+    start = time.monotonic()
+    age = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert 0.19 < age < time.monotonic() - start + 0.02
+    monkeypatch.setattr(host, "_read", lambda path: None)
+    assert host.process_age() is None

@@ -29,7 +29,7 @@ def job(config, engine="paceline", **options):
 def test_paceline(tiny_config):
     result = run(job(tiny_config))
     assert (result.engine, result.version, result.dtype, result.device) == ("paceline", None, "float32", "cpu")
-    assert list(result.phases) == ["import", "device", "weights", "cache", "first token"]
+    assert list(result.phases) == ["import", "device", "resolve", "tokenizer", "weights", "cache", "first token"]
     assert result.step_weight_bytes == 4 * STEP_VALUES
     (context,) = result.contexts
     assert len(context.timing.decode) == 1

@@ -164,5 +164,5 @@ def test_in_earnest(paceline: Any, tmp_path: Path) -> None:
     assert found["command"].startswith("paceline bench latency ")
     assert found["rows"][0]["tokens_per_second"] > 1
     phases = found["results"][0]["phases"]
-    assert list(phases) == ["process", "import", "device", "weights", "cache", "first token"]
+    assert list(phases) == ["process", "import", "device", "resolve", "tokenizer", "weights", "cache", "first token"]
     assert 0.01 < phases["process"] < 60

@@ -23,9 +23,11 @@ GREEDY = ("--temperature", "0", "--max-tokens", "12")
 
 @pytest.fixture(scope="module")
 def greedy(paceline, default_model_gguf):
+    start = time.monotonic()
     process = paceline("generate", SKY, *GREEDY, "--json")
+    seconds = time.monotonic() - start
     assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout)
+    return {**json.loads(process.stdout), "process_seconds": seconds}
 
 
 def test_the_answer_is_alone_on_stdout_and_the_figures_on_stderr(paceline, greedy):
@@ -54,6 +56,12 @@ def test_json_has_the_figures_the_parameters_and_their_sources(greedy):
     assert 0.53e9 < bytes_a_token < 0.56e9
     assert greedy["mbu"] == pytest.approx(greedy["bytes_per_second"] / greedy["device_bytes_per_second"])
     assert 0 < greedy["ttft_seconds"] < 60
+    phases = greedy["phases"]
+    named = ["import", "device", "resolve", "tokenizer", "weights", "cache", "first token"]
+    assert [name for name in phases if name != "import" or sys.platform == "linux"] == named[sys.platform != "linux" :]
+    assert all(seconds > 0 for seconds in phases.values())
+    assert phases["first token"] >= greedy["ttft_seconds"]
+    assert greedy["load_seconds"] + greedy["ttft_seconds"] < sum(phases.values()) < greedy["process_seconds"]
 
 
 def test_raw_reads_stdin_seeds_repeat_and_quiet_is_quiet(paceline, default_model_gguf, capsys):

@@ -29,6 +29,9 @@ class MemoryCheckpoint:
         self.reads.append(name)
         return self.tensors[name]
 
+    def span(self, name: str) -> None:
+        return None
+
 
 @pytest.fixture
 def llama_config() -> dict[str, Any]:

@@ -5,11 +5,15 @@ import logging
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from paceline.errors import CheckpointError, UsageError
 from paceline.formats.int4 import Int4CPUWeight, Int4Weight
 from paceline.formats.int8 import Int8Weight
 from paceline.layers.linear import Linear
+from paceline.loading.safetensors_checkpoint import SafetensorsCheckpoint
+from paceline.loading.upload import read_into
+from paceline.models import load
 from paceline.models.load import load_decoder, settle_tied_head
 from paceline.models.registry import read_decoder_config
 
@@ -187,3 +191,54 @@ def test_progress_is_done_also_after_a_failure(llama_checkpoint, config):
 def test_logits_are_float32_in_every_dtype(llama_checkpoint, config):
     decoder = load_decoder(llama_checkpoint(), config, dtype=torch.bfloat16)
     assert decoder.logits(torch.randn(2, 32, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+class LateUpload:
+    """loading/upload.py's Upload without a device: what it is to fill holds NaN until it is waited for."""
+
+    def __init__(self, device, progress):
+        self.added = []
+
+    def add(self, span, target):
+        target.fill_(float("nan"))
+        self.added.append((span, target))
+
+    def wait(self):
+        while self.added:
+            span, target = self.added.pop()
+            with span.path.open("rb") as file:
+                read_into(span.path, file.fileno(), span.offset, target.view(-1).view(torch.uint8))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.wait()
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4", "fp8"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
+def test_values_that_come_late_are_waited_for(
+    llama_checkpoint, config, held_tensors, tmp_path, monkeypatch, quantize, tied, stored
+):
+    (tmp_path / "config.json").write_text("{}")
+    tensors = {name: values.to(stored) for name, values in llama_checkpoint().tensors.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    config = dataclasses.replace(config, tie_embeddings=tied)
+
+    def build():
+        return held_tensors(load_decoder(checkpoint, config, dtype=torch.bfloat16, quantize=quantize))
+
+    plain = build()
+    monkeypatch.setattr(load, "upload_refusal", lambda device: None)
+    monkeypatch.setattr(load, "Upload", LateUpload)
+    monkeypatch.setattr(load, "FEWEST_BYTES", 100)
+    late = build()
+    assert len(plain) == len(late) > 10
+    for found, expected in zip(late, plain, strict=True):
+        if expected.is_mkldnn:
+            found, expected = found.to_dense(), expected.to_dense()
+        assert found.dtype == expected.dtype
+        assert torch.equal(found.view(-1).view(torch.uint8), expected.view(-1).view(torch.uint8))

@@ -318,6 +318,9 @@ class SafetensorsFile:
     def read(self, name: str) -> torch.Tensor:
         return self.tensors[name]
 
+    def span(self, name: str) -> None:
+        return None
+
 
 @dataclass(frozen=True)
 class TinyModel:

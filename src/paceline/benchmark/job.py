@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,19 +80,6 @@ class Subject:
     head_bits: float
     planned: Mapping[str, int] | None = None
     held: Mapping[str, int] = field(default_factory=dict)
-
-
-class Phases:
-    """Seconds of named parts, in order."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def time(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
 
 
 def read_job(data: Mapping[str, Any]) -> Job:

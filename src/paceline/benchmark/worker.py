@@ -16,9 +16,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from paceline.benchmark.job import Context, Job, Memory, Phases, Result, Subject, read_job
+from paceline.benchmark.job import Context, Job, Memory, Result, Subject, read_job
 from paceline.benchmark.protocol import DECODED, FIRST, measure, random_prompt
 from paceline.errors import EngineError, PacelineError
+from paceline.phases import Phases
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,14 @@ from typing import Any
 
 import click
 
-from paceline.cli.model import decode_figures, effective_sampling, load_model, stream_answer, write_stdout
+from paceline.cli.model import (
+    decode_figures,
+    effective_sampling,
+    load_model,
+    start_phases,
+    stream_answer,
+    write_stdout,
+)
 from paceline.cli.options import configure_logging, debug_option, engine_options, given_sampling, sampling_options
 from paceline.cli.prompt import read_prompt
 from paceline.cli.report import Report, final_line, json_report
@@ -43,7 +50,7 @@ def generate(prompt: tuple[str, ...], **options: Any) -> None:
     SamplingParams.from_dict({"max_tokens": None, **given})  # refuse a bad value now, before seconds of loading
     start = time.perf_counter()
     with load_model(options) as llm:
-        load_seconds = time.perf_counter() - start
+        loaded = time.perf_counter()
         params, sources = effective_sampling(llm, given, "paceline generate")
         request = text if options["raw"] else _messages(text, options["system"])
         answer = stream_answer(llm, request, params, _discard if options["as_json"] else write_stdout)
@@ -57,7 +64,8 @@ def generate(prompt: tuple[str, ...], **options: Any) -> None:
             answer=answer,
             params=params,
             sources=sources,
-            load_seconds=load_seconds,
+            load_seconds=loaded - start,
+            phases=start_phases(llm, answer, loaded),
             figures=decode_figures(llm, answer),
         )
     if options["as_json"]:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from paceline.cli.exit_codes import EXIT_INTERRUPTED
 from paceline.cli.report import Answer
 from paceline.errors import EngineError
+from paceline.host import process_age
 from paceline.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
@@ -145,6 +147,19 @@ def stream_answer(
     if not text.endswith("\n"):
         write("\n")
     return Answer(text, tuple(token_ids), num_steps, output)
+
+
+def start_phases(llm: LLM, answer: Answer, loaded: float) -> dict[str, float]:
+    """Seconds of each part of the time from this process's start to its first token: "import" (Python and torch; where
+    the system tells when the process began), what LLM.stats names, "first token". `loaded`: when the model was, on
+    time.perf_counter's clock."""
+    age, first = process_age(), answer.last.metrics.first_token_time
+    loading = dict(llm.stats().phases)
+    phases = loading
+    if age is not None:
+        began = time.perf_counter() - age
+        phases = {"import": loaded - began - sum(loading.values()), **loading}
+    return phases if first is None else {**phases, "first token": first - loaded}
 
 
 def decode_figures(llm: LLM, answer: Answer, bandwidth: float | None = None) -> DecodeFigures | None:

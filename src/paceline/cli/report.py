@@ -28,7 +28,8 @@ class Answer:
 @dataclass(frozen=True)
 class Report:
     """An answer, what it ran on and what it cost. `sources`: parameter -> where its value came from, where that is
-    not SamplingParams' default. `figures` is None where fewer than two steps leave no decode to time."""
+    not SamplingParams' default. `phases`: seconds of each part from the process's start to the first token, in order.
+    `figures` is None where fewer than two steps leave no decode to time."""
 
     model: str
     revision: str | None
@@ -39,6 +40,7 @@ class Report:
     params: SamplingParams
     sources: Mapping[str, str]
     load_seconds: float
+    phases: Mapping[str, float]
     figures: DecodeFigures | None
 
 
@@ -87,6 +89,7 @@ def json_report(report: Report) -> dict[str, Any]:
         "stop_reason": output.stop_reason,
         "sampling_params": effective_params(report.params, report.sources),
         "load_seconds": report.load_seconds,
+        "phases": dict(report.phases),
         "ttft_seconds": last.metrics.time_to_first_token,
         "tokens_per_second": figures and figures.tokens_per_second,
         "bytes_per_second": figures and figures.bytes_per_second,

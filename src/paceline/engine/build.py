@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +40,7 @@ from paceline.models.fallback import FallbackConfig, load_fallback, measure
 from paceline.models.implementation import Implementation, check_model_impl, choose_config, implementation_of
 from paceline.models.load import load_decoder, settle_tied_head
 from paceline.models.model import Model
+from paceline.phases import Phases
 from paceline.registry import lookup, unknown
 from paceline.sampling.params import generation_defaults
 from paceline.tokens.tokenizer import Tokenizer, load_tokenizer
@@ -149,21 +148,12 @@ class _Weights:
     stream: WeightStream | None = None
 
 
-class _Phases:
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def time(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
-
-
 def load_model(options: LoadOptions, progress: Progress | None = None) -> LoadedModel:
     """Load a model and build its engine. Raises PacelineError's children, before loading where that can be told."""
-    phases = _Phases()
-    device = pick_device(options.device)
+    phases = Phases()
+    with phases.time("device"):
+        device = pick_device(options.device)
+        available_bytes(device)  # CUDA's context, where there is none yet
     with phases.time("resolve"):
         source, opened = _open(options, device, progress)
     with opened as checkpoint:

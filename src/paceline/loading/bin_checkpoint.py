@@ -66,6 +66,9 @@ class BinCheckpoint:
         except KeyError:
             raise CheckpointError(f"{self._directory}: tensor '{name}' is missing") from None
 
+    def span(self, name: str) -> None:
+        return None
+
     def close(self) -> None:
         """Let go of the files. Tensors already read stay valid."""
         self._tensors = {}

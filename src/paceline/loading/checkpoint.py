@@ -12,6 +12,7 @@ from paceline.loading.bin_checkpoint import BinCheckpoint, pickled_files
 from paceline.loading.gguf_checkpoint import GGUFCheckpoint
 from paceline.loading.resolve import ModelSource
 from paceline.loading.safetensors_checkpoint import SafetensorsCheckpoint
+from paceline.loading.upload import FileSpan
 from paceline.log import get_logger
 
 log = get_logger(__name__)
@@ -35,6 +36,10 @@ class Checkpoint(Protocol):
 
     def read(self, name: str) -> torch.Tensor:
         """The values, maybe a view of the mapped file: copy before writing. CheckpointError if there are none."""
+        ...
+
+    def span(self, name: str) -> FileSpan | None:
+        """Where a file holds just the values that read() returns; None where they are computed."""
         ...
 
     def close(self) -> None: ...

@@ -93,6 +93,9 @@ class GGUFCheckpoint:
         values = self._values(place)
         return values.float() - 1 if place.layout == "unit_offset" else values
 
+    def span(self, name: str) -> None:
+        return None
+
     def close(self) -> None:
         """Let go of the mapping. Tensors already read stay valid."""
         self._maps = None

@@ -74,6 +74,9 @@ class RandomCheckpoint:
         values = torch.empty(tensor.shape, dtype=self._dtype, device=self._device)
         return values.normal_(tensor.mean, tensor.std, generator=generator)
 
+    def span(self, name: str) -> None:
+        return None
+
     def close(self) -> None:
         pass
 

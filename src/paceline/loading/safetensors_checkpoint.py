@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from paceline.errors import CheckpointError, UnsupportedModelError
 from paceline.loading.directory import check_shard, read_config, read_generation_config, read_index
+from paceline.loading.upload import FileSpan
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -44,6 +46,7 @@ class _Entry:
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
+    offset: int  # in the file
     nbytes: int
 
 
@@ -76,6 +79,10 @@ class SafetensorsCheckpoint:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{entry.file}: tensor '{name}' cannot be read ({error})") from error
         return tensor
+
+    def span(self, name: str) -> FileSpan | None:
+        entry = self._entry(name)
+        return FileSpan(entry.file, entry.offset, entry.nbytes) if sys.byteorder == "little" else None
 
     def close(self) -> None:
         """Let go of the files. Tensors already read stay valid."""
@@ -140,7 +147,7 @@ def read_header(file: Path) -> dict[str, _Entry]:
     header.pop("__metadata__", None)
     entries, end = {}, 0
     for name, fields in header.items():
-        entries[name], last = _entry(file, name, fields)
+        entries[name], last = _entry(file, 8 + length, name, fields)
         end = max(end, last)
     expected = 8 + length + end
     if size != expected:
@@ -149,8 +156,8 @@ def read_header(file: Path) -> dict[str, _Entry]:
     return entries
 
 
-def _entry(file: Path, name: str, fields: Any) -> tuple[_Entry, int]:
-    """The entry, and where its data ends, from the data's start."""
+def _entry(file: Path, start: int, name: str, fields: Any) -> tuple[_Entry, int]:
+    """The entry, and where its data ends, from the start of all data, which is at byte `start` of the file."""
     try:
         kind, shape, (begin, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
         sane = all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end))
@@ -166,4 +173,4 @@ def _entry(file: Path, name: str, fields: Any) -> tuple[_Entry, int]:
             f"{file}: tensor '{name}' of shape {list(shape)} and dtype {kind} needs {nbytes} bytes, "
             f"its header gives {end - begin}"
         )
-    return _Entry(file, DTYPES[kind], shape, nbytes), end
+    return _Entry(file, DTYPES[kind], shape, start + begin, nbytes), end

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from logging import INFO, WARNING
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from paceline import formats
 from paceline.config import DecoderConfig
@@ -22,9 +23,10 @@ from paceline.kernels.linear import TOO_SMALL, onednn_refusal
 from paceline.kernels.linear_int4 import int4_refusal
 from paceline.layers.linear import Linear
 from paceline.loading.progress import Progress, Silent
-from paceline.loading.rules import Stored, stored_names
+from paceline.loading.rules import PLAIN, Layout, Stored, stored_names
+from paceline.loading.upload import FEWEST_BYTES, FileSpan, Upload, upload_refusal
 from paceline.log import get_logger
-from paceline.models.decoder import Decoder
+from paceline.models.decoder import Decoder, Parts
 from paceline.models.multimodal import OTHER_PARTS
 from paceline.models.registry import family_of
 
@@ -46,10 +48,13 @@ class Tensors(Protocol):
 
     def read(self, name: str) -> torch.Tensor: ...
 
+    def span(self, name: str) -> FileSpan | None: ...
+
 
 class CheckpointParts:
     """A decoder's Parts, read from a checkpoint under the family's weight rules. `files`: the checkpoint's own name of
-    a tensor that the rules name."""
+    a tensor that the rules name. `upload` fills large ones in the background, which may go on until the decoder is
+    built: what builds it keeps the tensors of tables and linears and does not look at their values."""
 
     def __init__(
         self,
@@ -70,6 +75,7 @@ class CheckpointParts:
         self.device = device
         self.format = format
         self.stream = stream
+        self.upload: Upload | None = None  # while the decoder is built
         self.progress = progress
         self.used: set[str] = set()
         self.plain: Counter[str] = Counter()  # why matrices on the CPU do not run in its packed ops
@@ -86,11 +92,11 @@ class CheckpointParts:
             pieces = self._pieces(f"{name}.weight", rows, (columns,))
             shape = (sum(rows), columns)
             return Linear(stream_matrix(self.stream, pieces, shape, dtype=self.dtype, format=format), bias_N)
-        return Linear(self._pack(self._read(f"{name}.weight", rows, (columns,)), format), bias_N)
+        return Linear(self._pack(self._read(f"{name}.weight", rows, (columns,), self.upload), format), bias_N)
 
     def table(self, name: str, rows: int, columns: int) -> torch.Tensor | StreamedTable:
         if self.stream is None:
-            return self.tensor(name, rows, columns)
+            return self._read(name, (rows,), (columns,), self.upload)
         offset = self.stream.store.nbytes
         for values in self._pieces(name, (rows,), (columns,)):
             self.stream.store.append(values.to(self.dtype))
@@ -123,31 +129,54 @@ class CheckpointParts:
             reason = int4_refusal(values_NK.shape[0], values_NK.device)
         if reason is not None:
             self.plain[reason] += 1
+        shape = (values_NK.shape[0], values_NK.shape[1])
+        if self.upload is not None and not formats.keeps_memory(format, shape, self.dtype, self.device):
+            self.upload.wait()
         return formats.pack(values_NK, format, dtype=self.dtype, device=self.device)
 
-    def _read(self, name: str, rows: tuple[int, ...], rest: tuple[int, ...]) -> torch.Tensor:
+    def _read(
+        self, name: str, rows: tuple[int, ...], rest: tuple[int, ...], upload: Upload | None = None
+    ) -> torch.Tensor:
+        """The parameter; with `upload` its values may still be on their way (`upload.wait`)."""
         fused, start = torch.empty((sum(rows), *rest), dtype=self.dtype, device=self.device), 0
-        for values in self._stored(name, rows, rest):
-            fused[start : start + values.shape[0]].copy_(values)
-            start += values.shape[0]
+        for file, layout, count in self._stored(name, rows, rest):
+            part, start = fused[start : start + count], start + count
+            span = self.checkpoint.span(file) if upload is not None else None
+            if upload is None or span is None or span.nbytes < FEWEST_BYTES:
+                part.copy_(self._values(file, layout))
+            elif layout == PLAIN and self.checkpoint.dtype(file) == self.dtype:
+                upload.add(span, part)
+            else:
+                part.copy_(layout.ours(self._uploaded(upload, file, span)))
         return fused
+
+    def _uploaded(self, upload: Upload, file: str, span: FileSpan) -> torch.Tensor:
+        """A tensor as it is stored, on the device."""
+        values = torch.empty(self.checkpoint.shape(file), dtype=self.checkpoint.dtype(file), device=self.device)
+        upload.add(span, values)
+        upload.wait()
+        return values
 
     def _pieces(self, name: str, rows: tuple[int, ...], rest: tuple[int, ...]) -> Iterator[torch.Tensor]:
         """The same a few rows at a time, for what shall never be whole in memory."""
-        for values in self._stored(name, rows, rest):
-            yield from torch.split(values, PIECE_ROWS)
+        for file, layout, _ in self._stored(name, rows, rest):
+            yield from torch.split(self._values(file, layout), PIECE_ROWS)
 
-    def _stored(self, name: str, rows: tuple[int, ...], rest: tuple[int, ...]) -> Iterator[torch.Tensor]:
-        """The tensors whose rows, one after the other, are the parameter's; views of the file where they can be."""
+    def _stored(self, name: str, rows: tuple[int, ...], rest: tuple[int, ...]) -> Iterator[tuple[str, Layout, int]]:
+        """The checkpoint's tensors whose rows, one after the other, are the parameter's: name, layout and rows."""
         stored = self.names[name]
         if len(stored.names) == 1:  # fused in the checkpoint already
             rows = (sum(rows),)
         for part, count in zip(stored.names, rows, strict=True):
             file = self._check(name, part, stored.layout.stored_shape((count, *rest)))
-            values = self.checkpoint.read(file)
-            yield stored.layout.ours(values)
             self.used.add(file)
-            self.progress.advance(values.nbytes)
+            yield file, stored.layout, count
+
+    def _values(self, file: str, layout: Layout) -> torch.Tensor:
+        """In our order of rows; a view of the file where it can be."""
+        values = self.checkpoint.read(file)
+        self.progress.advance(values.nbytes)
+        return layout.ours(values)
 
     def _check(self, name: str, part: str, expected: tuple[int, ...]) -> str:
         if part not in self.files:
@@ -251,11 +280,7 @@ def load_decoder(
         stream=stream,
         progress=progress or Silent(),
     )
-    parts.progress.start("loading", parts.num_bytes())
-    try:
-        decoder = Decoder(config, parts, family.block)
-    finally:
-        parts.progress.done()
+    decoder = _build(config, parts, family.block)
     tied_copy: set[str] = set()  # of the embedding: settle_tied_head has compared them
     if config.tie_embeddings:
         tied_copy.update(names_in_file({_vocabulary_names(config)[1]}, checkpoint.names(), family.prefix).values())
@@ -271,6 +296,19 @@ def load_decoder(
     for reason, count in parts.plain.items():
         log.log(INFO if reason == TOO_SMALL else WARNING, "%d matrices run through plain torch: %s", count, reason)
     return decoder
+
+
+def _build(
+    config: DecoderConfig, parts: CheckpointParts, block: Callable[[DecoderConfig, int, Parts], nn.Module]
+) -> Decoder:
+    parts.progress.start("loading", parts.num_bytes())
+    try:
+        if parts.stream is not None or upload_refusal(parts.device) is not None:
+            return Decoder(config, parts, block)
+        with Upload(parts.device, parts.progress) as parts.upload:
+            return Decoder(config, parts, block)
+    finally:
+        parts.progress.done()
 
 
 def report_unused(names: Collection[str]) -> None:

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from paceline.benchmark.job import Job, Phases, Subject
+from paceline.benchmark.job import Job, Subject
 from paceline.benchmark.protocol import LAST
 from paceline.errors import UsageError
+from paceline.phases import Phases
 
 INT4_GROUP = 32
 _MODULES = ("model", "generate", "quantize")

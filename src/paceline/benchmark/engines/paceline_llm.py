@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 
 from paceline import sizing
-from paceline.benchmark.job import Job, Phases, Subject
+from paceline.benchmark.job import Job, Subject
 from paceline.benchmark.protocol import LAST
 from paceline.config import DecoderConfig
 from paceline.errors import UsageError
 from paceline.formats import keeps_memory, resident_bytes, unpack_bytes
 from paceline.llm import LLM
 from paceline.models.decoder import Decoder
+from paceline.phases import Phases
 from paceline.sampling.params import SamplingParams
 
 STEP_TOKENS = 2048  # a longer prompt is read in chunks
@@ -42,7 +43,7 @@ def build(job: Job, device: torch.device, phases: Phases) -> Subject:
             max_num_batched_tokens=STEP_TOKENS,
             enable_prefix_caching=False,  # rounds repeat their prompt
         )
-    phases.seconds |= {name: seconds for name, seconds in llm.stats().phases.items() if name in ("weights", "cache")}
+    phases.seconds |= {name: s for name, s in llm.stats().phases.items() if name not in phases.seconds}  # the device's
     model = llm.model.engine.runner.model
     if not isinstance(model, Decoder):
         raise UsageError(f"{job.shape} runs through transformers' modules: only models of a family are measured")

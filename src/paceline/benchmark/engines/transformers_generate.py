@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from paceline import sizing
-from paceline.benchmark.job import Job, Phases, Subject
+from paceline.benchmark.job import Job, Subject
 from paceline.errors import UsageError
 from paceline.formats import stored_bytes
 from paceline.models.registry import read_decoder_config
+from paceline.phases import Phases
 
 
 def build(job: Job, device: torch.device, phases: Phases) -> Subject:
