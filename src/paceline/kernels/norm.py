@@ -1,9 +1,18 @@
-"""Root-mean-square norm (Zhang and Sennrich, 2019) and layer norm (Ba et al., 2016)."""
+"""Root-mean-square norm (Zhang and Sennrich, 2019) and layer norm (Ba et al., 2016).
+
+`rms_norm` and `layer_norm` are plain torch and take anything; `norm_rows` is both as one Triton kernel
+(kernels/norm_triton.py), for CUDA where `norm_refusal` finds nothing against it.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch.nn import functional as F
+
+from paceline.kernels.gpu import gpu, triton_refusal
+
+# A program holds a row in registers: 32 values a thread in 16 warps.
+MOST_CHANNELS = 16384
 
 
 def rms_norm(x_TC: torch.Tensor, weight_C: torch.Tensor, eps: float) -> torch.Tensor:
@@ -29,3 +38,56 @@ def layer_norm_ref(x_TC: torch.Tensor, weight_C: torch.Tensor, bias_C: torch.Ten
     centred = x - x.mean(-1, keepdim=True)
     normed = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps) * weight_C.float()
     return (normed if bias_C is None else normed + bias_C.float()).to(x_TC.dtype)
+
+
+def norm_refusal(x_TC: torch.Tensor) -> str | None:
+    """Why norm_rows cannot take x; None when it can."""
+    return triton_refusal(x_TC.device) or norm_shape_refusal(x_TC)
+
+
+def norm_shape_refusal(x_TC: torch.Tensor) -> str | None:
+    """norm_refusal without the device: what the interpreter, too, cannot take."""
+    if x_TC.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"dtype is {x_TC.dtype}"
+    if x_TC.shape[-1] > MOST_CHANNELS:
+        return f"{x_TC.shape[-1]} channels, and the kernel takes {MOST_CHANNELS}"
+    if x_TC.dim() != 2 or x_TC.stride(1) != 1:
+        return "x is no matrix of whole rows"
+    return None
+
+
+def norm_rows(
+    x_TC: torch.Tensor, weight_C: torch.Tensor, bias_C: torch.Tensor | None, eps: float, *, centred: bool
+) -> torch.Tensor:
+    """layer_norm where `centred`, else rms_norm plus the bias if there is one; [T, C] in x's dtype. x may have any row
+    stride.
+
+    On compute capability 9.0 and up it starts while the kernel before it on the stream still runs, and waits for that
+    one's end before it reads x or writes.
+    """
+    # Triton is optional, and its interpreter is chosen by the environment when this is first imported.
+    import triton
+
+    from paceline.kernels.norm_triton import norm_kernel
+
+    rows, channels = x_TC.shape
+    y_TC = torch.empty((rows, channels), dtype=x_TC.dtype, device=x_TC.device)
+    if y_TC.numel() == 0:
+        return y_TC
+    tile = triton.next_power_of_2(channels)
+    dependent = gpu(x_TC.device).dependent
+    norm_kernel[(rows,)](
+        x_TC,
+        weight_C,
+        bias_C,
+        y_TC,
+        x_TC.stride(0),
+        eps,
+        C=channels,
+        TILE=tile,
+        CENTRED=centred,
+        DEPENDENT=dependent,
+        num_warps=max(1, min(16, tile // 512)),
+        **({"launch_pdl": True} if dependent else {}),
+    )
+    return y_TC

@@ -10,6 +10,7 @@ from torch import nn
 
 from paceline.config import NormConfig
 from paceline.kernels.elementwise import PLAIN
+from paceline.kernels.norm import norm_refusal, norm_rows
 
 
 class Norm(nn.Module):
@@ -28,6 +29,12 @@ class Norm(nn.Module):
         self.ops = PLAIN
 
     def forward(self, x_TC: torch.Tensor) -> torch.Tensor:
+        if norm_refusal(x_TC) is None:
+            return norm_rows(x_TC, self.weight_C, self.bias_C, self.eps, centred=self.kind == "layer")
+        return self.plain(x_TC)
+
+    def plain(self, x_TC: torch.Tensor) -> torch.Tensor:
+        """The same by torch's operation, or as compiled."""
         if self.kind == "rms":
             return self.ops.rms_norm(x_TC, self.weight_C, self.eps)
         return self.ops.layer_norm(x_TC, self.weight_C, self.bias_C, self.eps)

@@ -1,0 +1,44 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+"""The Triton side of kernels/norm.py: one program a row.
+
+Shapes: R rows of C channels; TILE is C padded to a power of two.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def norm_kernel(
+    x_ptr,  # [R, C], rows x_stride apart
+    weight_ptr,  # [C]
+    bias_ptr,  # [C]; None: no bias
+    y_ptr,  # [R, C], contiguous
+    x_stride,
+    eps,
+    C: tl.constexpr,
+    TILE: tl.constexpr,
+    CENTRED: tl.constexpr,  # layer norm
+    DEPENDENT: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, TILE)
+    inside = cols < C
+    if DEPENDENT:
+        gdc_launch_dependents()
+    # The model's own: no kernel before this one writes them.
+    weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    if DEPENDENT:
+        gdc_wait()
+    x = tl.load(x_ptr + row * x_stride + cols, mask=inside, other=0.0).to(tl.float32)
+    if CENTRED:
+        x = tl.where(inside, x - tl.sum(x, 0) / C, 0.0)
+    y = x * tl.rsqrt(tl.sum(x * x, 0) / C + eps) * weight
+    if bias_ptr is not None:
+        y += bias
+    tl.store(y_ptr + row * C + cols, y.to(y_ptr.dtype.element_ty), mask=inside)
