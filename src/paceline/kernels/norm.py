@@ -42,7 +42,7 @@ def layer_norm_ref(x_TC: torch.Tensor, weight_C: torch.Tensor, bias_C: torch.Ten
 
 def norm_refusal(x_TC: torch.Tensor) -> str | None:
     """Why norm_rows cannot take x; None when it can."""
-    return triton_refusal(x_TC.device) or norm_shape_refusal(x_TC)
+    return triton_refusal(x_TC.device, x_TC.dtype) or norm_shape_refusal(x_TC)
 
 
 def norm_shape_refusal(x_TC: torch.Tensor) -> str | None:
