@@ -8,7 +8,8 @@ Filters take the rows that ask for them and return new logits with -inf for what
 threshold: tokens of equal logit stay or go together, so the result does not depend on how a sort ordered ties, and
 bf16 logits tie often.
 
-Nothing here mixes rows or raises for NaN, and only `prefix_threshold` waits for the device.
+Nothing here mixes rows or raises for NaN, and only `prefix_threshold` waits for the device; `filter_sorted`, which
+takes its parameters as tensors, is there for steps that may not wait.
 """
 
 from __future__ import annotations
@@ -104,6 +105,21 @@ def filter_top_p(logits_RV: torch.Tensor, top_p: Sequence[float]) -> torch.Tenso
     the filters before left, at least one, and those tied with the last of them."""
     threshold_R = prefix_threshold(logits_RV, logits_RV.softmax(dim=1), top_p)
     return logits_RV.masked_fill(logits_RV < threshold_R.unsqueeze(1), -torch.inf)
+
+
+def filter_sorted(
+    logits_RV: torch.Tensor, min_p_R: torch.Tensor, top_k_R: torch.Tensor, top_p_R: torch.Tensor
+) -> torch.Tensor:
+    """min_p, top_k and top_p, in that order, with the results of the filters above but by one sort of everything: how
+    much must be looked at is not asked of the device. sampling/static.py says what switches a filter off."""
+    sorted_RV, ids_RV = logits_RV.sort(dim=1, descending=True)
+    min_p_threshold_R1 = sorted_RV[:, :1] + min_p_R[:, None].log()
+    threshold_R1 = torch.maximum(min_p_threshold_R1, sorted_RV.gather(1, top_k_R[:, None] - 1))
+    logits_RV = logits_RV.masked_fill(logits_RV < threshold_R1, -torch.inf)
+    held_RV = logits_RV.softmax(dim=1).gather(1, ids_RV).cumsum(dim=1, dtype=torch.float64)
+    last_R1 = (held_RV < top_p_R[:, None]).sum(dim=1, keepdim=True).clamp(max=logits_RV.shape[1] - 1)
+    # What the first two dropped lies below their threshold, and stays dropped where the mass is reached among it.
+    return logits_RV.masked_fill(logits_RV < sorted_RV.gather(1, last_R1), -torch.inf)
 
 
 def prefix_threshold(keys_RV: torch.Tensor, probs_RV: torch.Tensor, mass: Sequence[float]) -> torch.Tensor:

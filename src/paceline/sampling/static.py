@@ -1,0 +1,89 @@
+"""The sampler of steps that wait for nothing: every parameter lies on the device, one value a row, and no line asks it.
+
+The tokens are those of sampler.py for rows that want temperature, min_p, top_k and top_p at most; what needs a
+request's history, or returns log probabilities, is left to it. A CUDA graph can hold each of these functions.
+
+Shapes: R rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+
+from paceline.sampling import steps
+from paceline.sampling.params import SamplingParams
+
+Kind = Literal["greedy", "drawn", "filtered"]
+
+TOP_P_OFF = 2.0  # a mass that rounding never reaches: every token stays
+
+
+@dataclass(frozen=True)
+class RowParams:
+    """One value a row. Where a row asks for nothing: temperature 1, min_p 0, top_k the vocabulary, top_p TOP_P_OFF."""
+
+    greedy_R: torch.Tensor  # bool
+    uniform_R: torch.Tensor  # float64 in [0, 1)
+    temperature_R: torch.Tensor  # float32
+    min_p_R: torch.Tensor  # float32
+    top_k_R: torch.Tensor  # int64, in 1 .. V
+    top_p_R: torch.Tensor  # float64
+
+
+def needs_history(params: SamplingParams) -> bool:
+    """Whether a row's token depends on more than its logits and its own numbers, or more than a token is wanted."""
+    return (
+        params.use_beam_search
+        or params.num_logprobs is not None
+        or params.typical_p != 1
+        or params.repetition_penalty != 1
+        or params.presence_penalty != 0
+        or params.frequency_penalty != 0
+        or bool(params.logit_bias)
+        or params.allowed_token_ids is not None
+        or bool(params.bad_words)
+    )
+
+
+def kind_of(params: SamplingParams) -> Kind:
+    """The least that serves the row. "filtered" sorts the vocabulary, and "drawn" sums it up, for every row."""
+    if params.greedy:
+        return "greedy"
+    return "filtered" if params.min_p > 0 or params.top_k > 0 or params.top_p < 1 else "drawn"
+
+
+def choose_greedy(logits_RV: torch.Tensor, params: RowParams) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's token, int64, and a number that is finite where the token is to be trusted. The maximum shows every
+    NaN and +inf, as a NaN is the maximum for torch; among equals the first wins."""
+    values_R, ids_R = logits_RV.max(dim=1)
+    return ids_R, values_R
+
+
+def choose_drawn(logits_RV: torch.Tensor, params: RowParams) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for rows of which some draw, and none filters. `logits_RV` float32."""
+    return _draw(logits_RV, logits_RV / params.temperature_R[:, None], params)
+
+
+def choose_filtered(logits_RV: torch.Tensor, params: RowParams) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for any rows."""
+    scaled_RV = logits_RV / params.temperature_R[:, None]
+    kept_RV = steps.filter_sorted(scaled_RV, params.min_p_R, params.top_k_R, params.top_p_R)
+    return _draw(logits_RV, kept_RV, params)
+
+
+def _draw(logits_RV: torch.Tensor, kept_RV: torch.Tensor, params: RowParams) -> tuple[torch.Tensor, torch.Tensor]:
+    likeliest_R, values_R = choose_greedy(logits_RV, params)
+    drawn_R, total_R = steps.draw(kept_RV.softmax(dim=1), params.uniform_R)
+    ids_R = torch.where(params.greedy_R, likeliest_R, drawn_R)
+    return ids_R, torch.where(params.greedy_R, values_R, total_R.to(values_R.dtype))
+
+
+CHOOSERS: Mapping[Kind, Callable[[torch.Tensor, RowParams], tuple[torch.Tensor, torch.Tensor]]] = MappingProxyType(
+    {"greedy": choose_greedy, "drawn": choose_drawn, "filtered": choose_filtered}
+)
+KINDS: tuple[Kind, ...] = tuple(CHOOSERS)  # each serves the rows of those before it

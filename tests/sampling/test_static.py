@@ -1,0 +1,101 @@
+"""The sampler that asks the device nothing chooses what sampler.py chooses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paceline.sampling.params import SamplingParams
+from paceline.sampling.random import uniform
+from paceline.sampling.sampler import SamplingRow, sample
+from paceline.sampling.static import CHOOSERS, KINDS, TOP_P_OFF, RowParams, kind_of, needs_history
+
+V = 700  # more than steps.FIRST_WIDTH
+
+REQUESTS: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {"temperature": 1.0},
+    {"temperature": 0.3},
+    {"temperature": 1.7, "top_k": 1},
+    {"temperature": 1.0, "top_k": 40},
+    {"temperature": 1.0, "top_k": V + 5},
+    {"temperature": 0.8, "top_p": 0.9},
+    {"temperature": 1.0, "top_p": 1e-4},
+    {"temperature": 2.0, "top_p": 0.9999999},
+    {"temperature": 1.0, "min_p": 0.2},
+    {"temperature": 1.0, "min_p": 1.0},
+    {"temperature": 0.9, "min_p": 0.01, "top_k": 30, "top_p": 0.8},
+    {"temperature": 1.3, "min_p": 0.3, "top_k": 500, "top_p": 0.99},
+]
+
+
+def as_tensors(rows: list[SamplingRow]) -> RowParams:
+    params = [row.params for row in rows]
+    return RowParams(
+        greedy_R=torch.tensor([p.greedy for p in params]),
+        uniform_R=torch.tensor([uniform(row.seed, row.position) for row in rows], dtype=torch.float64),
+        temperature_R=torch.tensor([1.0 if p.greedy else p.temperature for p in params]),
+        min_p_R=torch.tensor([p.min_p for p in params]),
+        top_k_R=torch.tensor([min(p.top_k, V) if p.top_k > 0 else V for p in params]),
+        top_p_R=torch.tensor([p.top_p if p.top_p < 1 else TOP_P_OFF for p in params], dtype=torch.float64),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    chosen=st.lists(st.integers(0, len(REQUESTS) - 1), min_size=1, max_size=6),
+    seed=st.integers(0, 2**32),
+    spread=st.sampled_from([0.1, 1.0, 5.0]),
+    coarse=st.booleans(),
+)
+def test_tokens_are_the_samplers(chosen: list[int], seed: int, spread: float, coarse: bool) -> None:
+    """`coarse` logits tie often, at the borders of filters too."""
+    logits_RV = torch.randn(len(chosen), V, generator=torch.Generator().manual_seed(seed)) * spread
+    if coarse:
+        logits_RV = logits_RV.bfloat16().float()
+    rows = [SamplingRow(SamplingParams(**REQUESTS[index]), seed, 7 * r) for r, index in enumerate(chosen)]
+    least = max((kind_of(row.params) for row in rows), key=KINDS.index)
+    for kind in KINDS[KINDS.index(least) :]:
+        ids_R, values_R = CHOOSERS[kind](logits_RV, as_tensors(rows))
+        assert ids_R.tolist() == sample(logits_RV, rows).token_ids
+        assert values_R.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, "nothing"])
+def test_a_row_that_is_not_finite_is_seen_and_its_token_can_be_looked_up(kind: Any, broken: Any) -> None:
+    logits_RV = torch.randn(4, V, generator=torch.Generator().manual_seed(1))
+    if broken == "nothing":
+        logits_RV[1:3] = -torch.inf
+    else:
+        logits_RV[1:3, 13] = broken
+    asked = [{"temperature": 0.0 if kind == "greedy" or r % 2 else 1.0} for r in range(4)]
+    rows = [SamplingRow(SamplingParams(**one), 1, r) for r, one in enumerate(asked)]
+    ids_R, values_R = CHOOSERS[kind](logits_RV, as_tensors(rows))
+    assert values_R.isfinite().tolist() == [True, False, False, True]
+    assert all(0 <= token < V for token in ids_R.tolist())
+    assert [ids_R[0].item(), ids_R[3].item()] == [sample(logits_RV, rows).token_ids[r] for r in (0, 3)]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"n": 2, "use_beam_search": True, "temperature": 0},
+        {"logprobs": 0},
+        {"n": 1, "best_of": 2},
+        {"typical_p": 0.9},
+        {"repetition_penalty": 1.1},
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": 0.1},
+        {"logit_bias": {3: 1.0}},
+        {"allowed_token_ids": [3]},
+        {"bad_words": ["a"]},
+    ],
+)
+def test_what_is_left_to_the_sampler(asked: dict[str, Any]) -> None:
+    assert needs_history(SamplingParams(**asked))
+    assert not needs_history(SamplingParams(temperature=0.5, top_k=3, top_p=0.5, min_p=0.1, seed=1, stop=["a"]))
