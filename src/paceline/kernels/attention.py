@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from paceline.inputs import AttentionMetadata, KVLayer, Segment
-from paceline.kernels.decode_attention import decode_attention
+from paceline.kernels.decode_attention import decode_attention, decode_attention_plain
 from paceline.sizing import SCORE_BYTES
 
 # On CUDA, without cuDNN's attention: it builds a plan for every new number of keys, 50 ms each on an H100, and a
@@ -54,7 +54,8 @@ def paged_attention(
     c * tanh(score / c) before the mask; `slopes_H` (float32, kernels/alibi.py) times the distance is taken from them.
     """
     if metadata.lens_R is not None:
-        return decode_attention(
+        attend = decode_attention if q_THD.is_cuda else decode_attention_plain
+        return attend(
             q_THD,
             kv,
             metadata.groups[kv.group].block_tables_RB,

@@ -9,7 +9,8 @@ grid is fixed, and a program finds out on the device which keys, if any, are its
 s + 2 S, ... of the context. So a request's result follows from its own length and `DecodeLaunch`, never from its
 neighbours, and is the same at every run.
 
-The plain twin is kernels/attention.py: paged_attention_ref; the kernels are in kernels/decode_attention_triton.py.
+The plain twin is `decode_attention_plain`, and the slow one of both kernels/attention.py: paged_attention_ref; the
+kernels are in kernels/decode_attention_triton.py.
 """
 
 from __future__ import annotations
@@ -150,6 +151,51 @@ def decode_attention(
         **shape,
     )
     return out_THD
+
+
+def decode_attention_plain(
+    q_THD: torch.Tensor,
+    kv: KVLayer,
+    block_tables_RB: torch.Tensor,
+    seq_lens_R: torch.Tensor,
+    *,
+    block_size: int,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    slopes_H: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The same in plain torch, where Triton is not: it too asks the device nothing, and so gathers whole tables.
+
+    L = B * block_size keys a request. What lies beyond a request's length may be another's, NaN included.
+    """
+    tokens, heads, dim = q_THD.shape
+    kv_heads, requests = kv.k_HSD.shape[0], seq_lens_R.shape[0]
+    queries, group = tokens // requests, heads // kv_heads
+    if queries * requests != tokens:
+        raise ValueError(f"{tokens} tokens are not equally many for each of {requests} requests")
+    offsets = torch.arange(block_size, device=q_THD.device)
+    slots_RL = (block_tables_RB.long()[:, :, None] * block_size + offsets).flatten(1)
+    distance_RQL = (
+        seq_lens_R[:, None, None]
+        + torch.arange(1 - queries, 1, device=q_THD.device)[:, None]
+        - torch.arange(1, slots_RL.shape[1] + 1, device=q_THD.device)
+    )
+    hidden_RQL = distance_RQL < 0 if window is None else (distance_RQL < 0) | (distance_RQL >= window)
+    hidden_RQ1L = hidden_RQL[:, None, :, None]  # over key heads and the heads that share one
+    unread_RL = hidden_RQL.all(dim=1)[:, None, :, None]
+    k_RKLD = kv.k_HSD[:, slots_RL].transpose(0, 1).float()
+    v_RKLD = kv.v_HSD[:, slots_RL].transpose(0, 1).float().masked_fill(unread_RL, 0.0)
+    q_RKXD = q_THD.view(requests, queries, kv_heads, group, dim).transpose(1, 2).flatten(2, 3).float()
+    scores_RKQGL = (q_RKXD @ k_RKLD.transpose(2, 3)).view(requests, kv_heads, queries, group, -1) * scale
+    if soft_cap is not None:
+        scores_RKQGL = soft_cap * torch.tanh(scores_RKQGL / soft_cap)
+    if slopes_H is not None:
+        scores_RKQGL -= slopes_H.view(kv_heads, 1, group, 1) * distance_RQL[:, None, :, None]
+    # The second fill is for a request of length 0, which sees nothing.
+    probs_RKQGL = scores_RKQGL.masked_fill(hidden_RQ1L, -torch.inf).softmax(dim=-1).masked_fill(hidden_RQ1L, 0.0)
+    out_RKQGD = (probs_RKQGL.flatten(2, 3) @ v_RKLD).view(requests, kv_heads, queries, group, dim)
+    return out_RKQGD.transpose(1, 2).reshape(q_THD.shape).to(q_THD.dtype)
 
 
 def _rows_a_tile(rows: int, itemsize: int) -> int:
