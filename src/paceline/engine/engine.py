@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from paceline.config import EngineConfig, KVGroup
 from paceline.engine.beam_request import BeamRequest
-from paceline.engine.model_runner import ModelRunner
+from paceline.engine.model_runner import Launched, ModelRunner
 from paceline.engine.request import Request, RequestSpec, child_id
 from paceline.engine.scheduler import Scheduler
-from paceline.engine.step import FinishReason, RequestUpdate, SchedulerOutput, StepOutput
+from paceline.engine.step import FinishReason, RequestUpdate, SchedulerOutput
 from paceline.sampling.params import SamplingParams
 from paceline.sampling.random import bits64
 from paceline.speculative.ngram import NgramIndex
@@ -43,7 +43,7 @@ class Engine:
         self.config = config
         self.runner = runner
         self.scheduler = Scheduler(config, groups, num_blocks)
-        self._in_flight: deque[tuple[SchedulerOutput, StepOutput]] = deque()
+        self._in_flight: deque[tuple[SchedulerOutput, Launched]] = deque()
         self._proposers: dict[str, NgramIndex] = {}
         self._arrivals = 0
 
@@ -87,13 +87,16 @@ class Engine:
         self._proposers.pop(request_id, None)
 
     def step(self) -> list[RequestUpdate]:
-        """Run one step and return what it changed; with async_depth d the results are those of d steps ago."""
+        """Launch one step and return what changed: with async_depth d by the step d steps ago, or by this one where
+        its results are there at once."""
         output = self.scheduler.schedule()
-        self._in_flight.append((output, self.runner.run(output)))
+        self._in_flight.append((output, self.runner.launch(output)))
         updates: list[RequestUpdate] = []
-        # A step in which nothing could run waits for results: then all of them are taken.
-        while self._in_flight and (len(self._in_flight) > self.config.async_depth or not output.scheduled):
-            updates += self.scheduler.update(*self._in_flight.popleft())
+        # A step that is done is taken in at once, with those before it, and so is one in which nothing could run.
+        left = 0 if self._in_flight[-1][1].done else self.config.async_depth
+        while len(self._in_flight) > left:
+            output, launched = self._in_flight.popleft()
+            updates += self.scheduler.update(output, self.runner.collect(launched))
         if self.config.speculative is not None:
             self._propose(updates)
         return updates

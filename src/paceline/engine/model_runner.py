@@ -1,22 +1,27 @@
 """Run one step on the device: copy blocks, build the inputs, forward, score prompts, sample, verify drafts.
 
 The runner keeps what the device side must remember of a request (its tokens) and owns the cache's tensors; it
-decides nothing that the scheduler has not decided.
+decides nothing that the scheduler has not decided. A step of plain decodes is only started, where `decode` is there
+(engine/decode_step.py): the next one may be launched before it is collected. Any other needs the tokens before it on
+the host, and is done when it is launched.
 """
 
 from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 
 import torch
 
 from paceline.cache.kv_cache import allocate_kv, copy_block
-from paceline.engine.step import PLACEHOLDER, Branch, NewRequest, ScheduledRequest, SchedulerOutput, StepOutput
-from paceline.inputs import ModelInputs
+from paceline.engine.decode_step import DecodeStep, PendingDecode, fits
+from paceline.engine.request_tokens import RequestTokens, begin
+from paceline.engine.step import PLACEHOLDER, BlockCopy, Branch, ScheduledRequest, SchedulerOutput, StepOutput
+from paceline.inputs import KVLayer, ModelInputs
 from paceline.kernels.attention_plan import build_attention
 from paceline.kernels.decode_attention import decode_refusal
 from paceline.log import get_logger
@@ -30,57 +35,148 @@ from paceline.speculative.verify import rows_with_drafts, verify
 log = get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class RequestTokens:
-    """A request and its tokens, which grow. Arrays, because the sampler's penalties read them as buffers."""
+@dataclass
+class Launched:
+    """A step that was started. `step`: its results, once they are known; else `pending` are the results to wait for, of
+    `states` under `request_ids`."""
 
-    new: NewRequest
-    prompt: array[int]
-    output: array[int]
+    step: StepOutput | None
+    pending: PendingDecode | None = None
+    request_ids: Sequence[str] = ()
+    states: Sequence[RequestTokens] = ()
 
-    def known(self, position: int) -> int:
-        """The token at a position that an earlier step has chosen."""
-        prompt_length = len(self.prompt)
-        return self.prompt[position] if position < prompt_length else self.output[position - prompt_length]
+    @property
+    def done(self) -> bool:
+        return self.step is not None
 
 
 class ModelRunner:
-    """`num_blocks`: blocks of each KV group, the null block not counted."""
+    """`num_blocks`: blocks of each KV group, the null block not counted. `decode`, given the cache, makes what runs
+    plain decodes on buffers of its own; None: every step is built anew."""
 
-    def __init__(self, model: Model, num_blocks: Sequence[int], block_size: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        num_blocks: Sequence[int],
+        block_size: int,
+        decode: Callable[[Sequence[KVLayer]], DecodeStep] | None = None,
+    ) -> None:
         self.model = model
         self.block_size = block_size
         self.windows = tuple(group.window for group in model.kv_groups)
         self.kv = allocate_kv(model.kv_groups, num_blocks, block_size, dtype=model.dtype, device=model.device)
+        self.decode = None if decode is None else decode(self.kv)
         self._requests: dict[str, RequestTokens] = {}
+        self._in_flight: deque[Launched] = deque()
+        self._failed: set[str] = set()  # requests that the scheduler may not have taken out of its steps yet
         # Why a decode's attention needs a plan made on the host; None where a kernel finds its keys on the device.
         self.decode_refusal = next(
             filter(None, (decode_refusal(group.head_dim, model.dtype, model.device) for group in model.kv_groups)), None
         )
         self._padded = True  # whether a request may read, under a mask, slots that are not its own
 
-    @torch.inference_mode()
     def run(self, output: SchedulerOutput) -> StepOutput:
         """Compute one step. A request whose logits are not finite comes back in `errors`; the others go on."""
+        return self.collect(self.launch(output))
+
+    @torch.inference_mode()
+    def launch(self, output: SchedulerOutput) -> Launched:
+        """Start one step; `collect` gives its results, which are those of `run`. Launched steps run in order."""
         for request_id in output.finished:
             self._requests.pop(request_id, None)
+            self._failed.discard(request_id)
         for new in output.new_requests:
-            self._requests[new.request_id] = RequestTokens(new, array("q", new.prompt_token_ids), array("q"))
-        self._branch(output.branches)
-        for copy in output.copies:
-            copy_block(self.kv, copy.group, copy.source, copy.target, self.block_size)
+            self._requests[new.request_id] = begin(new)
         if not output.scheduled:
-            return StepOutput({})
-        hidden_TD = self.model(self._inputs(output.scheduled), self.kv)
-        step = self._sample(output.scheduled, hidden_TD)
-        prompt_logprobs = self._score_prompts(output.scheduled, hidden_TD)
+            return Launched(StepOutput({}))
+        decoded = self._launch_decode(output)
+        if decoded is not None:
+            return decoded
+        self._settle()
+        self._branch(output.branches)
+        self._copy(output.copies)
+        return Launched(self._compute_or_fail(output.scheduled))
+
+    def collect(self, launched: Launched) -> StepOutput:
+        """The results of a step. Waits for it, and takes in those before it."""
+        while launched.step is None:
+            self._take_in(self._in_flight.popleft())
+        return launched.step
+
+    def _launch_decode(self, output: SchedulerOutput) -> Launched | None:
+        """Start a step of plain decodes; None, and nothing done, if it is none, or if memory does not suffice."""
+        scheduled = output.scheduled
+        if self.decode is None or output.branches or len(scheduled) > self.decode.max_rows:
+            return None
+        states = [self._requests[request.request_id] for request in scheduled]
+        if not all(map(fits, scheduled, states)):
+            return None
+        self._copy(output.copies)  # a second time, where memory does not suffice, changes nothing
+        try:
+            pending = self.decode.launch(scheduled, states)
+        except torch.OutOfMemoryError:
+            self.decode.forget_rows()
+            return None
+        launched = Launched(None, pending, [request.request_id for request in scheduled], states)
+        self._in_flight.append(launched)
+        return launched
+
+    def _settle(self) -> None:
+        """Wait for all that is in flight, so that the host knows every token."""
+        while self._in_flight:
+            self._take_in(self._in_flight.popleft())
+
+    def _take_in(self, launched: Launched) -> None:
+        assert launched.pending is not None, "a step without results is on its way"
+        token_ids: dict[str, tuple[int, ...]] = {}
+        errors: dict[str, str] = {}
+        ids, fine = launched.pending.result()
+        for request_id, state, token, is_fine in zip(launched.request_ids, launched.states, ids, fine, strict=True):
+            if self._requests.get(request_id) is not state or request_id in self._failed:
+                continue  # it ended after this step was launched
+            if is_fine:
+                state.output.append(token)
+                token_ids[request_id] = (token,)
+            else:
+                errors[request_id] = NOT_FINITE
+                self._failed.add(request_id)
+                self._isolate(request_id, NOT_FINITE)
+        launched.step, launched.pending, launched.states = StepOutput(token_ids, errors=errors), None, ()
+
+    def _copy(self, copies: Sequence[BlockCopy]) -> None:
+        for copy in copies:
+            copy_block(self.kv, copy.group, copy.source, copy.target, self.block_size)
+
+    def _compute_or_fail(self, scheduled: Sequence[ScheduledRequest]) -> StepOutput:
+        """A step for which memory does not suffice is computed again without its largest share, whose request fails."""
+        try:
+            return self._compute(scheduled)
+        except torch.OutOfMemoryError:
+            largest = max(scheduled, key=lambda request: len(request.token_ids))
+        # Out here the error is gone, and with it the tensors that its traceback held.
+        torch.cuda.empty_cache()
+        message = (
+            f"out of memory on {self.model.device} in a step of {sum(len(r.token_ids) for r in scheduled)} tokens, "
+            f"{len(largest.token_ids)} of them this request's: lower max_num_batched_tokens, max_num_seqs or "
+            "kv_cache_gib"
+        )
+        log.error("request %s failed: %s", largest.request_id, message)
+        rest = [request for request in scheduled if request is not largest]
+        step = self._compute_or_fail(rest) if rest else StepOutput({})
+        return replace(step, errors={**step.errors, largest.request_id: message})
+
+    def _compute(self, scheduled: Sequence[ScheduledRequest]) -> StepOutput:
+        hidden_TD = self.model(self._inputs(scheduled), self.kv)
+        # Sampling comes last: what is chosen is remembered at once, and no error may follow.
+        prompt_logprobs = self._score_prompts(scheduled, hidden_TD)
+        step = self._sample(scheduled, hidden_TD)
         return replace(step, prompt_logprobs=prompt_logprobs, errors=self._errors(step.errors, prompt_logprobs))
 
     def _branch(self, branches: Sequence[Branch]) -> None:
         parents = [self._requests[branch.parent_id] for branch in branches]
         for branch, parent in zip(branches, parents, strict=True):
             output = parent.output + array("q", (branch.token_id,))
-            self._requests[branch.request_id] = RequestTokens(parent.new, parent.prompt, output)
+            self._requests[branch.request_id] = replace(parent, output=output)
 
     def _inputs(self, scheduled: Sequence[ScheduledRequest]) -> ModelInputs:
         token_ids: list[int] = []
@@ -162,8 +258,8 @@ class ModelRunner:
         if not beams:
             return self._collect(choosing, sample(logits_RV, rows))
         first = len(rows) - len(beams)
-        step = self._collect(choosing, sample(logits_RV[:first], rows[:first]))
-        return self._add_beams(step, beams, find_candidates(logits_RV[first:], rows[first:]))
+        found = find_candidates(logits_RV[first:], rows[first:])
+        return self._add_beams(self._collect(choosing, sample(logits_RV[:first], rows[:first])), beams, found)
 
     def _is_beam(self, request: ScheduledRequest) -> bool:
         return self._requests[request.request_id].new.params.use_beam_search
@@ -184,7 +280,7 @@ class ModelRunner:
         first = SamplingRow(
             params=state.new.params,
             seed=state.new.seed,
-            position=len(state.prompt) + len(state.output),
+            position=state.num_known,
             prompt_token_ids=state.prompt,
             output_token_ids=state.output,
             stop_token_ids=state.new.stop_token_ids,
