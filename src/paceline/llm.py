@@ -55,9 +55,10 @@ class LLM:
     defaults where a request sets none. `model_impl`: "paceline" (one of its families), "transformers" (transformers'
     modules with our paged attention, slower), or "auto", the first of them that runs the model. `mode`: "graph"
     captures decode steps in CUDA graphs where it can, "eager" never, "auto" is "graph"; "compile" is "graph" with
-    torch.compile for what no kernel of ours covers. `load_format`: "dummy" reads no weights but makes random ones
-    of the model's shape, to measure with; `model` may then be a config.json. `threads` sets torch's CPU threads, for
-    the whole process. `trust_remote_code` is refused: no code of a checkpoint is ever run.
+    torch.compile for what no kernel of ours covers. `async_depth`: steps that the host runs ahead of the device (0 to
+    2); None is 1 with graphs, 0 without or with speculation. `load_format`: "dummy" reads no weights but makes random
+    ones of the model's shape, to measure with; `model` may then be a config.json. `threads` sets torch's CPU threads,
+    for the whole process. `trust_remote_code` is refused: no code of a checkpoint is ever run.
 
     Raises UsageError for an unknown or impossible option, and the errors of loading (ModelNotFoundError,
     DownloadError, CheckpointError, UnsupportedModelError, OutOfMemoryError).
@@ -86,7 +87,7 @@ class LLM:
         offload: str | None = None,
         offload_dir: str | None = None,
         speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None,
-        async_depth: int = 0,
+        async_depth: int | None = None,
         skip_tokenizer_init: bool = False,
         trust_remote_code: bool = False,
         chat_template: str | None = None,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from paceline.config import (
 )
 from paceline.engine.device import DTYPES, available_bytes, pick_device, pick_dtype
 from paceline.engine.engine import Engine
+from paceline.engine.graphs import captured_decode, graph_refusal
 from paceline.engine.memory import CPU_CACHE_SHARE, CUDA_MEMORY_SHARE, Room, divide
 from paceline.engine.model_runner import ModelRunner
 from paceline.engine.offload import PLACES, offloaded_weights, open_stream, tell_speed
@@ -59,8 +62,9 @@ class LoadOptions:
     `memory_gib`: what weights, cache and activations may take on the device together; None: what is free there.
     `offload`: "auto", "host" or "disk" keeps the matrices there and streams them (engine/offload.py).
     `model_impl`: "paceline", "transformers", or "auto", the first of them that runs the model.
-    `mode`: as in EngineConfig. `load_format`: "dummy" makes random weights of the model's shape instead of reading any;
-    `seed` is theirs too."""
+    `mode`: as in EngineConfig. `async_depth`: steps that the host runs ahead; None is 1 with graphs, unless drafts wait
+    for tokens, else 0. `load_format`: "dummy" makes random weights of the model's shape instead of reading any; `seed`
+    is theirs too."""
 
     model: str
     tokenizer: str | None = None
@@ -77,7 +81,7 @@ class LoadOptions:
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     speculative: SpeculativeConfig | None = None
-    async_depth: int = 0
+    async_depth: int | None = None
     mode: Mode = "auto"
     skip_tokenizer_init: bool = False
     chat_template: str | None = None
@@ -86,6 +90,7 @@ class LoadOptions:
     download_dir: str | None = None
     model_impl: str = "auto"
     load_format: str = "auto"
+    mode: str = "auto"
 
     def __post_init__(self) -> None:
         check_model_impl(self.model_impl)
@@ -174,7 +179,7 @@ def load_model(options: LoadOptions, progress: Progress | None = None) -> Loaded
         with phases.time("compile"):
             _compile(weights.model)
     with phases.time("cache"):
-        engine = _build_engine(weights.model, options, weights.max_model_len, weights.num_blocks)
+        engine = _build_engine(weights, options)
     if weights.stream is not None:
         tell_speed(weights.stream, weights.step_bytes)
     return LoadedModel(
@@ -432,15 +437,24 @@ def _compile(model: Model) -> None:
     log.warning("mode='compile': %s; the model runs uncompiled", refusal)
 
 
-def _build_engine(model: Model, options: LoadOptions, max_model_len: int, num_blocks: tuple[int, ...]) -> Engine:
+def _build_engine(weights: _Weights, options: LoadOptions) -> Engine:
+    model = weights.model
+    refusal = graph_refusal(model, mode=options.mode, streamed=weights.stream is not None)
+    if refusal is not None:
+        expected = options.mode == "eager" or (options.mode == "auto" and model.device.type == "cpu")
+        log.log(INFO if expected else WARNING, "decodes run without CUDA graphs: %s", refusal)
+    depth = options.async_depth
+    if depth is None:
+        depth = 0 if refusal is not None or options.speculative is not None else 1
     engine_config = EngineConfig(
-        max_model_len=max_model_len,
+        max_model_len=weights.max_model_len,
         seed=options.seed,
-        cache=replace(options.cache, num_blocks=num_blocks[0]),
+        cache=replace(options.cache, num_blocks=weights.num_blocks[0]),
         scheduler=options.scheduler,
         speculative=options.speculative,
-        async_depth=options.async_depth,
+        async_depth=depth,
         mode=options.mode,
     )
-    runner = ModelRunner(model, num_blocks, options.cache.block_size)
-    return Engine(engine_config, model.kv_groups, num_blocks, runner)
+    decode = None if refusal is not None else partial(captured_decode, model, engine_config)
+    runner = ModelRunner(model, weights.num_blocks, options.cache.block_size, decode)
+    return Engine(engine_config, model.kv_groups, weights.num_blocks, runner)

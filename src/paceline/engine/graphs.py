@@ -1,0 +1,104 @@
+"""Decode steps captured in CUDA graphs: the host launches one graph where it would launch some hundred kernels.
+
+A step of 30 layers is 300 launches of some 4 us of host time each, and a small model's kernels take less than that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from paceline.config import EngineConfig
+from paceline.engine.decode_step import DecodeStep
+from paceline.inputs import KVLayer
+from paceline.kernels.decode_attention import decode_refusal
+from paceline.layers.moe import MoE
+from paceline.log import get_logger
+from paceline.models.decoder import Decoder
+from paceline.models.model import Model
+from paceline.sampling.static import Kind
+
+log = get_logger(__name__)
+
+# Larger steps are launched kernel by kernel: the device takes longer for them than the host.
+MOST_ROWS = 256
+
+
+def graph_rows(num_requests: int) -> int:
+    """The size of the graph for so many requests: 1, 2, 4, 8, 16, 24 and on by 8. Unused rows cost next to nothing
+    while a step's time is that of reading the weights."""
+    if num_requests <= 8:
+        return 1 << (num_requests - 1).bit_length()
+    return -(-num_requests // 8) * 8
+
+
+def graph_refusal(model: Model, *, mode: str = "auto", streamed: bool = False) -> str | None:
+    """Why this model's decodes cannot run as CUDA graphs; None when they can."""
+    if mode == "eager":
+        return "mode is 'eager'"
+    if model.device.type != "cuda":
+        return f"the device is {model.device.type}"
+    if not isinstance(model, Decoder):
+        return "transformers' modules run the model"
+    if streamed:
+        return "the weights are streamed"
+    if any(isinstance(module, MoE) for module in model.modules()):
+        return "the host must know how many tokens each expert has"
+    for group in model.kv_groups:
+        refusal = decode_refusal(group.head_dim, model.dtype, model.device)
+        if refusal is not None:
+            return refusal
+    return None
+
+
+def captured_decode(model: Model, config: EngineConfig, kv: Sequence[KVLayer]) -> DecodeStep:
+    """What runs a runner's plain decodes as graphs."""
+    wanted = config.scheduler.max_num_seqs
+    if wanted > MOST_ROWS:
+        log.info("decodes of more than %d requests run without CUDA graphs", MOST_ROWS)
+    return DecodeStep(
+        model,
+        kv,
+        config.cache.block_size,
+        max_rows=graph_rows(min(wanted, MOST_ROWS)),
+        max_model_len=config.max_model_len,
+        run=Graphs().run,
+        round_up=graph_rows,
+    )
+
+
+class Graphs:
+    """Captured steps, by rows and kind of sampling, in one pool of memory: they never run at the same time, and nothing
+    that one leaves there is read by another.
+
+    The first step of its kind runs kernel by kernel, which loads what is loaded lazily, and is captured afterwards.
+    """
+
+    def __init__(self) -> None:
+        self._graphs: dict[tuple[int, Kind], torch.cuda.CUDAGraph | None] = {}
+        self._pool: Any = None
+
+    def run(self, key: tuple[int, Kind], compute: Callable[[], None]) -> None:
+        """Compute a step, whose inputs and results lie in buffers that never move."""
+        graph = self._graphs.get(key)
+        if graph is not None:
+            graph.replay()
+            return
+        compute()
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(key, compute)
+
+    def _capture(self, key: tuple[int, Kind], compute: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+        """None where memory does not suffice: such steps then run kernel by kernel for good."""
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Another thread (a server's, a tokenizer's) may use the device meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                compute()
+        except torch.OutOfMemoryError:
+            log.warning("no memory is left to capture decodes of %d rows (%s): they run without a CUDA graph", *key)
+            return None
+        return graph
