@@ -91,14 +91,14 @@ class Graphs:
             self._graphs[key] = self._capture(key, compute)
 
     def _capture(self, key: tuple[int, Kind], compute: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
-        """None where memory does not suffice: such steps then run kernel by kernel for good."""
+        """None where that fails, for lack of memory say: such steps then run kernel by kernel for good."""
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
             # Another thread (a server's, a tokenizer's) may use the device meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 compute()
-        except torch.OutOfMemoryError:
-            log.warning("no memory is left to capture decodes of %d rows (%s): they run without a CUDA graph", *key)
+        except RuntimeError as error:
+            log.warning("decodes of %d rows (%s) run without a CUDA graph: %s", *key, str(error).partition("\n")[0])
             return None
         return graph

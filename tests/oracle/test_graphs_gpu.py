@@ -1,0 +1,128 @@
+"""Decodes as CUDA graphs: the tokens of the CPU in float32, and no wait for the device from launch to launch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from paceline.engine.step import StepOutput
+from paceline.llm import LLM
+from paceline.sampling.params import SamplingParams
+from paceline.sampling.sampler import NOT_FINITE
+
+pytestmark = pytest.mark.gpu
+
+OPTIONS: dict[str, Any] = {"skip_tokenizer_init": True, "block_size": 4, "max_num_seqs": 16}
+FAMILIES = ["llama-llama3", "llama-bias", "qwen2-window", "qwen3", "gemma2", "gemma3", "gpt2", "bloom-six-heads"]
+
+
+def prompts(count: int, longest: int = 30) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(1, longest, (count,), generator=generator).tolist()
+    return [{"prompt_token_ids": torch.randint(1, 96, (n,), generator=generator).tolist()} for n in lengths]
+
+
+def asked(count: int) -> list[SamplingParams]:
+    """Answers of different lengths, so that rows move and sizes change; greedy, drawn and filtered rows beside."""
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"temperature": 0.8, "top_k": 20, "top_p": 0.9},
+        {"temperature": 1.0},
+        {"temperature": 1.3, "min_p": 0.05},
+    ]
+    return [
+        SamplingParams(max_tokens=6 + 3 * i, ignore_eos=True, seed=i, **kinds[i % len(kinds)]) for i in range(count)
+    ]
+
+
+def generate(directory: str, params: Sequence[SamplingParams], **options: Any) -> list[tuple[int, ...]]:
+    with LLM(directory, **{**OPTIONS, **options}) as llm:
+        outputs = llm.generate(prompts(len(params)), params)
+        return [output.outputs[0].token_ids for output in outputs]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_float32_tokens_are_those_of_the_cpu(tiny_model: Callable[[str], Any], name: str):
+    directory = str(tiny_model(name).directory)
+    params = asked(11)
+    expected = generate(directory, params, device="cpu", dtype="float32", num_blocks=256)
+    eager = generate(directory, params, device="cuda", dtype="float32", num_blocks=256, mode="eager")
+    assert eager == expected
+    for depth in (0, 1, 2):
+        options = {"device": "cuda", "dtype": "float32", "mode": "graph", "async_depth": depth}
+        assert generate(directory, params, num_blocks=256, **options) == expected
+        assert generate(directory, params, num_blocks=40, **options) == expected  # preempted now and then
+
+
+def test_bfloat16_tokens_are_those_of_steps_without_graphs(tiny_model: Callable[[str], Any]):
+    """One request, so that both have the same shapes."""
+    directory = str(tiny_model("llama-llama3").directory)
+    params = [SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)]
+    options = {"device": "cuda", "dtype": "bfloat16", "num_blocks": 64}
+    assert generate(directory, params, mode="graph", **options) == generate(directory, params, mode="eager", **options)
+
+
+def test_launches_wait_for_nothing(tiny_model: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch):
+    """Once captured: with rows that stay, rows that end, and tables that grow, whatever the kind of sampling."""
+    with LLM(str(tiny_model("gemma3").directory), device="cuda", mode="graph", **OPTIONS) as llm:
+        params = asked(11)
+        expected = [output.outputs[0].token_ids for output in llm.generate(prompts(11), params)]
+        runner = llm.model.engine.runner
+        launch, seen = runner.launch, []
+
+        def watched(output: Any) -> Any:
+            if any(len(request.token_ids) > 1 for request in output.scheduled):
+                return launch(output)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                launched = launch(output)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            seen.append(len(output.scheduled))
+            return launched
+
+        monkeypatch.setattr(runner, "launch", watched)
+        found = [output.outputs[0].token_ids for output in llm.generate(prompts(11), params)]
+        assert found == expected
+        assert len(seen) > 30
+        assert {1, 2, 5, 11} <= set(seen)
+
+
+def test_a_request_that_is_not_finite_fails_alone(tiny_model: Callable[[str], Any]):
+    """Its embedding is NaN at a token that it alone meets; afterwards its blocks serve others."""
+    model = tiny_model("llama")
+    options = {**OPTIONS, "device": "cuda", "dtype": "float32", "mode": "graph", "num_blocks": 40}
+    options["enable_prefix_caching"] = False
+    greedy = [SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)] * 3
+    with LLM(str(model.directory), **options) as llm:
+        expected = [output.outputs[0].token_ids for output in llm.generate(prompts(3), greedy)]
+        others = {token for i in (0, 2) for token in expected[i]}
+        others |= {token for prompt in prompts(3) for token in prompt["prompt_token_ids"]}
+        poison = next(token for token in expected[1][1:] if token not in others)
+        with torch.inference_mode():
+            llm.model.engine.runner.model.embedding.table_VD[poison] = torch.nan
+        for _ in range(2):
+            broken = llm.generate(prompts(3), greedy)
+            assert [output.outputs[0].error for output in broken] == [None, NOT_FINITE, None]
+            assert [broken[i].outputs[0].token_ids for i in (0, 2)] == [expected[i] for i in (0, 2)]
+
+
+def test_steps_that_cannot_be_captured_run_without(
+    tiny_model: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    directory, params = str(tiny_model("llama").directory), asked(3)
+    options = {**OPTIONS, "device": "cuda", "dtype": "float32", "num_blocks": 64}
+    expected = generate(directory, params, **{**options, "mode": "eager"})
+
+    def no_memory(*_: Any, **__: Any) -> StepOutput:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("torch.cuda.CUDAGraph.capture_begin", no_memory)
+    with caplog.at_level(logging.WARNING):
+        assert generate(directory, params, **{**options, "mode": "graph"}) == expected
+    assert caplog.text.count("decodes of 1 rows (greedy) run without a CUDA graph") <= 1
+    assert "run without a CUDA graph: CUDA out of memory" in caplog.text
