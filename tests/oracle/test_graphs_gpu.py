@@ -66,6 +66,7 @@ def test_bfloat16_tokens_are_those_of_steps_without_graphs(tiny_model: Callable[
     assert generate(directory, params, mode="graph", **options) == generate(directory, params, mode="eager", **options)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 def test_launches_wait_for_nothing(tiny_model: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch):
     """Once captured: with rows that stay, rows that end, and tables that grow, whatever the kind of sampling."""
     with LLM(str(tiny_model("gemma3").directory), device="cuda", mode="graph", **OPTIONS) as llm:

@@ -90,7 +90,6 @@ class LoadOptions:
     download_dir: str | None = None
     model_impl: str = "auto"
     load_format: str = "auto"
-    mode: str = "auto"
 
     def __post_init__(self) -> None:
         check_model_impl(self.model_impl)
