@@ -24,8 +24,13 @@ test-full:  ## all of them
 	$(PYTHON) -m pytest -m "slow or not slow"
 
 # The folders that hold GPU tests, by name: the others import packages that such a machine need not have (gguf).
+# Most of the time goes into compiling kernels, a core each: with pytest-xdist 64 s on 16 cores, without 270 s.
+# (pytest-benchmark, where it is installed, warns that it does not run beside xdist, and a warning is an error.)
+WORKERS ?= 12
 test-gpu:  ## on a machine with a CUDA device, with its own python3: nothing is installed
-	PYTHONPATH="src:$$PYTHONPATH" $(PYTHON) -m pytest -m gpu tests/benchmark tests/kernels tests/models tests/oracle tests/sampling
+	export PYTHONPATH="src:$$PYTHONPATH"; \
+	$(PYTHON) -c "import xdist" 2>/dev/null && parallel="-n $(WORKERS) --dist worksteal -p no:benchmark"; \
+	$(PYTHON) -m pytest -m gpu $$parallel tests/benchmark tests/kernels tests/models tests/oracle tests/sampling
 
 bench:  ## beside transformers, in one run: table, JSON and plot in benchmarks/results
 	$(PYTHON) benchmarks/cpu_vs_transformers.py

@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Before torch is first imported: 2 threads, so that reductions and timings are alike on every machine.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -104,3 +104,34 @@ def held_bytes(held_tensors: Callable[[object], list[torch.Tensor]]) -> Callable
         return sum(torch.ops.mkldnn._nbytes(t) if t.is_mkldnn else t.untyped_storage().nbytes() for t in tensors)
 
     return count
+
+
+@pytest.fixture(scope="session")
+def live_bytes() -> Callable[[], Any]:
+    """A context manager whose `peak` is the most bytes that tensors made under it held at once, between operations."""
+    import torch
+    from torch.multiprocessing.reductions import StorageWeakRef
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    def tensors(tree: Any) -> list[torch.Tensor]:
+        return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and not leaf.is_mkldnn]
+
+    class LiveBytes(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+            self.peak = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            given = {t.untyped_storage()._cdata for t in tensors((args, kwargs))}
+            out = func(*args, **(kwargs or {}))
+            for tensor in tensors(out):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in given and storage._cdata not in self.live:
+                    self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+            self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
+            self.peak = max(self.peak, sum(nbytes for _, nbytes in self.live.values()))
+            return out
+
+    return LiveBytes

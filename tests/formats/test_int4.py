@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from paceline import formats
-from paceline.formats import int4
+from paceline.formats import chunks, int4
 from paceline.formats.int4 import GROUP_SIZES, MAX_PACKED_ROWS, Int4CPUWeight, Int4Weight, pack, quantize
 from paceline.kernels.linear_int4 import int4_refusal
 
@@ -135,7 +135,7 @@ def test_an_offset_halves_the_error_of_one_sided_groups():
 def test_many_chunks_are_as_one(monkeypatch):
     values = torch.randn(200, 256)
     whole = pack(values)
-    monkeypatch.setattr(int4, "CHUNK_VALUES", 64 * 256)
+    monkeypatch.setattr(chunks, "CHUNK_VALUES", 64 * 256)
     parts = pack(values)
     assert torch.equal(parts.unpack(), whole.unpack())
 

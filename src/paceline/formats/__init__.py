@@ -57,6 +57,10 @@ class Format(Protocol):
         """What a product of many rows holds of the matrix, unpacked; 0 where it multiplies what is packed."""
         ...
 
+    def packing_bytes(self, rows: int, columns: int, dtype: torch.dtype, /) -> int:
+        """What `pack` holds beside the values and what it packs them into."""
+        ...
+
 
 FORMATS: Mapping[str, Format] = MappingProxyType({"dense": dense, "int8": int8, "int4": int4, "fp8": fp8})
 # What the output head takes instead, whose errors reach the logits at once, and a matrix that would not gain.

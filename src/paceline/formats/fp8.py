@@ -10,8 +10,8 @@ from functools import cached_property
 
 import torch
 
+from paceline.formats.chunks import chunk_values, linear_unpacked, quotient_bytes, row_chunks, unpacked_rows
 from paceline.kernels.gemv import Planes, byte_planes
-from paceline.kernels.linear import linear_ref
 
 MOST = torch.finfo(torch.float8_e4m3fn).max  # 448
 
@@ -35,18 +35,25 @@ class FP8Weight:
         return byte_planes("fp8", self.q_NK, self.scale_N)
 
     def matmul(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
-        return linear_ref(x_TK, self.unpack(), bias_N)
+        return linear_unpacked(x_TK, self.shape, self._values, bias_N)
 
     def unpack(self) -> torch.Tensor:
+        return self._values(slice(None))
+
+    def _values(self, rows: slice) -> torch.Tensor:
+        q_NK = self.q_NK[rows]
         # Through q * 2^-8: the scale of a row that ends at 0.027 is 6e-5, the smallest of float16's normal numbers.
-        q_NK = _shifted(self.q_NK).to(self.dtype) if self.q_NK.is_cpu else self.q_NK.to(self.dtype).mul_(2**-8)
-        return q_NK.mul_((self.scale_N * 2**8).to(self.dtype)[:, None])
+        values_NK = _shifted(q_NK).to(self.dtype) if q_NK.is_cpu else q_NK.to(self.dtype).mul_(2**-8)
+        return values_NK.mul_((self.scale_N[rows] * 2**8).to(self.dtype)[:, None])
 
 
 def pack(values_NK: torch.Tensor) -> FP8Weight:
-    values = values_NK.float()
-    scale_N = values.abs().amax(dim=1).clamp(min=1e-12) / MOST
-    q_NK = (values / scale_N[:, None]).to(torch.float8_e4m3fn)
+    q_NK = torch.empty(values_NK.shape, dtype=torch.float8_e4m3fn, device=values_NK.device)
+    scale_N = torch.empty(values_NK.shape[0], dtype=torch.float32, device=values_NK.device)
+    for rows in row_chunks(*q_NK.shape):
+        values = values_NK[rows].float()
+        scale_N[rows] = values.abs().amax(dim=1).clamp_(min=1e-12) / MOST
+        q_NK[rows] = (values / scale_N[rows, None]).to(torch.float8_e4m3fn)
     return FP8Weight(q_NK, scale_N, values_NK.dtype)
 
 
@@ -67,4 +74,8 @@ def resident_bytes(rows: int, columns: int, dtype: torch.dtype, device: torch.de
 
 def unpack_bytes(rows: int, columns: int, dtype: torch.dtype) -> int:
     narrow = 0 if dtype == torch.float16 else 2  # float16 on the way
-    return rows * columns * (dtype.itemsize + narrow)
+    return unpacked_rows(rows, columns) * columns * (dtype.itemsize + narrow)
+
+
+def packing_bytes(rows: int, columns: int, dtype: torch.dtype) -> int:
+    return quotient_bytes(rows, columns, dtype) + chunk_values(rows, columns)  # and that in eight bits

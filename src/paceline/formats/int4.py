@@ -13,15 +13,15 @@ Shapes: T tokens, N rows of a matrix, K columns, W words of a row, G groups of a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch.nn import functional as F
 
+from paceline.formats.chunks import chunk_values, linear_unpacked, row_chunks, unpacked_rows
 from paceline.kernels.gemv import Planes
-from paceline.kernels.linear import linear_ref
 from paceline.kernels.linear_int4 import int4_refusal, linear_int4, pack_plane, plane_block, unpack_plane
 
 GROUP_SIZES = (128, 64, 32)
@@ -29,8 +29,8 @@ TILE_GROUPS = 4
 # Above this many rows torch's int4 op loses to unpacking the weight and a dense product (one thread, bfloat16: from 85
 # rows for 3,072 x 576, from 210 for 4,096 x 4,096).
 MAX_PACKED_ROWS = 128
-CHUNK_VALUES = 1 << 22  # quantised or unpacked at once
-CHUNK_BYTES = 6  # held for one of them while unpacking: float32, the level, and the scales
+CHUNK_BYTES = 6  # held for a value of the chunk being unpacked: float32, the level, and the scales
+PACKING_BYTES = 14  # and of the one being packed: float32, padded, less its offset, and some of the planes
 
 
 def group_size_for(columns: int) -> int:
@@ -66,13 +66,21 @@ class Int4Weight:
         return Planes("int4", self.shape, self.words_NW, self.scale_GN, self.offset_GN, self.group_size)
 
     def matmul(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
-        return linear_ref(x_TK, self.unpack(), bias_N)
+        return linear_unpacked(x_TK, self.shape, self._values, bias_N)
 
     def unpack(self) -> torch.Tensor:
-        def values(rows: slice) -> torch.Tensor:
-            return unpack_words(self.words_NW[rows], self.group_size)
+        return self._values(slice(0, self.shape[0]))
 
-        return _unpack(values, self.scale_GN, self.offset_GN, self.group_size, self.shape, self.dtype)
+    def _values(self, rows: slice) -> torch.Tensor:
+        words_NW, offset_GN = self.words_NW[rows], None if self.offset_GN is None else self.offset_GN[:, rows]
+        return _unpack(
+            lambda chunk: unpack_words(words_NW[chunk], self.group_size),
+            self.scale_GN[:, rows],
+            offset_GN,
+            self.group_size,
+            self.shape[1],
+            self.dtype,
+        )
 
 
 @dataclass(frozen=True)
@@ -92,20 +100,26 @@ class Int4CPUWeight:
 
     def matmul(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
         if x_TK.shape[0] > MAX_PACKED_ROWS:
-            return linear_ref(x_TK, self.unpack(), bias_N)
+            return linear_unpacked(x_TK, self.shape, self._values, bias_N)
         padded_TP = F.pad(x_TK, (0, 2 * self.plane.shape[1] - self.shape[1]))
         y_TN = linear_int4(padded_TP, self.plane, self.scale_offset_GN2, self.group_size)
         return y_TN if bias_N is None else y_TN + bias_N
 
     def unpack(self) -> torch.Tensor:
+        return self._values(slice(0, self.shape[0]))
+
+    def _values(self, rows: slice) -> torch.Tensor:
         block = plane_block()
         assert block is not None  # or pack() had not chosen this class
-
-        def values(rows: slice) -> torch.Tensor:
-            return unpack_plane(self.plane[rows], block)
-
-        scale_GN, offset_GN = self.scale_offset_GN2.unbind(2)
-        return _unpack(values, scale_GN, offset_GN, self.group_size, self.shape, self.dtype)
+        plane, (scale_GN, offset_GN) = self.plane[rows], self.scale_offset_GN2[:, rows].unbind(2)
+        return _unpack(
+            lambda chunk: unpack_plane(plane[chunk], block),
+            scale_GN,
+            offset_GN,
+            self.group_size,
+            self.shape[1],
+            self.dtype,
+        )
 
 
 def pack(
@@ -120,7 +134,7 @@ def pack(
     offset_GN = torch.zeros_like(scale_GN)
     words_NW = torch.empty(shape[0], padded // 8, dtype=torch.int32, device=device)
     plane = words_NW.view(torch.uint8)  # as many bytes
-    for rows in _row_chunks(shape[0], padded):
+    for rows in row_chunks(shape[0], padded):
         q_NP, scale, offset = quantize(values_NK[rows], group_size, symmetric=symmetric)
         scale_GN[:, rows], offset_GN[:, rows] = scale, offset
         if on_cpu:
@@ -179,18 +193,18 @@ def _unpack(
     scale_GN: torch.Tensor,
     offset_GN: torch.Tensor | None,
     group_size: int,
-    shape: tuple[int, int],
+    columns: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """(q - 8) * scale + offset in float32, rounded once, a chunk of rows at a time. `levels` gives q of some rows."""
-    unpacked_NK = torch.empty(shape, dtype=dtype, device=scale_GN.device)
+    unpacked_NK = torch.empty((scale_GN.shape[1], columns), dtype=dtype, device=scale_GN.device)
     padded = scale_GN.shape[0] * group_size
-    for rows in _row_chunks(shape[0], padded):
+    for rows in row_chunks(scale_GN.shape[1], padded):
         values_NGV = levels(rows).to(torch.float32).view(-1, scale_GN.shape[0], group_size).sub_(8)
         values_NGV.mul_(scale_GN[:, rows].T[:, :, None].float())
         if offset_GN is not None:
             values_NGV.add_(offset_GN[:, rows].T[:, :, None].float())
-        unpacked_NK[rows] = values_NGV.view(-1, padded)[:, : shape[1]]
+        unpacked_NK[rows] = values_NGV.view(-1, padded)[:, :columns]
     return unpacked_NK
 
 
@@ -204,8 +218,12 @@ def resident_bytes(rows: int, columns: int, dtype: torch.dtype, device: torch.de
 
 def unpack_bytes(rows: int, columns: int, dtype: torch.dtype) -> int:
     padded = _padded(columns, group_size_for(columns))
-    at_once = min(rows, _chunk_rows(padded))
-    return rows * columns * dtype.itemsize + at_once * padded * CHUNK_BYTES
+    at_once = unpacked_rows(rows, columns)
+    return at_once * columns * dtype.itemsize + chunk_values(at_once, padded) * CHUNK_BYTES
+
+
+def packing_bytes(rows: int, columns: int, dtype: torch.dtype) -> int:
+    return chunk_values(rows, _padded(columns, group_size_for(columns))) * PACKING_BYTES
 
 
 def _row_bytes(columns: int, group_size: int) -> int:
@@ -216,14 +234,3 @@ def _row_bytes(columns: int, group_size: int) -> int:
 def _padded(columns: int, group_size: int) -> int:
     tile = TILE_GROUPS * group_size
     return -(-columns // tile) * tile
-
-
-def _chunk_rows(columns: int) -> int:
-    """About CHUNK_VALUES values, a multiple of 64 rows: torch's blocks stay whole."""
-    return max(CHUNK_VALUES // columns // 64, 1) * 64
-
-
-def _row_chunks(rows: int, columns: int) -> Iterator[slice]:
-    step = _chunk_rows(columns)
-    for first in range(0, rows, step):
-        yield slice(first, min(first + step, rows))

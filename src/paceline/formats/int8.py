@@ -10,8 +10,8 @@ from functools import cached_property
 
 import torch
 
+from paceline.formats.chunks import linear_unpacked, quotient_bytes, row_chunks, unpacked_rows
 from paceline.kernels.gemv import Planes, byte_planes
-from paceline.kernels.linear import linear_ref
 
 # Above this many rows torch's int8 op loses to unpacking the weight and a dense product.
 MAX_PACKED_ROWS = 8
@@ -43,16 +43,22 @@ class Int8Weight:
             y_TN = torch._weight_int8pack_mm(x_TK.to(torch.bfloat16), self.q_NK, self.scale_N.to(torch.bfloat16))
             y_TN = y_TN.to(x_TK.dtype)
             return y_TN if bias_N is None else y_TN + bias_N
-        return linear_ref(x_TK, self.unpack(), bias_N)
+        return linear_unpacked(x_TK, self.shape, self._values, bias_N)
 
     def unpack(self) -> torch.Tensor:
-        return self.q_NK.to(self.dtype).mul_(self.scale_N[:, None].to(self.dtype))  # one copy, not two
+        return self._values(slice(None))
+
+    def _values(self, rows: slice) -> torch.Tensor:
+        return self.q_NK[rows].to(self.dtype).mul_(self.scale_N[rows, None].to(self.dtype))  # one copy, not two
 
 
 def pack(values_NK: torch.Tensor) -> Int8Weight:
-    values = values_NK.float()
-    scale_N = values.abs().amax(dim=1).clamp(min=1e-12) / 127
-    q_NK = torch.round(values / scale_N[:, None]).clamp(-127, 127).to(torch.int8)
+    q_NK = torch.empty(values_NK.shape, dtype=torch.int8, device=values_NK.device)
+    scale_N = torch.empty(values_NK.shape[0], dtype=torch.float32, device=values_NK.device)
+    for rows in row_chunks(*q_NK.shape):
+        values = values_NK[rows].float()
+        scale_N[rows] = values.abs().amax(dim=1).clamp_(min=1e-12) / 127
+        q_NK[rows] = (values / scale_N[rows, None]).round_().clamp_(-127, 127)
     return Int8Weight(q_NK, scale_N, values_NK.dtype)
 
 
@@ -65,4 +71,8 @@ def resident_bytes(rows: int, columns: int, dtype: torch.dtype, device: torch.de
 
 
 def unpack_bytes(rows: int, columns: int, dtype: torch.dtype) -> int:
-    return rows * columns * dtype.itemsize
+    return unpacked_rows(rows, columns) * columns * dtype.itemsize
+
+
+def packing_bytes(rows: int, columns: int, dtype: torch.dtype) -> int:
+    return quotient_bytes(rows, columns, dtype)
