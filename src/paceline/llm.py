@@ -15,9 +15,11 @@ from rich.progress import Progress as ProgressBar
 from paceline.config import CacheConfig, SchedulerConfig, SpeculativeConfig
 from paceline.engine.build import LoadedModel, LoadOptions, load_model
 from paceline.engine.engine import EngineRequest, answer_ids
+from paceline.engine.graphs import MOST_ROWS, graph_refusal
 from paceline.engine.output import RequestState
 from paceline.engine.prompts import Prompt, TokenPrompt, bad_word_ids, check_prompt, read_prompt
 from paceline.errors import UsageError
+from paceline.kernels.choices import Choice, either
 from paceline.loading.aliases import DEFAULT_MODEL
 from paceline.loading.progress import Progress
 from paceline.log import get_logger
@@ -315,6 +317,17 @@ class LLM:
     def effective_sampling_params(self, given: Params) -> tuple[SamplingParams, list[str]]:
         """The parameters that a request with `given` runs with, and which of them came from generation_config.json."""
         return with_defaults(given, self.model.generation_config)
+
+    def choices(self, rows: int) -> Iterator[Choice]:
+        """What a decode of so many requests runs: see kernels/choices.py, `explain`."""
+        engine = self.model.engine
+        model = engine.runner.model
+        yield from model.choices(rows)
+        refusal = graph_refusal(model, mode=engine.config.mode, streamed=self.model.stream is not None)
+        if refusal is None and rows > min(MOST_ROWS, engine.config.scheduler.max_num_seqs):
+            refusal = f"graphs are for {min(MOST_ROWS, engine.config.scheduler.max_num_seqs)} requests and fewer"
+        yield Choice("sampling", "torch" if refusal else "torch, in the graph", refusal or "")
+        yield Choice("launches", *either(refusal, "one CUDA graph", "kernel by kernel"))
 
     def stats(self) -> Stats:
         model = self.model

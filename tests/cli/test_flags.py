@@ -21,6 +21,10 @@ FLAGS = {
         --top-k --top-p
     """,
     "env": "--debug --help --json --measure",
+    "explain": """
+        --chat-template --debug --device --dtype --help --json --max-model-len --memory-gib --mode --model --model-impl
+        --offload --offload-dir --offload-to --quantize --quiet --revision --rows --speculative --threads
+    """,
     "generate": """
         --chat-template --debug --device --dtype --help --ignore-eos --json --max-model-len --max-tokens
         --memory-gib --min-p --min-tokens --mode --model --model-impl --offload --offload-dir --offload-to --quantize

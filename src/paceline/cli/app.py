@@ -14,6 +14,7 @@ from paceline.cli.bench import bench
 from paceline.cli.chat import chat
 from paceline.cli.env import env
 from paceline.cli.exit_codes import EXIT_CLOSED_PIPE, EXIT_FAILURE, EXIT_INTERRUPTED
+from paceline.cli.explain import explain
 from paceline.cli.generate import generate
 from paceline.cli.group import NearestGroup
 from paceline.cli.models import models
@@ -46,6 +47,7 @@ commands.add_command(chat)
 commands.add_command(models)
 commands.add_command(env)
 commands.add_command(bench)
+commands.add_command(explain)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -35,6 +35,10 @@ class Weight(Protocol):
         """x w^T + b, [T, N] in x's dtype."""
         ...
 
+    def route(self, rows: int) -> tuple[str, str]:
+        """What matmul runs for so many rows, in words, and why nothing faster; '' where nothing is."""
+        ...
+
     def unpack(self) -> torch.Tensor:
         """The values that matmul multiplies by, [N, K]."""
         ...

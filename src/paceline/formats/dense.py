@@ -8,7 +8,14 @@ from functools import cached_property
 import torch
 
 from paceline.kernels.gemv import Planes
-from paceline.kernels.linear import linear_onednn, linear_ref, onednn_refusal, pack_onednn, packed_bytes
+from paceline.kernels.linear import (
+    PLAIN_LINEAR,
+    linear_onednn,
+    linear_ref,
+    onednn_refusal,
+    pack_onednn,
+    packed_bytes,
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,11 @@ class DenseWeight:
     def matmul(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
         return linear_ref(x_TK, self.values_NK, bias_N)
 
+    def route(self, rows: int) -> tuple[str, str]:
+        values_NK = self.values_NK
+        reason = onednn_refusal(self.shape, values_NK.dtype, values_NK.device) if values_NK.is_cpu else None
+        return PLAIN_LINEAR, reason or ""
+
     def unpack(self) -> torch.Tensor:
         return self.values_NK
 
@@ -48,6 +60,9 @@ class OneDNNWeight:
 
     def matmul(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
         return linear_onednn(x_TK, self.packed_NK, bias_N)
+
+    def route(self, rows: int) -> tuple[str, str]:
+        return "oneDNN's packed linear", ""
 
     def unpack(self) -> torch.Tensor:
         return self.packed_NK.to_dense()

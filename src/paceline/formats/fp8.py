@@ -12,6 +12,7 @@ import torch
 
 from paceline.formats.chunks import chunk_values, linear_unpacked, quotient_bytes, row_chunks, unpacked_rows
 from paceline.kernels.gemv import Planes, byte_planes
+from paceline.kernels.linear import UNPACKED
 
 MOST = torch.finfo(torch.float8_e4m3fn).max  # 448
 
@@ -36,6 +37,9 @@ class FP8Weight:
 
     def matmul(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
         return linear_unpacked(x_TK, self.shape, self._values, bias_N)
+
+    def route(self, rows: int) -> tuple[str, str]:
+        return UNPACKED, "torch has no product of fp8 weights and wider rows"
 
     def unpack(self) -> torch.Tensor:
         return self._values(slice(None))

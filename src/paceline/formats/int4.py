@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from paceline.formats.chunks import chunk_values, linear_unpacked, row_chunks, unpacked_rows
 from paceline.kernels.gemv import Planes
+from paceline.kernels.linear import UNPACKED
 from paceline.kernels.linear_int4 import int4_refusal, linear_int4, pack_plane, plane_block, unpack_plane
 
 GROUP_SIZES = (128, 64, 32)
@@ -68,6 +69,10 @@ class Int4Weight:
     def matmul(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
         return linear_unpacked(x_TK, self.shape, self._values, bias_N)
 
+    def route(self, rows: int) -> tuple[str, str]:
+        reason = int4_refusal(self.shape[0], self.scale_GN.device) if self.scale_GN.is_cpu else None
+        return UNPACKED, reason or ""
+
     def unpack(self) -> torch.Tensor:
         return self._values(slice(0, self.shape[0]))
 
@@ -104,6 +109,11 @@ class Int4CPUWeight:
         padded_TP = F.pad(x_TK, (0, 2 * self.plane.shape[1] - self.shape[1]))
         y_TN = linear_int4(padded_TP, self.plane, self.scale_offset_GN2, self.group_size)
         return y_TN if bias_N is None else y_TN + bias_N
+
+    def route(self, rows: int) -> tuple[str, str]:
+        if rows > MAX_PACKED_ROWS:
+            return UNPACKED, f"above {MAX_PACKED_ROWS} rows torch's int4 op is slower"
+        return "torch's _weight_int4pack_mm_for_cpu", ""
 
     def unpack(self) -> torch.Tensor:
         return self._values(slice(0, self.shape[0]))

@@ -11,7 +11,9 @@ from functools import cached_property
 import torch
 
 from paceline.formats.chunks import linear_unpacked, quotient_bytes, row_chunks, unpacked_rows
+from paceline.kernels.choices import either
 from paceline.kernels.gemv import Planes, byte_planes
+from paceline.kernels.linear import UNPACKED
 
 # Above this many rows torch's int8 op loses to unpacking the weight and a dense product.
 MAX_PACKED_ROWS = 8
@@ -38,12 +40,25 @@ class Int8Weight:
         return byte_planes("int8", self.q_NK, self.scale_N)
 
     def matmul(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
-        if x_TK.device.type == "cpu" and x_TK.shape[0] <= MAX_PACKED_ROWS and self.shape[1] % PACKED_COLUMNS == 0:
+        if self._op_refusal(x_TK.shape[0]) is None:
             # The op is fast on bf16 alone: on 2 threads 14 ms a step of SmolLM2 against 79 ms on float32.
             y_TN = torch._weight_int8pack_mm(x_TK.to(torch.bfloat16), self.q_NK, self.scale_N.to(torch.bfloat16))
             y_TN = y_TN.to(x_TK.dtype)
             return y_TN if bias_N is None else y_TN + bias_N
         return linear_unpacked(x_TK, self.shape, self._values, bias_N)
+
+    def route(self, rows: int) -> tuple[str, str]:
+        return either(self._op_refusal(rows), "torch's _weight_int8pack_mm", UNPACKED)
+
+    def _op_refusal(self, rows: int) -> str | None:
+        """Why torch's int8 op does not multiply so many rows."""
+        if not self.q_NK.is_cpu:
+            return "torch's int8 op is for the CPU"
+        if rows > MAX_PACKED_ROWS:
+            return f"above {MAX_PACKED_ROWS} rows torch's int8 op is slower"
+        if self.shape[1] % PACKED_COLUMNS:
+            return f"{self.shape[1]} columns are no multiple of {PACKED_COLUMNS}"
+        return None
 
     def unpack(self) -> torch.Tensor:
         return self._values(slice(None))

@@ -184,6 +184,9 @@ class StreamedWeight:
             y_TN[..., rows] = weight.matmul(x_TK, None if bias_N is None else bias_N[rows])
         return y_TN
 
+    def route(self, rows: int) -> tuple[str, str]:
+        return f"copied to the device in {len(self.slices)} slices, each multiplied there", "the weights are offloaded"
+
     def unpack(self) -> torch.Tensor:
         return torch.cat([weight.unpack().clone() for _, weight in self._parts()])
 

@@ -13,6 +13,9 @@ from torch.nn import functional as F
 # The row count the layout is chosen for. 1 to 16 pick layouts 1.3 to 1.7x slower at every row count than 64 and up.
 PACK_ROWS = 64
 
+# In words, for kernels/choices.py.
+PLAIN_LINEAR = "torch's F.linear"
+UNPACKED = f"unpacked, then {PLAIN_LINEAR}"
 TOO_SMALL = "the weight is too small to gain"
 
 

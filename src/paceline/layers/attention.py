@@ -12,6 +12,8 @@ from paceline.config import AttentionConfig
 from paceline.inputs import AttentionMetadata, KVLayer
 from paceline.kernels.alibi import alibi_slopes
 from paceline.kernels.attention import paged_attention
+from paceline.kernels.choices import Choice, either
+from paceline.kernels.decode_attention import decode_refusal
 from paceline.kernels.kv_write import write_kv
 from paceline.kernels.rope_kv import QKNorm, rope_and_write_kv, rope_refusal
 from paceline.kernels.rotary import apply_rotary
@@ -109,6 +111,19 @@ class Attention(nn.Module):
             q_THD, k_TKD = qk_TXD[:, :H], qk_TXD[:, H:]
         write_kv(k_TKD, qkv_TXD[:, H + K :], kv, slot_mapping_T)
         return q_THD
+
+    def choices(self, rows: int, dtype: torch.dtype, device: torch.device) -> list[Choice]:
+        """Of a decode, in the order of `forward`."""
+        dim, turned = self.config.head_dim, "norm of q and k, rotary, KV write" if self.qk_norm else "rotary, KV write"
+        return [
+            *self.qkv.choices(rows, dtype, device, "qkv"),
+            Choice(turned, *either(rope_refusal(dtype, device), "Triton, one kernel", "torch, an operation each")),
+            Choice(
+                f"attention, {self.extra_repr()}",
+                *either(decode_refusal(dim, dtype, device), "Triton split-KV decode", "torch, planned on the host"),
+            ),
+            *self.out.choices(rows, dtype, device, "out"),
+        ]
 
     def extra_repr(self) -> str:
         config = self.config

@@ -10,8 +10,10 @@ from torch import nn
 
 from paceline.formats import Weight
 from paceline.kernels.activation import activate
+from paceline.kernels.choices import Choice, either
 from paceline.kernels.elementwise import PLAIN
-from paceline.kernels.gemv import Epilogue, gemv, gemv_refusal
+from paceline.kernels.gemv import Epilogue, gemv, gemv_refusal, shape_refusal
+from paceline.kernels.gpu import triton_refusal
 from paceline.layers.norm import Norm
 
 
@@ -62,6 +64,17 @@ class Linear(nn.Module):
         if activation is not None:
             y_TN = self.ops.gated(y_TN, activation) if gated else activate(y_TN, activation)
         return y_TN if residual_TN is None else residual_TN + y_TN
+
+    def choices(self, rows: int, dtype: torch.dtype, device: torch.device, name: str) -> list[Choice]:
+        """The product of the linear that its model calls `name`."""
+        N, K = self.weight.shape
+        planes, (kernel, reason) = self.weight.planes, self.weight.route(rows)
+        if device.type == "cuda" and planes is not None:
+            x_TK = torch.empty(rows, K, dtype=dtype, device="meta")
+            refusal = triton_refusal(device, dtype) or shape_refusal(x_TK, planes)
+            kernel, reason = either(refusal, "Triton GEMV, what follows included", kernel)
+        bits = 8 * self.weight.nbytes / max(N * K, 1)
+        return [Choice(f"{name} {N} x {K}, {bits:.3g} bits a value", kernel, reason)]
 
     def extra_repr(self) -> str:
         rows, columns = self.weight.shape

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from paceline.config import NormConfig
-from paceline.kernels.elementwise import PLAIN
-from paceline.kernels.norm import norm_refusal, norm_rows
+from paceline.kernels.choices import Choice, either
+from paceline.kernels.elementwise import COMPILED_ROWS, PLAIN
+from paceline.kernels.gpu import triton_refusal
+from paceline.kernels.norm import norm_refusal, norm_rows, norm_shape_refusal
 
 
 class Norm(nn.Module):
@@ -38,6 +40,14 @@ class Norm(nn.Module):
         if self.kind == "rms":
             return self.ops.rms_norm(x_TC, self.weight_C, self.eps)
         return self.ops.layer_norm(x_TC, self.weight_C, self.bias_C, self.eps)
+
+    def choices(self, rows: int, dtype: torch.dtype, device: torch.device) -> list[Choice]:
+        plain = f"torch's {self.kind}_norm"
+        if rows >= COMPILED_ROWS and self.ops != PLAIN:
+            plain = "torch.compile"
+        x_TC = torch.empty(rows, self.weight_C.shape[0], dtype=dtype, device="meta")
+        refusal = triton_refusal(device, dtype) or norm_shape_refusal(x_TC)
+        return [Choice(f"{self.kind} norm", *either(refusal, "Triton, a row a program", plain))]
 
     def extra_repr(self) -> str:
         return f"{self.kind}, {self.weight_C.shape[-1]}, eps={self.eps}"

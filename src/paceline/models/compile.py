@@ -28,12 +28,15 @@ def compile_model(model: nn.Module, dtype: torch.dtype, device: torch.device) ->
 
 def _calls(model: nn.Module, dtype: torch.dtype, device: torch.device) -> list[tuple[str, tuple[object, ...]]]:
     """One of each kind that the model will make. Sizes are free, so the smallest do."""
-    x_TC = torch.ones(COMPILED_ROWS, 32, dtype=dtype, device=device)
+    # As the real ones are, or these would be compiled in vain: x made in inference mode, weights outside, no row of x.
+    with torch.inference_mode():
+        x_TC = torch.ones(COMPILED_ROWS, 32, dtype=dtype, device=device)
+    weight_C = torch.ones(32, dtype=dtype, device=device)
     calls: dict[tuple[object, ...], tuple[str, tuple[object, ...]]] = {}
     for module in model.modules():
         if isinstance(module, Norm):
-            bias_C = None if module.bias_C is None else x_TC[0]
-            rest = (x_TC[0], module.eps) if module.kind == "rms" else (x_TC[0], bias_C, module.eps)
+            bias_C = None if module.bias_C is None else weight_C.clone()
+            rest = (weight_C, module.eps) if module.kind == "rms" else (weight_C, bias_C, module.eps)
             calls[module.kind, bias_C is None, module.eps] = f"{module.kind}_norm", (x_TC, *rest)
         elif isinstance(module, GatedMLP):
             calls[module.activation,] = "gated", (x_TC, module.activation)

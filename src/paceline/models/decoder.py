@@ -5,7 +5,7 @@ Shapes: T tokens of the step (a ragged batch of prefill chunks and decodes), D h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from paceline.config import DecoderConfig, KVGroup, MoeConfig
 from paceline.formats.streamed import StreamedTable
 from paceline.inputs import AttentionMetadata, KVLayer, ModelInputs
+from paceline.kernels.choices import Choice
 from paceline.layers.attention import Attention
 from paceline.layers.embedding import Embedding
 from paceline.layers.linear import Linear
@@ -172,6 +173,16 @@ class Decoder(nn.Module):
     @property
     def kv_groups(self) -> tuple[KVGroup, ...]:
         return self.config.kv_groups
+
+    def choices(self, rows: int) -> Iterator[Choice]:
+        """What each part runs in a decode of so many requests, and why nothing better."""
+        for name, module in self.named_modules():
+            if ".attention." in name:  # told by the attention itself
+                continue
+            if isinstance(module, (Norm, Attention)):
+                yield from module.choices(rows, self.dtype, self.device)
+            elif isinstance(module, Linear):
+                yield from module.choices(rows, self.dtype, self.device, name.rpartition(".")[2])
 
     def forward(self, inputs: ModelInputs, kv: Sequence[KVLayer]) -> torch.Tensor:
         """The hidden states after the final norm, [T, D] in the model's dtype. `kv`: one a layer, written in place."""

@@ -29,6 +29,7 @@ from torch import nn
 from paceline.config import KVGroup
 from paceline.errors import CheckpointError, PacelineError, UnsupportedModelError
 from paceline.inputs import KVLayer, ModelInputs
+from paceline.kernels.choices import Choice
 from paceline.loading.progress import Progress, Silent
 from paceline.log import get_logger
 from paceline.models.fallback_attention import PAGED, PROBE, AttentionCall, Port, Probing, Step, register
@@ -233,6 +234,13 @@ class TransformersModel(nn.Module):
         finally:
             self.given.hidden = None
         return logits_TV
+
+    def choices(self, rows: int) -> list[Choice]:
+        why = self.config.why or "model_impl is 'transformers'"
+        return [
+            Choice("the model", "transformers' own modules", why),
+            Choice("attention", "torch, planned on the host", why, count=len(self.calls)),
+        ]
 
     def _run(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, current: Step | Probing) -> torch.Tensor:
         self.port.current = current

@@ -5,13 +5,14 @@ Shapes: T tokens of the step, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
 
 from paceline.config import KVGroup
 from paceline.inputs import KVLayer, ModelInputs
+from paceline.kernels.choices import Choice
 
 
 class Model(Protocol):
@@ -25,6 +26,10 @@ class Model(Protocol):
 
     @property
     def kv_groups(self) -> tuple[KVGroup, ...]: ...
+
+    def choices(self, rows: int) -> Iterable[Choice]:
+        """What each part runs in a decode of so many requests, and why nothing better (kernels/choices.py)."""
+        ...
 
     def __call__(self, inputs: ModelInputs, kv: Sequence[KVLayer]) -> torch.Tensor:
         """The hidden states after the final norm, [T, D] in `dtype`. `kv`: one a layer, written in place."""
