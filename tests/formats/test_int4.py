@@ -31,9 +31,8 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
 def test_every_value_is_rounded_to_its_nearest_level(shape, group_size, symmetric):
     values = torch.randn(shape)
     found = pack(values, group_size=group_size, symmetric=symmetric).unpack()
-    _, scale_GN, offset_GN = quantize(values, group_size, symmetric=symmetric)
-    columns = torch.arange(shape[1]) // group_size
-    scale, offset = scale_GN.float()[columns].T, offset_GN.float()[columns].T
+    _, scale_offset_NG2 = quantize(values, group_size, symmetric=symmetric)
+    scale, offset = scale_offset_NG2.float()[:, torch.arange(shape[1]) // group_size].unbind(2)
     levels = scale[..., None] * torch.arange(-8, 8) + offset[..., None]
     nearest = (levels - values[..., None]).abs().amin(-1)
     torch.testing.assert_close((found - values).abs(), nearest, rtol=0, atol=1e-5)
@@ -55,9 +54,9 @@ def test_the_error_on_a_normal_distribution(group_size, symmetric, expected):
 
 def test_padding_widens_no_group():
     values = torch.rand(64, 40) + 1
-    _, scale_GN, _ = quantize(values, 32)
+    _, scale_offset_NG2 = quantize(values, 32)
     last = values[:, 32:]
-    assert torch.equal(scale_GN[1], ((last.amax(1) - last.amin(1)) / 15).bfloat16())
+    assert torch.equal(scale_offset_NG2[:, 1, 0], ((last.amax(1) - last.amin(1)) / 15).bfloat16())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -79,10 +78,10 @@ def test_a_word_holds_pairs_of_neighbours_of_four_groups(group_size):
     q = torch.randint(0, 16, (3, 8 * group_size), dtype=torch.uint8)
     words = int4.pack_words(q, group_size)
     assert words.shape == (3, group_size)
-    tile, j = 1, 5
-    word = int(words[2, tile * group_size // 2 + j]) & 0xFFFFFFFF
+    tile, thread, place = 1, 3, 2
+    word = int(words[2, tile * group_size // 2 + 4 * thread + place]) & 0xFFFFFFFF
     for i in range(4):
-        column = tile * 4 * group_size + i * group_size + 2 * j
+        column = tile * 4 * group_size + i * group_size + 2 * (4 * place + thread)
         assert word >> 4 * i & 15 == q[2, column]
         assert word >> 4 * (i + 4) & 15 == q[2, column + 1]
     assert torch.equal(int4.unpack_words(words, group_size), q)
@@ -111,10 +110,9 @@ def test_symmetric_and_chosen_groups_multiply_too(rows):
         assert error(weight.matmul(x), x.double() @ weight.unpack().double().T) < 2**-7
 
 
-def test_symmetric_words_hold_no_offsets(words):
-    symmetric, offset = pack(torch.randn(8, 512), symmetric=True), pack(torch.randn(8, 512))
-    assert symmetric.offset_GN is None
-    assert offset.nbytes - symmetric.nbytes == 8 * 4 * 2
+def test_symmetric_offsets_are_0(words):
+    symmetric = pack(torch.randn(8, 512), symmetric=True)
+    assert not symmetric.scale_offset_NG2[..., 1].any()
     again = pack(symmetric.unpack(), symmetric=True)
     assert torch.equal(symmetric.unpack(), again.unpack())  # what is on the grid stays on it
 

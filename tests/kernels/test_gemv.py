@@ -5,7 +5,6 @@ The rule: against float32 the kernel errs at most twice as much as plain torch i
 
 from __future__ import annotations
 
-import itertools
 import os
 import subprocess
 import sys
@@ -48,8 +47,10 @@ def int4_words(q_NK: torch.Tensor, group: int) -> torch.Tensor:
     for column in range(columns):
         tile, inside = divmod(column, 4 * group)
         plane, place = divmod(inside, group)
-        word, high = divmod(place, 2)
-        words[:, tile * group // 2 + word] |= q_NK[:, column].long() << (4 * (plane + 4 * high))
+        chunk, place = divmod(place, 32)
+        pair, high = divmod(place, 2)
+        word = tile * group // 2 + 16 * chunk + 4 * (pair % 4) + pair // 4
+        words[:, word] |= q_NK[:, column].long() << (4 * (plane + 4 * high))
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
@@ -69,22 +70,19 @@ def random_planes(
         q = (torch.randn(shape) * 2 ** torch.randint(-9, 8, shape)).clamp(-448, 448).to(torch.float8_e4m3fn)
         return Planes(kind, shape, words_of(q), scale_N), q.float() * scale_N[:, None]
     q = torch.randint(0, 16, shape)
-    scale_GN = (torch.rand(columns // group, rows) * 0.02 + 0.01).to(torch.bfloat16)
-    offset_GN = (torch.randn(columns // group, rows) * 0.02).to(torch.bfloat16) if offset else None
-    spread = scale_GN.float().T.repeat_interleave(group, 1)
-    weight = (q - 8) * spread
-    if offset_GN is not None:
-        weight += offset_GN.float().T.repeat_interleave(group, 1)
-    return Planes(kind, shape, int4_words(q, group), scale_GN, offset_GN, group), weight
+    groups = -(-columns // (4 * group)) * 4
+    scale_NG = torch.rand(rows, groups) * 0.02 + 0.01
+    offset_NG = torch.randn(rows, groups) * 0.02 * offset
+    scale_offset_NG2 = torch.stack([scale_NG, offset_NG], 2).to(torch.bfloat16)
+    scale, offset_NK = scale_offset_NG2.float().repeat_interleave(group, 1)[:, :columns].unbind(2)
+    return Planes(kind, shape, int4_words(q, group), scale_offset_NG2, group), (q - 8) * scale + offset_NK
 
 
 def on_device(planes: Planes) -> Planes:
     def move(t: torch.Tensor | None) -> torch.Tensor | None:
         return None if t is None else t.to(DEVICE)
 
-    return Planes(
-        planes.format, planes.shape, planes.values.to(DEVICE), move(planes.scale), move(planes.offset), planes.group
-    )
+    return Planes(planes.format, planes.shape, planes.values.to(DEVICE), move(planes.scale), planes.group)
 
 
 def run(
@@ -122,8 +120,6 @@ def _seed() -> None:
 @pytest.mark.parametrize(("rows", "columns"), [(40, 192), (17, 100), (1, 32)])
 @pytest.mark.parametrize(("kind", "offset"), [("dense", 0), ("int8", 0), ("fp8", 0), ("int4", 0), ("int4", 1)])
 def test_each_format_on_odd_sizes(kind: str, offset: int, rows: int, columns: int, dtype: torch.dtype) -> None:
-    if kind == "int4":
-        columns = max(32, columns // 32 * 32)  # 192: six groups of 32, a tile and a half
     planes, weight = random_planes(kind, rows, columns, dtype, offset=bool(offset))
     x = torch.randn(1, columns, device=DEVICE).to(dtype)
     assert_as_exact(run(x, on_device(planes), LAUNCH), x, weight, None, Epilogue())
@@ -139,7 +135,7 @@ def test_a_few_rows_with_a_stride(kind: str, tokens: int, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("kind", "split"), list(itertools.product(["dense", "int4"], [1, 2, 4])))
+@pytest.mark.parametrize(("kind", "split"), [("dense", 1), ("dense", 2), ("dense", 4), ("int4", 1)])
 def test_every_part_of_the_epilogue_with_k_split(kind: str, split: int, dtype: torch.dtype) -> None:
     """Three steps of K: among four parts one has none."""
     columns = 3 * (128 if kind == "int4" else 64)
@@ -152,6 +148,18 @@ def test_every_part_of_the_epilogue_with_k_split(kind: str, split: int, dtype: t
     first = run(x, on_device(planes), launch, norm, epilogue)
     assert_as_exact(first, x, weight, norm, epilogue)
     assert torch.equal(first, run(x, on_device(planes), launch, norm, epilogue))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 5, 12])
+@pytest.mark.parametrize(("group", "block_n", "warps"), [(32, 32, 4), (64, 16, 2), (128, 32, 1)])
+def test_int4_groups_blocks_and_warps(group: int, block_n: int, warps: int, tokens: int, dtype: torch.dtype) -> None:
+    """Two and a half steps of K, the last one with warps that have none."""
+    columns = 10 * warps * group
+    planes, weight = random_planes("int4", 50, columns, dtype, offset=True, group=group)
+    x = torch.randn(tokens, columns, device=DEVICE).to(dtype)
+    launch = Launch(block_n, 0, warps=warps, stages=2)
+    assert_as_exact(run(x, on_device(planes), launch), x, weight, None, Epilogue())
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -205,8 +213,6 @@ def test_a_norm_of_float16_and_a_cpu_are_refused() -> None:
 @pytest.mark.parametrize(("rows", "columns", "tokens"), [(34, 1100, 1), (40, 544, 5)])
 @pytest.mark.parametrize("kind", ["dense", "int8", "fp8", "int4"])
 def test_the_launch_chosen_for_an_unknown_device_is_right(kind: str, rows: int, columns: int, tokens: int) -> None:
-    if kind == "int4":
-        columns = columns // 32 * 32
     planes, weight = random_planes(kind, rows, columns, torch.float16)
     x = torch.randn(tokens, columns, device=DEVICE).half()
     epilogue = Epilogue(activation="silu", gated=True)

@@ -4,9 +4,10 @@ Asymmetric: of SmolLM2's linears, groups of 128, the relative error is 0.101 wit
 point and 0.110 without either (an offset costs 1/8 bit a value). scale and offset are bfloat16: as exact as float16
 here, and no group is too small for it.
 
-Words for the GPU: word j of a tile of four groups holds in nibble i the tile's column i * group + 2j, in nibble i + 4
-column i * group + 2j + 1, so that one LOP3 makes two neighbours into bfloat16's 128 + q. Columns are padded to whole
-tiles. scale and offset are transposed, so that a thread's rows are one load.
+Words for the GPU: the pair of columns i * group + 2j and i * group + 2j + 1 of a tile of four groups lies in nibbles i
+and i + 4 of one word, so that one LOP3 makes it into two of bfloat16's 128 + q. The words of pairs j, j + 4, j + 8 and
+j + 12 lie side by side: the matrix unit wants them all in one thread, whose load of 16 bytes they are (mma.m16n8k16:
+thread t of a row's four has columns 2t, 2t + 1, 2t + 8, 2t + 9). Columns are padded to whole tiles.
 
 Shapes: T tokens, N rows of a matrix, K columns, W words of a row, G groups of a row, P columns padded to tiles.
 """
@@ -52,19 +53,18 @@ class Int4Weight:
     """In words, as the GPU's kernels read them."""
 
     words_NW: torch.Tensor  # int32
-    scale_GN: torch.Tensor  # bfloat16
-    offset_GN: torch.Tensor | None  # bfloat16; None: symmetric
+    scale_offset_NG2: torch.Tensor  # bfloat16
     group_size: int
     shape: tuple[int, int]
     dtype: torch.dtype
 
     @property
     def nbytes(self) -> int:
-        return self.words_NW.nbytes + self.scale_GN.nbytes + (0 if self.offset_GN is None else self.offset_GN.nbytes)
+        return self.words_NW.nbytes + self.scale_offset_NG2.nbytes
 
     @cached_property
     def planes(self) -> Planes:
-        return Planes("int4", self.shape, self.words_NW, self.scale_GN, self.offset_GN, self.group_size)
+        return Planes("int4", self.shape, self.words_NW, self.scale_offset_NG2, self.group_size)
 
     def matmul(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
         return linear_unpacked(x_TK, self.shape, self._values, bias_N)
@@ -77,11 +77,10 @@ class Int4Weight:
         return self._values(slice(0, self.shape[0]))
 
     def _values(self, rows: slice) -> torch.Tensor:
-        words_NW, offset_GN = self.words_NW[rows], None if self.offset_GN is None else self.offset_GN[:, rows]
+        words_NW = self.words_NW[rows]
         return _unpack(
             lambda chunk: unpack_words(words_NW[chunk], self.group_size),
-            self.scale_GN[:, rows],
-            offset_GN,
+            self.scale_offset_NG2[rows],
             self.group_size,
             self.shape[1],
             self.dtype,
@@ -90,7 +89,7 @@ class Int4Weight:
 
 @dataclass(frozen=True)
 class Int4CPUWeight:
-    """In torch's layout for the CPU; the same numbers and as many bytes as the asymmetric Int4Weight."""
+    """In torch's layout for the CPU; the same numbers and as many bytes as Int4Weight."""
 
     plane: torch.Tensor  # uint8 [N, P / 2]
     scale_offset_GN2: torch.Tensor  # bfloat16
@@ -121,11 +120,10 @@ class Int4CPUWeight:
     def _values(self, rows: slice) -> torch.Tensor:
         block = plane_block()
         assert block is not None  # or pack() had not chosen this class
-        plane, (scale_GN, offset_GN) = self.plane[rows], self.scale_offset_GN2[:, rows].unbind(2)
+        plane = self.plane[rows]
         return _unpack(
             lambda chunk: unpack_plane(plane[chunk], block),
-            scale_GN,
-            offset_GN,
+            self.scale_offset_GN2[:, rows].transpose(0, 1),
             self.group_size,
             self.shape[1],
             self.dtype,
@@ -140,29 +138,26 @@ def pack(
     group_size = group_size or group_size_for(shape[1])
     padded = _padded(shape[1], group_size)
     on_cpu = int4_refusal(shape[0], device) is None
-    scale_GN = torch.empty(padded // group_size, shape[0], dtype=torch.bfloat16, device=device)
-    offset_GN = torch.zeros_like(scale_GN)
+    scale_offset_NG2 = torch.empty(shape[0], padded // group_size, 2, dtype=torch.bfloat16, device=device)
     words_NW = torch.empty(shape[0], padded // 8, dtype=torch.int32, device=device)
     plane = words_NW.view(torch.uint8)  # as many bytes
     for rows in row_chunks(shape[0], padded):
-        q_NP, scale, offset = quantize(values_NK[rows], group_size, symmetric=symmetric)
-        scale_GN[:, rows], offset_GN[:, rows] = scale, offset
+        q_NP, scale_offset_NG2[rows] = quantize(values_NK[rows], group_size, symmetric=symmetric)
         if on_cpu:
             plane[rows] = pack_plane(q_NP)
         else:
             words_NW[rows] = pack_words(q_NP, group_size)
     if on_cpu:
-        return Int4CPUWeight(plane, torch.stack([scale_GN, offset_GN], 2), group_size, shape, values_NK.dtype)
-    return Int4Weight(words_NW, scale_GN, None if symmetric else offset_GN, group_size, shape, values_NK.dtype)
+        scale_offset_GN2 = scale_offset_NG2.transpose(0, 1).contiguous()
+        return Int4CPUWeight(plane, scale_offset_GN2, group_size, shape, values_NK.dtype)
+    return Int4Weight(words_NW, scale_offset_NG2, group_size, shape, values_NK.dtype)
 
 
-def quantize(
-    values_NK: torch.Tensor, group_size: int, *, symmetric: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, uint8 [N, P], and scale and offset, bfloat16 [G, N]; rounded to the nearest level that they give.
+def quantize(values_NK: torch.Tensor, group_size: int, *, symmetric: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """q, uint8 [N, P], and scale and offset, bfloat16 [N, G, 2]; rounded to the nearest level that they give.
 
     The padding repeats the last column, so that it widens no group. Symmetric: the value of the largest magnitude is
-    level -8, whose scale may be negative.
+    level -8, whose scale may be negative, and offsets are 0.
     """
     rows, columns = values_NK.shape
     padding = (0, _padded(columns, group_size) - columns)
@@ -173,47 +168,47 @@ def quantize(
     scale_NG = torch.where(scale_NG == 0, 1e-12, scale_NG).bfloat16()
     offset_NG = torch.zeros_like(scale_NG) if symmetric else (low_NG + 8 * scale_NG.float()).bfloat16()
     q_NGV = (values_NGV - offset_NG.float()[:, :, None]).div_(scale_NG.float()[:, :, None]).round_().add_(8)
-    return q_NGV.clamp_(0, 15).to(torch.uint8).view(rows, -1), scale_NG.T.contiguous(), offset_NG.T.contiguous()
+    return q_NGV.clamp_(0, 15).to(torch.uint8).view(rows, -1), torch.stack([scale_NG, offset_NG], 2)
 
 
 def pack_words(q_NP: torch.Tensor, group_size: int) -> torch.Tensor:
     """int32 [N, P / 8], in the layout at this file's head."""
     rows, columns = q_NP.shape
-    tiles = q_NP.to(torch.int32).view(rows, -1, TILE_GROUPS, group_size // 2, 2)
-    words = torch.zeros(rows, tiles.shape[1], group_size // 2, dtype=torch.int32, device=q_NP.device)
+    pairs = q_NP.to(torch.int32).view(rows, -1, TILE_GROUPS, group_size // 32, 4, 4, 2).transpose(4, 5)
+    words = torch.zeros(rows, pairs.shape[1], group_size // 32, 4, 4, dtype=torch.int32, device=q_NP.device)
     for plane in range(TILE_GROUPS):
-        words |= tiles[:, :, plane, :, 0] << 4 * plane
-        words |= tiles[:, :, plane, :, 1] << 4 * plane + 16
+        words |= pairs[:, :, plane, ..., 0] << 4 * plane
+        words |= pairs[:, :, plane, ..., 1] << 4 * plane + 16
     return words.view(rows, columns // 8)
 
 
 def unpack_words(words_NW: torch.Tensor, group_size: int) -> torch.Tensor:
     """The inverse of pack_words: uint8 [N, P]."""
     rows, words = words_NW.shape
-    tiled = words_NW.view(rows, -1, group_size // 2)
-    q = torch.empty(rows, tiled.shape[1], TILE_GROUPS, group_size // 2, 2, dtype=torch.uint8, device=words_NW.device)
+    tiled = words_NW.view(rows, -1, group_size // 32, 4, 4).transpose(3, 4)
+    shape = (rows, tiled.shape[1], TILE_GROUPS, *tiled.shape[2:], 2)
+    q = torch.empty(shape, dtype=torch.uint8, device=words_NW.device)
     for plane in range(TILE_GROUPS):
-        q[:, :, plane, :, 0] = tiled >> 4 * plane & 15
-        q[:, :, plane, :, 1] = tiled >> 4 * plane + 16 & 15
+        q[:, :, plane, ..., 0] = tiled >> 4 * plane & 15
+        q[:, :, plane, ..., 1] = tiled >> 4 * plane + 16 & 15
     return q.view(rows, 8 * words)
 
 
 def _unpack(
     levels: Callable[[slice], torch.Tensor],
-    scale_GN: torch.Tensor,
-    offset_GN: torch.Tensor | None,
+    scale_offset_NG2: torch.Tensor,
     group_size: int,
     columns: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """(q - 8) * scale + offset in float32, rounded once, a chunk of rows at a time. `levels` gives q of some rows."""
-    unpacked_NK = torch.empty((scale_GN.shape[1], columns), dtype=dtype, device=scale_GN.device)
-    padded = scale_GN.shape[0] * group_size
-    for rows in row_chunks(scale_GN.shape[1], padded):
-        values_NGV = levels(rows).to(torch.float32).view(-1, scale_GN.shape[0], group_size).sub_(8)
-        values_NGV.mul_(scale_GN[:, rows].T[:, :, None].float())
-        if offset_GN is not None:
-            values_NGV.add_(offset_GN[:, rows].T[:, :, None].float())
+    num_rows, groups = scale_offset_NG2.shape[:2]
+    unpacked_NK = torch.empty((num_rows, columns), dtype=dtype, device=scale_offset_NG2.device)
+    padded = groups * group_size
+    for rows in row_chunks(num_rows, padded):
+        values_NGV = levels(rows).to(torch.float32).view(-1, groups, group_size).sub_(8)
+        scale, offset = scale_offset_NG2[rows].float()[..., None].unbind(2)
+        values_NGV.mul_(scale).add_(offset)
         unpacked_NK[rows] = values_NGV.view(-1, padded)[:, :columns]
     return unpacked_NK
 

@@ -30,16 +30,15 @@ class Planes:
     """A weight as the kernel reads it.
 
     dense: values [N, K] in x's dtype. int8 and fp8 (e4m3): values [N, K / 4], int32 words of 4 values in memory order,
-    scale [N]. int4, w = (q - 8) * scale + offset: values [N, W], int32 words of 8, word j of a tile of 4 groups with
-    columns i * group + 2j (nibble i) and i * group + 2j + 1 (nibble i + 4) for i in 0..3; scale and offset
-    [K / group, N]. Every tensor contiguous.
+    scale [N]. int4, w = (q - 8) * scale + offset: values int32 [N, tiles * group / 2] and scale bfloat16
+    [N, tiles * 4, 2], (scale, offset) of each group, for whole tiles of 4 groups (formats/int4.py has the words'
+    order). Every tensor contiguous.
     """
 
     format: str
     shape: tuple[int, int]
     values: torch.Tensor
     scale: torch.Tensor | None = None
-    offset: torch.Tensor | None = None
     group: int = 0
 
 
@@ -71,8 +70,8 @@ class Epilogue:
 @dataclass(frozen=True)
 class Launch:
     """block_n: rows of the weight a program (even where gate and up make one, 16 and up on the matrix unit); block_k:
-    columns a step (int4: four groups a warp, whatever it says); split: programs that share a row's columns; prefetch:
-    steps of the weight that a dependent launch asks for before x is awaited."""
+    columns a step (int4: four groups a warp, whatever it says); split: programs that share a row's columns (int4: 1);
+    prefetch: steps of the weight that a dependent launch asks for before x is awaited."""
 
     block_n: int
     block_k: int
@@ -116,8 +115,8 @@ def shape_refusal(x_TK: torch.Tensor, planes: Planes, norm: Norm | None = None) 
         return f"weight is {planes.values.dtype}, x {x_TK.dtype}"
     if planes.format in ("int8", "fp8") and planes.shape[1] % 4:
         return f"{planes.shape[1]} columns are no whole words"
-    if planes.format == "int4" and (planes.group not in GROUPS or planes.shape[1] % planes.group):
-        return f"groups of {planes.group} in {planes.shape[1]} columns"
+    if planes.format == "int4" and planes.group not in GROUPS:
+        return f"groups of {planes.group}, and the kernel takes {GROUPS}"
     if norm is not None and x_TK.dtype != torch.bfloat16:
         return "x times the norm's weight, before it is divided, may pass float16's largest number"
     return None
@@ -139,6 +138,7 @@ def gemv(
     # Triton is optional, and its interpreter is chosen by the environment when this is first imported.
     import triton
 
+    from paceline.kernels.gemv_int4_triton import gemv_int4_kernel
     from paceline.kernels.gemv_triton import add_parts_kernel, gemv_kernel
 
     T, K = x_TK.shape
@@ -151,56 +151,68 @@ def gemv(
     rows = max(T, 2) if planes.format == "fp8" and not device.fp8 else T
     launch = launch or choose_launch(planes, rows, device.name, device.processors)
     columns = _columns(rows, planes.format)
-    residual = epilogue.residual_TN
-    values = planes.values
-    if columns == 1 and planes.format in ("int8", "fp8"):
-        values = values.view(torch.int8 if planes.format == "int8" else torch.float8_e4m3fn)
-    # Allocated here: in a captured graph all layers then share one piece of the graph's pool.
-    parts = None if launch.split == 1 else x_TK.new_empty((launch.split, N + 1, columns), dtype=torch.float32)
-    after: dict[str, Any] = {
-        "scale_ptr": planes.scale,
-        "bias_ptr": epilogue.bias_N,
-        "residual_ptr": residual,
-        "y_ptr": y_TN,
-        "T": T,
-        "N": N,
-        "y_stride": y_TN.stride(0),
-        "residual_stride": 0 if residual is None else residual.stride(0),
+    values, scale = _as_read(planes, columns)
+    after = _after(scale, epilogue, y_TN) | {
         "eps": 0.0 if norm is None else norm.eps,
         "K": K,
-        "FORMAT": planes.format,
-        "ACTIVATION": epilogue.activation or "none",
-        "GATED": epilogue.gated,
+        "N": N,
         "M": columns,
-        "SPLIT": launch.split,
         "PDL": device.dependent,
         **({"launch_pdl": True} if device.dependent else {}),
     }
-    gemv_kernel[(triton.cdiv(N, launch.block_n), launch.split)](
-        x_ptr=x_TK,
-        w_ptr=values,
-        offset_ptr=planes.offset,
-        norm_ptr=None if norm is None else norm.weight_K,
-        parts_ptr=parts,
-        x_stride=x_TK.stride(0),
-        w_stride=values.stride(0),
-        GROUP=planes.group,
-        ROWS=1 if T == 1 else columns,
-        BLOCK_N=launch.block_n,
-        BLOCK_K=4 * planes.group if planes.format == "int4" else launch.block_k,
-        SLICES=launch.warps if planes.format == "int4" else 1,
-        STAGES=launch.stages,
-        PREFETCH=launch.prefetch,
-        ASM=device.ptx and x_TK.dtype == torch.bfloat16,
-        num_warps=launch.warps,
-        **after,
-    )
+    product: dict[str, Any] = {
+        "x_ptr": x_TK,
+        "w_ptr": values,
+        "norm_ptr": None if norm is None else norm.weight_K,
+        "x_stride": x_TK.stride(0),
+        "w_stride": values.stride(0),
+        "ROWS": 1 if T == 1 else columns,
+        "BLOCK_N": launch.block_n,
+        "STAGES": launch.stages,
+        "PREFETCH": launch.prefetch,
+        "ASM": device.ptx and (x_TK.dtype == torch.bfloat16 or planes.format == "int4"),
+        "num_warps": launch.warps,
+    }
+    programs = triton.cdiv(N, launch.block_n)
+    if planes.format == "int4":
+        gemv_int4_kernel[(programs,)](GROUP=planes.group, WARPS=launch.warps, **product, **after)
+        return y_TN
+    # Allocated here: in a captured graph all layers then share one piece of the graph's pool.
+    parts = None if launch.split == 1 else x_TK.new_empty((launch.split, N + 1, columns), dtype=torch.float32)
+    after |= {"FORMAT": planes.format, "SPLIT": launch.split}
+    gemv_kernel[(programs, launch.split)](parts_ptr=parts, BLOCK_K=launch.block_k, **product, **after)
     if parts is not None:
         block = 128 // columns
         add_parts_kernel[(triton.cdiv(N, block),)](
             parts_ptr=parts, NORM=norm is not None, BLOCK_N=block, num_warps=1, **after
         )
     return y_TN
+
+
+def _as_read(planes: Planes, columns: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Values and scale in the types that the kernel loads for so many columns of the product."""
+    if planes.format == "int4":
+        assert planes.scale is not None
+        return planes.values.view(torch.int16), planes.scale.view(torch.int32)
+    if columns == 1 and planes.format in ("int8", "fp8"):
+        return planes.values.view(torch.int8 if planes.format == "int8" else torch.float8_e4m3fn), planes.scale
+    return planes.values, planes.scale
+
+
+def _after(scale: torch.Tensor | None, epilogue: Epilogue, y_TN: torch.Tensor) -> dict[str, Any]:
+    """The kernels' arguments for what follows the product."""
+    residual = epilogue.residual_TN
+    return {
+        "scale_ptr": scale,
+        "bias_ptr": epilogue.bias_N,
+        "residual_ptr": residual,
+        "y_ptr": y_TN,
+        "T": y_TN.shape[0],
+        "y_stride": y_TN.stride(0),
+        "residual_stride": 0 if residual is None else residual.stride(0),
+        "ACTIVATION": epilogue.activation or "none",
+        "GATED": epilogue.gated,
+    }
 
 
 def _columns(rows: int, kind: str) -> int:
@@ -228,10 +240,10 @@ TUNED: Mapping[str, Mapping[tuple[str, int, int], Launch]] = MappingProxyType(
                 ("fp8", 4096, 4096): Launch(4, 1024, warps=2, stages=3),
                 ("fp8", 28672, 4096): Launch(4, 1024, warps=2, stages=3),
                 ("fp8", 4096, 14336): Launch(4, 1024, warps=4, stages=3),
-                ("int4", 6144, 4096): Launch(16, 512, warps=4, stages=3),
-                ("int4", 4096, 4096): Launch(16, 512, warps=8, stages=4),
-                ("int4", 28672, 4096): Launch(16, 512, warps=4, stages=2),
-                ("int4", 4096, 14336): Launch(16, 512, warps=4, stages=3),
+                ("int4", 6144, 4096): Launch(16, 512, warps=4, stages=2, prefetch=2),
+                ("int4", 4096, 4096): Launch(16, 512, warps=8, stages=2),
+                ("int4", 28672, 4096): Launch(16, 512, warps=2, stages=4, prefetch=2),
+                ("int4", 4096, 14336): Launch(32, 512, warps=4, stages=4, prefetch=2),
             }
         )
     }
@@ -242,7 +254,7 @@ ONE_ROW: Mapping[str, Launch] = MappingProxyType(
         "dense": Launch(2, 2048, warps=4, stages=4),
         "int8": Launch(4, 1024, warps=4, stages=4),
         "fp8": Launch(4, 1024, warps=2, stages=3),
-        "int4": Launch(16, 512, warps=4, stages=3),
+        "int4": Launch(16, 512, warps=4, stages=3, prefetch=2),
     }
 )
 # Several rows: 16 rows of the weight a warp fill the matrix unit.
@@ -251,7 +263,7 @@ FEW_ROWS: Mapping[str, Launch] = MappingProxyType(
         "dense": Launch(32, 256, warps=4, stages=4),
         "int8": Launch(64, 256, warps=4, stages=4),
         "fp8": Launch(64, 256, warps=4, stages=4),
-        "int4": Launch(16, 512, warps=4, stages=3),
+        "int4": Launch(16, 512, warps=2, stages=2),
     }
 )
 
@@ -268,11 +280,19 @@ def choose_launch(planes: Planes, rows: int, device_name: str, processors: int) 
         if tuned is not None:
             return tuned
         launch = ONE_ROW[planes.format]
+        if planes.format == "int4":
+            return _with_work(launch, planes)
         return replace(launch, block_k=min(launch.block_k, 1 << max(columns - 1, 127).bit_length()))
     launch = FEW_ROWS[planes.format]
     if planes.format == "int4":
-        return launch
+        return _with_work(launch, planes)
     programs, split = -(-planes.shape[0] // launch.block_n), 1
     while programs * split < 2 * processors and columns >= 4 * split * launch.block_k:
         split *= 2
     return replace(launch, split=split)
+
+
+def _with_work(launch: Launch, planes: Planes) -> Launch:
+    """For int4: no more warps than a row has tiles."""
+    tiles = -(-planes.shape[1] // (4 * planes.group))
+    return replace(launch, warps=min(launch.warps, 1 << (tiles - 1).bit_length()))

@@ -1,13 +1,11 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment"
-"""The Triton side of kernels/gemv.py: one kernel that streams a weight once and multiplies it by a few rows of x.
+"""The Triton side of kernels/gemv.py: one kernel that streams a weight once and multiplies it by a few rows of x. (int4
+has one of its own, kernels/gemv_int4_triton.py.)
 
 Shapes: T rows of x (1 to 16), N outputs, K inputs; M columns of the product: 1, or the T rows padded to 8 or 16 as the
 matrix unit takes them. A program owns BLOCK_N rows of the weight and one of SPLIT parts of K; in it
 - plain_product: one row of x, by multiplying and adding. No exchange between threads, so nothing waits;
-- matrix_product, byte_product: several rows, on the matrix unit, the weight as the left operand;
-- int4_product: any number of rows, on the matrix unit, since it leaves the fewest instructions a value. Two numbers
-  OFFSET + q come out of two nibbles by one LOP3, and OFFSET * sum(x) is taken off a group's result; that sum comes from
-  the matrix unit too, as ones times x.
+- matrix_product, byte_product: several rows, on the matrix unit, the weight as the left operand.
 The RMS norm's factor is applied to the result: x * g goes in, and each program squares the x it loads anyway.
 """
 
@@ -31,26 +29,6 @@ def prefetch_l2(pointers):
 @triton.jit
 def as_float(bits, DTYPE: tl.constexpr):
     return bits.to(tl.int16).to(DTYPE, bitcast=True)
-
-
-@triton.jit
-def nibble_pair(words, PLANE: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """Nibbles PLANE and PLANE + 4 of each word as two floats OFFSET + q: OFFSET is the power of two whose last
-    mantissa bit is 1, 128 (0x4300) in bfloat16 and 1024 (0x6400) in float16."""
-    words = words >> (4 * PLANE)
-    if ASM:  # bfloat16: the two floats leave one register as they entered it
-        low, high = tl.inline_asm_elementwise(
-            "{ .reg .b32 t; lop3.b32 t, $2, 0x000F000F, 0x43004300, 0xEA; mov.b32 {$0, $1}, t; }",
-            "=h,=h,r",
-            [words],
-            dtype=(tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        ONE: tl.constexpr = 0x4300 if tl.bfloat16 == DTYPE else 0x6400
-        low, high = as_float((words & 15) | ONE, DTYPE), as_float(((words >> 16) & 15) | ONE, DTYPE)
-    return low, high
 
 
 @triton.jit
@@ -129,12 +107,18 @@ def load_x(x_ptr, x_stride, norm_ptr, cols, toks, T, K, EVEN: tl.constexpr, ASM:
 
 
 @triton.jit
-def block_rows(block, N, GATED: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The weight's rows of a block and which of them exist; row 0 stands for the others. Gate row i and up row
-    i + N / 2 lie side by side, so that one program has both."""
-    index = block * BLOCK_N + tl.arange(0, BLOCK_N)
+def weight_rows(index, N, GATED: tl.constexpr):
+    """The weight's rows for rows `index` of the product; row 0 where there is none. Gate row i and up row i + N / 2 lie
+    side by side, so that one program has both."""
     rows = index // 2 + (index % 2) * (N // 2) if GATED else index
-    return tl.where(index < N, rows, 0), index < N
+    return tl.where(index < N, rows, 0)
+
+
+@triton.jit
+def block_rows(block, N, GATED: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The weight's rows of a block, and which of them exist."""
+    index = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    return weight_rows(index, N, GATED), index < N
 
 
 @triton.jit
@@ -216,50 +200,6 @@ def byte_product(
 
 
 @triton.jit
-def int4_product(
-    x_ptr, x_stride, norm_ptr, w_rows, width, scale_ptr, offset_ptr, rows, live, part,
-    T, N, K: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr, SLICES: tl.constexpr,
-    STEPS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """w x^T, [rows, M], for words of 8 nibbles, and the squares of the x it read, [columns, ROWS].
-
-    Each of SLICES warps has a tile of 4 groups of its own: a batched product, whose batches are added at the end. The
-    warps that share all rows instead wait for each other and for x four times a tile (docs/performance-log.md).
-    """
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    OFFSET: tl.constexpr = 128.0 if tl.bfloat16 == DTYPE else 1024.0
-    BLOCK_N: tl.constexpr = w_rows.shape[0]
-    acc = tl.zeros([SLICES, BLOCK_N, M], tl.float32)
-    squares = tl.zeros([SLICES, GROUP, ROWS], tl.float32)
-    ones = tl.full([SLICES, BLOCK_N, GROUP], 1.0, DTYPE)
-    for step in tl.range(0, STEPS, num_stages=STAGES):
-        tile = (part * STEPS + step) * SLICES + tl.arange(0, SLICES)[:, None, None]
-        at = tile * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, None, :]
-        words = load_w(w_rows[None, :, :] + at, at, width, EVEN)
-        xs = ()  # of the four planes, all asked for before the first is waited for
-        for plane in tl.static_range(4):
-            cols = (tile * 4 + plane) * GROUP + tl.arange(0, GROUP)[None, :, None]
-            toks = tl.arange(0, ROWS)[None, None, :]
-            x, square = load_x(x_ptr, x_stride, norm_ptr, cols, toks, T, K, EVEN, ASM)
-            squares += square
-            xs += (x,)
-        for plane in tl.static_range(4):
-            low, high = nibble_pair(words, plane, DTYPE, ASM)
-            w = tl.reshape(tl.join(low, high), [SLICES, BLOCK_N, GROUP])
-            x = tl.broadcast_to(xs[plane], [SLICES, GROUP, M])
-            # The planes past K hold anything: their scales are not read, and x is 0 there.
-            group = tile * 4 + plane
-            real = live[None, :, None] & ((group * GROUP < K) | EVEN)
-            at_group = group * N + rows[None, :, None]
-            scale = tl.load(scale_ptr + at_group, mask=real, other=0.0).to(tl.float32)
-            total = tl.dot(ones, x)
-            acc += (tl.dot(w, x) - (OFFSET + 8) * total) * scale
-            if offset_ptr is not None:
-                acc += tl.load(offset_ptr + at_group, mask=real, other=0.0).to(tl.float32) * total
-    return tl.sum(acc, 0), tl.sum(squares, 0)
-
-
-@triton.jit
 def finish(
     acc, sum_square, block, scale_ptr, has_norm: tl.constexpr, bias_ptr, residual_ptr, y_ptr,
     T, N, K: tl.constexpr, y_stride, residual_stride, eps,
@@ -335,9 +275,8 @@ def add_parts_kernel(
 @triton.jit
 def gemv_kernel(
     x_ptr,  # [T, K], rows x_stride apart
-    w_ptr,  # [N, w_stride]: values, or int32 words: of 8 in int4, of 4 in int8 and fp8 for more than one row
-    scale_ptr,  # [N]; int4: [K / GROUP, N]; None for dense
-    offset_ptr,  # int4: [K / GROUP, N]; None: none
+    w_ptr,  # [N, w_stride]: values, or in int8 and fp8 for more than one row int32 words of 4
+    scale_ptr,  # [N]; None for dense
     norm_ptr,  # [K]; None: no norm
     bias_ptr,  # [N]; None: no bias
     residual_ptr,  # [T, outputs]; None: no residual
@@ -352,14 +291,12 @@ def gemv_kernel(
     eps,
     K: tl.constexpr,  # a model has a handful of them, and a loop of known length needs no masks
     FORMAT: tl.constexpr,
-    GROUP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     ROWS: tl.constexpr,  # 1 when T is 1, else M: one row is loaded once and spread over the M columns
     M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,  # columns a step; int4: 4 * GROUP
-    SLICES: tl.constexpr,  # tiles a step; int4: the number of warps, else 1
+    BLOCK_K: tl.constexpr,  # columns a step
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
     PREFETCH: tl.constexpr,  # steps of the weight asked for before the previous kernel's results are awaited
@@ -370,28 +307,21 @@ def gemv_kernel(
     part = tl.program_id(1)
     rows, live = block_rows(block, N, GATED, BLOCK_N)
     w_rows = w_ptr + rows.to(tl.int64)[:, None] * w_stride
-    SPAN: tl.constexpr = BLOCK_K * SLICES * SPLIT
+    SPAN: tl.constexpr = BLOCK_K * SPLIT
     STEPS: tl.constexpr = (K + SPAN - 1) // SPAN
     EVEN: tl.constexpr = K % SPAN == 0
-    first = part * STEPS * SLICES
-    PER_WORD: tl.constexpr = 8 if FORMAT == "int4" else (1 if FORMAT == "dense" or M == 1 else 4)
-    WORDS: tl.constexpr = BLOCK_K // PER_WORD
+    WORDS: tl.constexpr = BLOCK_K if FORMAT == "dense" or M == 1 else BLOCK_K // 4
 
     if PDL:
         gdc_launch_dependents()
         if PREFETCH > 0:
             LINE: tl.constexpr = LINE_BYTES // (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
-            LINES: tl.constexpr = (PREFETCH * SLICES * WORDS + LINE - 1) // LINE
-            ahead = first * WORDS + tl.arange(0, LINES) * LINE
+            LINES: tl.constexpr = (PREFETCH * WORDS + LINE - 1) // LINE
+            ahead = part * STEPS * WORDS + tl.arange(0, LINES) * LINE
             prefetch_l2(w_rows + tl.minimum(ahead, w_stride - 1)[None, :])
         gdc_wait()
 
-    if FORMAT == "int4":
-        acc, squares = int4_product(
-            x_ptr, x_stride, norm_ptr, w_rows, w_stride, scale_ptr, offset_ptr, rows, live, part,
-            T, N, K, GROUP, ROWS, M, SLICES, STEPS, STAGES, EVEN, ASM,
-        )  # fmt: skip
-    elif M == 1:
+    if M == 1:
         acc, squares = plain_product(x_ptr, x_stride, norm_ptr, w_rows, part, T, K, BLOCK_K, STEPS, STAGES, EVEN)
     elif FORMAT == "dense":
         acc, squares = matrix_product(

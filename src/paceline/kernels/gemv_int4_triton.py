@@ -1,0 +1,130 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment"
+"""y = w x over int4 weights for up to 16 rows of x: the Triton side of kernels/gemv.py for this format.
+
+What lets half a byte a value keep up with the memory:
+- One LOP3 makes two numbers OFFSET + q of two nibbles, and the matrix unit multiplies them: the fewest instructions
+  there are. (OFFSET + 8) * sum(x) is taken off a group's product; that sum is ones times x.
+- The matrix unit wants certain columns of a row in certain threads. The words lie so (formats/int4.py) that the 16
+  bytes a thread loads are those: from memory to the product no value changes its thread.
+- Each warp has tiles of 4 groups of columns of its own, so that no warp waits for another's weights: a batched product
+  of 4 * WARPS batches (group of the tile, warp), added at the end.
+
+Shapes: T rows of x, N rows of the weight, K columns; M columns of the product: the T rows, padded to 8 or 16.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from paceline.kernels.gemv_triton import LINE_BYTES, block_rows, finish, load_x, prefetch_l2, weight_rows
+
+# On two halves of a word at once; the bits under the nibbles are OFFSET, twice.
+NIBBLES = "{ .reg .b32 t; and.b32 t, $2, 15; shr.u32 t, $1, t; lop3.b32 $0, t, 0x000F000F, %s, 0xEA; }"
+BF16_NIBBLES = tl.constexpr(NIBBLES % "0x43004300")
+FP16_NIBBLES = tl.constexpr(NIBBLES % "0x64006400")
+
+
+@triton.jit
+def nibble_floats(halves, shift, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """OFFSET + q of the nibble at bit `shift` of each half of a word. OFFSET is the power of two whose last mantissa
+    bit is 1: 128 (0x4300) in bfloat16, 1024 (0x6400) in float16."""
+    if ASM:
+        TEXT: tl.constexpr = BF16_NIBBLES if tl.bfloat16 == DTYPE else FP16_NIBBLES
+        bits = tl.inline_asm_elementwise(TEXT, "=r,r,r", [halves, shift], dtype=tl.int16, is_pure=True, pack=2)
+    else:
+        ONE: tl.constexpr = 0x4300 if tl.bfloat16 == DTYPE else 0x6400
+        bits = (((halves >> shift) & 15) | ONE).to(tl.int16)
+    return bits.to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def gemv_int4_kernel(
+    x_ptr,  # [T, K], rows x_stride apart
+    w_ptr,  # int16 [N, w_stride], half words
+    scale_ptr,  # int32 [N, groups of whole tiles]: a group's scale (low half) and offset, bfloat16
+    norm_ptr,  # [K]; None: no norm
+    bias_ptr,  # [N]; None: no bias
+    residual_ptr,  # [T, outputs]; None: no residual
+    y_ptr,  # [T, outputs]
+    T,
+    N,
+    x_stride,
+    w_stride,
+    y_stride,
+    residual_stride,
+    eps,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    ROWS: tl.constexpr,  # 1 when T is 1, else M: one row is loaded once and spread over the M columns
+    M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WARPS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr,  # steps of the weight asked for before the previous kernel's results are awaited
+    PDL: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    OFFSET: tl.constexpr = 128 if tl.bfloat16 == DTYPE else 1024
+    SPAN: tl.constexpr = WARPS * 4 * GROUP  # columns a step
+    STEPS: tl.constexpr = (K + SPAN - 1) // SPAN
+    EVEN: tl.constexpr = K % SPAN == 0
+    EIGHTS: tl.constexpr = BLOCK_N // 8  # the unit takes 8 rows from 32 threads, 4 threads a row
+    BATCHES: tl.constexpr = 4 * WARPS
+    block = tl.program_id(0)
+    if PDL:
+        gdc_launch_dependents()
+        if PREFETCH > 0:
+            rows, _ = block_rows(block, N, GATED, BLOCK_N)
+            line = tl.arange(0, (2 * PREFETCH * WARPS * GROUP + LINE_BYTES - 1) // LINE_BYTES) * (LINE_BYTES // 2)
+            prefetch_l2(w_ptr + rows.to(tl.int64)[:, None] * w_stride + tl.minimum(line, w_stride - 1)[None, :])
+        gdc_wait()
+
+    # What is loaded, [warp, what a thread loads one after the other, 32 threads times 16 bytes].
+    warp = tl.arange(0, WARPS)[:, None, None]
+    chunk = tl.arange(0, GROUP // 32 * EIGHTS)[None, :, None]
+    half = tl.arange(0, 256)[None, None, :]
+    w_rows = weight_rows(block * BLOCK_N + chunk % EIGHTS * 8 + half // 32, N, GATED).to(tl.int64)
+    w_at = w_ptr + w_rows * w_stride + warp * GROUP + chunk // EIGHTS * 32 + half % 32
+    eight = tl.arange(0, EIGHTS)[None, :, None]
+    group = tl.arange(0, 128)[None, None, :]
+    scale_rows = weight_rows(block * BLOCK_N + eight * 8 + group // 16, N, GATED).to(tl.int64)
+    scale_at = scale_ptr + scale_rows * (w_stride // GROUP * 4) + warp * 4 + group % 4
+    batch = tl.arange(0, BATCHES)[:, None, None]
+    x_cols = (batch % WARPS * 4 + batch // WARPS) * GROUP + tl.arange(0, GROUP)[None, :, None]
+    toks = tl.arange(0, ROWS)[None, None, :]
+
+    shift = (4 * tl.arange(0, 4)).to(tl.int16)[:, None, None, None]
+    ones = tl.full([BATCHES, 16, GROUP], 1, DTYPE)
+    acc = tl.zeros([BATCHES, BLOCK_N // 16, 16, M // 8, 4, 2], tl.float32)
+    squares = tl.zeros([BATCHES, GROUP, ROWS], tl.float32)
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        real = (step * SPAN + warp * (4 * GROUP) < K) | EVEN  # past K there are neither words nor scales
+        w = tl.load(w_at + step * (WARPS * GROUP), mask=real, other=0, eviction_policy="evict_first")
+        bits = tl.load(scale_at + step * BATCHES, mask=real, other=0, eviction_policy="evict_first")
+        x, square = load_x(x_ptr, x_stride, norm_ptr, step * SPAN + x_cols, toks, T, K, EVEN, ASM)
+        squares += square
+        x = tl.broadcast_to(x, [BATCHES, GROUP, M])
+        # [warp, 32 columns of 4 groups, 8 rows, row, thread of the row, pair of columns, 2]: pairs lie threads apart
+        w = tl.permute(tl.reshape(w, [WARPS, GROUP // 32, EIGHTS, 8, 4, 4, 2]), [0, 2, 3, 1, 5, 4, 6])
+        w = nibble_floats(tl.reshape(w, [1, WARPS, BLOCK_N, GROUP]), shift, DTYPE, ASM)
+        product = tl.dot(tl.reshape(w, [BATCHES, BLOCK_N, GROUP]), x)
+        total = tl.reshape(tl.dot(ones, x), [BATCHES, 1, 16, M // 8, 4, 2])
+        # The 4 threads of a row have 2 columns of the product each, and each has loaded all 4 groups' scales.
+        bits = tl.permute(tl.reshape(bits, [WARPS, EIGHTS, 8, 4, 4]), [4, 0, 1, 2, 3])
+        bits = tl.reshape(bits, [BATCHES, BLOCK_N // 16, 16, 1, 4, 1])
+        scale = (bits << 16).to(tl.float32, bitcast=True)
+        offset = (bits & -65536).to(tl.float32, bitcast=True) - (OFFSET + 8) * scale
+        acc += tl.reshape(product, acc.shape) * scale + total * offset
+
+    acc = tl.sum(tl.reshape(acc, [BATCHES, BLOCK_N, M]), 0)
+    squares = tl.sum(squares, 0)
+    sum_square = tl.broadcast_to(tl.sum(squares, 0), [M]) if ROWS == 1 else tl.sum(squares, 0)
+    finish(
+        acc, sum_square, block, scale_ptr, norm_ptr is not None, bias_ptr, residual_ptr, y_ptr,
+        T, N, K, y_stride, residual_stride, eps, "int4", ACTIVATION, GATED, M, BLOCK_N,
+    )  # fmt: skip
