@@ -45,5 +45,13 @@ class OutOfMemoryError(PacelineError):
     """The model or its cache does not fit; told before loading where it can be computed."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is how Python, torch or a device's driver says that no memory is left."""
+    told = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in told)
+    )
+
+
 class EngineError(PacelineError):
     """A request failed inside the engine (NaN logits, device error); other requests go on."""

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from paceline.engine import build
+from paceline.engine import build, model_runner
 from paceline.engine.prompts import read_prompt
 from paceline.errors import ChatTemplateError, ModelNotFoundError, OutOfMemoryError, PromptTooLongError, UsageError
+from paceline.kernels import Choice
 from paceline.llm import LLM
 from paceline.sampling.params import BeamSearchParams, SamplingParams
 
@@ -200,6 +202,35 @@ def test_a_model_too_large_is_told_before_it_is_loaded(tiny_directory, monkeypat
     monkeypatch.setattr(build, "load_decoder", lambda *a, **k: pytest.fail("it was loaded"))
     with pytest.raises(OutOfMemoryError, match=r"needs .* for weights .* available on cpu"):
         make(tiny_directory)
+
+
+def test_a_cache_that_finds_no_memory_says_what_to_do(tiny_directory, monkeypatch):
+    def full(*arguments, **options):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+
+    monkeypatch.setattr(model_runner, "allocate_kv", full)
+    with pytest.raises(OutOfMemoryError, match=r"on cpu for a cache of .* GiB beside .*; set kv_cache_gib") as raised:
+        make(tiny_directory)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("dtype", "level"), [(torch.bfloat16, "WARNING"), (torch.float32, "INFO")])
+def test_what_runs_without_our_kernels_on_a_gpu_is_told(dtype, level, caplog):
+    """Of a GPU that is not here. In float32 that is what the user asked for."""
+
+    class OnGPU:
+        device = torch.device("cuda")
+
+        def choices(self, rows):
+            return [Choice("qkv", "torch", "Triton is not installed"), Choice("norm", "Triton")]
+
+    OnGPU.dtype = dtype
+    weights = build._Weights(None, OnGPU(), 16, (1,), 0)
+    with caplog.at_level("INFO", "paceline"):
+        build._tell_fallbacks(weights, build.LoadOptions("model"))
+    assert [(record.levelname, record.message) for record in caplog.records] == [
+        (level, "qkv: torch, since Triton is not installed")
+    ]
 
 
 def test_a_context_lowered_to_the_cache_is_said(tiny_directory, monkeypatch, caplog):

@@ -12,6 +12,7 @@ from paceline.formats.dense import DenseWeight
 from paceline.formats.fp8 import pack as pack_fp8
 from paceline.kernels import Choice, explain
 from paceline.kernels import gpu as module
+from paceline.kernels.choices import fallbacks
 from paceline.kernels.gpu import GPU
 from paceline.layers.attention import Attention
 from paceline.layers.linear import Linear
@@ -145,3 +146,23 @@ def ops_of(weight: Weight, rows: int) -> set[str]:
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         weight.matmul(torch.randn(rows, weight.shape[1]))
     return {event.key for event in profiled.key_averages()}
+
+
+def test_int4s_words_are_unpacked_where_torchs_op_does_not_take_them():
+    weight = pack(torch.randn(30, 128), "int4", dtype=torch.float32, device="cpu")
+    kernel, reason = weight.route(1)
+    assert kernel == "unpacked, then torch's F.linear"
+    assert reason.startswith("its rows are not a multiple of ")
+
+
+def test_fallbacks_are_told_by_their_reason():
+    layer = (
+        Choice("norm", "torch", "Triton is not installed"),
+        Choice("qkv", "torch", "Triton is not installed"),
+        Choice("out", "torch", "17 rows"),
+        Choice("down", "Triton"),
+    )
+    assert fallbacks([*layer, *layer]) == [
+        "norm, qkv: torch, since Triton is not installed",
+        "out: torch, since 17 rows",
+    ]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from paceline.errors import CheckpointError, UsageError
+from paceline.errors import CheckpointError, OutOfMemoryError, UsageError
 from paceline.formats.int4 import Int4CPUWeight, Int4Weight
 from paceline.formats.int8 import Int8Weight
 from paceline.layers.linear import Linear
@@ -242,3 +242,27 @@ def test_values_that_come_late_are_waited_for(
             found, expected = found.to_dense(), expected.to_dense()
         assert found.dtype == expected.dtype
         assert torch.equal(found.view(-1).view(torch.uint8), expected.view(-1).view(torch.uint8))
+
+
+def test_no_memory_left_names_the_tensor_and_how_far_it_came(llama_checkpoint, config):
+    class Full(type(llama_checkpoint())):  # type: ignore[misc]
+        def read(self, name):
+            if name == "model.layers.1.mlp.up_proj.weight":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+            return super().read(name)
+
+    with pytest.raises(OutOfMemoryError) as raised:
+        load_decoder(Full(llama_checkpoint().tensors), config, dtype=torch.float32)
+    message = str(raised.value)
+    assert message.startswith("no memory is left on cpu for 'blocks.1.mlp.gate_up.weight', with 0.00 GiB of 0.00 GiB ")
+    assert "quantization='int8'" in message
+    assert "\n" not in message
+
+
+def test_another_error_of_torchs_is_not_called_one_of_memory(llama_checkpoint, config):
+    class Broken(type(llama_checkpoint())):  # type: ignore[misc]
+        def read(self, name):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        load_decoder(Broken(llama_checkpoint().tensors), config, dtype=torch.float32)

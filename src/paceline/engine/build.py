@@ -29,9 +29,10 @@ from paceline.engine.graphs import captured_decode, graph_refusal
 from paceline.engine.memory import CPU_CACHE_SHARE, CUDA_MEMORY_SHARE, Room, divide
 from paceline.engine.model_runner import ModelRunner
 from paceline.engine.offload import PLACES, offloaded_weights, open_stream, tell_speed
-from paceline.errors import OutOfMemoryError, UsageError
+from paceline.errors import OutOfMemoryError, UsageError, is_out_of_memory
 from paceline.formats import FORMATS, keeps_memory, resident_bytes, stored_bytes, unpack_bytes
 from paceline.formats.streamed import STREAMED, WeightStream
+from paceline.kernels.choices import fallbacks
 from paceline.loading.checkpoint import Checkpoint, open_checkpoint
 from paceline.loading.description import describe
 from paceline.loading.progress import Progress
@@ -177,8 +178,9 @@ def load_model(options: LoadOptions, progress: Progress | None = None) -> Loaded
     if options.mode == "compile":
         with phases.time("compile"):
             _compile(weights.model)
+    _tell_fallbacks(weights, options)
     with phases.time("cache"):
-        engine = _build_engine(weights, options)
+        engine = _engine_in_memory(weights, options)
     if weights.stream is not None:
         tell_speed(weights.stream, weights.step_bytes)
     return LoadedModel(
@@ -434,6 +436,29 @@ def _compile(model: Model) -> None:
             return
         refusal = f"torch.compile does not work here: {failure}"
     log.warning("mode='compile': %s; the model runs uncompiled", refusal)
+
+
+def _tell_fallbacks(weights: _Weights, options: LoadOptions) -> None:
+    """On a GPU, what our kernels do not run. On a CPU there is nothing better."""
+    model = weights.model
+    if model.device.type == "cuda":
+        asked_for = options.offload is not None or model.dtype == torch.float32
+        for line in fallbacks(model.choices(1)):
+            log.log(INFO if asked_for else WARNING, "%s", line)
+
+
+def _engine_in_memory(weights: _Weights, options: LoadOptions) -> Engine:
+    try:
+        return _build_engine(weights, options)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        model = weights.model
+        nbytes = sizing.cache_bytes(model.kv_groups, weights.num_blocks, options.cache.block_size, model.dtype.itemsize)
+        raise OutOfMemoryError(
+            f"no memory is left on {model.device} for a cache of {sizing.gib(nbytes)} beside the weights: another "
+            "process may have taken what was free; set kv_cache_gib, or a smaller max_model_len or max_num_seqs"
+        ) from error
 
 
 def _build_engine(weights: _Weights, options: LoadOptions) -> Engine:

@@ -70,7 +70,7 @@ class Int4Weight:
         return linear_unpacked(x_TK, self.shape, self._values, bias_N)
 
     def route(self, rows: int) -> tuple[str, str]:
-        reason = int4_refusal(self.shape[0], self.scale_GN.device) if self.scale_GN.is_cpu else None
+        reason = int4_refusal(self.shape[0], self.words_NW.device) if self.words_NW.is_cpu else None
         return UNPACKED, reason or ""
 
     def unpack(self) -> torch.Tensor:

@@ -46,6 +46,15 @@ def explain(llm_or_model: Explains, rows: int = 1) -> Explanation:
     return Explanation(_merged(llm_or_model.choices(rows)))
 
 
+def fallbacks(choices: Iterable[Choice]) -> list[str]:
+    """A line a reason: what runs otherwise than it could, and by what."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for choice in _merged(choices):
+        if choice.reason:
+            found.setdefault((choice.reason, choice.kernel), []).append(choice.operation)
+    return [f"{', '.join(names)}: {kernel}, since {reason}" for (reason, kernel), names in found.items()]
+
+
 def _merged(choices: Iterable[Choice]) -> Iterator[Choice]:
     """Equal ones once, counted; in the order in which each first comes."""
     counts: dict[Choice, int] = {}

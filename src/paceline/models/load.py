@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from logging import INFO, WARNING
 from typing import Protocol
@@ -17,7 +17,7 @@ from torch import nn
 
 from paceline import formats
 from paceline.config import DecoderConfig
-from paceline.errors import CheckpointError
+from paceline.errors import CheckpointError, OutOfMemoryError, is_out_of_memory
 from paceline.formats.streamed import PIECE_ROWS, StreamedTable, WeightStream, stream_matrix, stream_table
 from paceline.kernels.linear import TOO_SMALL, onednn_refusal
 from paceline.kernels.linear_int4 import int4_refusal
@@ -29,6 +29,7 @@ from paceline.log import get_logger
 from paceline.models.decoder import Decoder, Parts
 from paceline.models.multimodal import OTHER_PARTS
 from paceline.models.registry import family_of
+from paceline.sizing import gib
 
 log = get_logger(__name__)
 
@@ -78,6 +79,7 @@ class CheckpointParts:
         self.upload: Upload | None = None  # while the decoder is built
         self.progress = progress
         self.used: set[str] = set()
+        self.current = ""  # the parameter being read or packed
         self.plain: Counter[str] = Counter()  # why matrices on the CPU do not run in its packed ops
         self.finer: dict[str, list[str]] = {}  # why matrices are not in the format asked for, and which
 
@@ -104,7 +106,7 @@ class CheckpointParts:
 
     def tied(self, table_VD: torch.Tensor | StreamedTable) -> Linear:
         """The output head over the embedding's values; shares their memory where the format keeps them as they are."""
-        format = formats.head_format(self.format)
+        format, self.current = formats.head_format(self.format), "head.weight"
         if isinstance(table_VD, torch.Tensor):
             return Linear(self._pack(table_VD, format))
         assert self.stream is not None
@@ -112,8 +114,16 @@ class CheckpointParts:
 
     def num_bytes(self) -> int:
         """Bytes of all the tensors that the names lead to, as read."""
-        wanted = (self.files[name] for stored in self.names.values() for name in stored.names if name in self.files)
-        return sum(math.prod(self.checkpoint.shape(name)) * self.checkpoint.dtype(name).itemsize for name in wanted)
+        return self._bytes(
+            self.files[name] for stored in self.names.values() for name in stored.names if name in self.files
+        )
+
+    def bytes_read(self) -> int:
+        """Of those that were asked for so far."""
+        return self._bytes(self.used)
+
+    def _bytes(self, files: Iterable[str]) -> int:
+        return sum(math.prod(self.checkpoint.shape(name)) * self.checkpoint.dtype(name).itemsize for name in files)
 
     def _matrix_format(self, name: str, rows: int, columns: int) -> str:
         reason = formats.refusal(self.format, rows, columns)
@@ -138,6 +148,7 @@ class CheckpointParts:
         self, name: str, rows: tuple[int, ...], rest: tuple[int, ...], upload: Upload | None = None
     ) -> torch.Tensor:
         """The parameter; with `upload` its values may still be on their way (`upload.wait`)."""
+        self.current = name
         fused, start = torch.empty((sum(rows), *rest), dtype=self.dtype, device=self.device), 0
         for file, layout, count in self._stored(name, rows, rest):
             part, start = fused[start : start + count], start + count
@@ -159,6 +170,7 @@ class CheckpointParts:
 
     def _pieces(self, name: str, rows: tuple[int, ...], rest: tuple[int, ...]) -> Iterator[torch.Tensor]:
         """The same a few rows at a time, for what shall never be whole in memory."""
+        self.current = name
         for file, layout, _ in self._stored(name, rows, rest):
             yield from torch.split(self._values(file, layout), PIECE_ROWS)
 
@@ -263,7 +275,8 @@ def load_decoder(
     to the cast to `dtype`). int4's head is int8, and so are matrices that int4 would not make smaller. With `stream`
     matrices go into its store, and only the small tensors stay on the device. `progress` counts the bytes read.
 
-    Raises CheckpointError for a tensor that is missing or of the wrong shape, UsageError for an unknown format.
+    Raises CheckpointError for a tensor that is missing or of the wrong shape, UsageError for an unknown format,
+    OutOfMemoryError where no memory is left on the way.
     """
     family = family_of(config)
     names = stored_names(
@@ -307,6 +320,14 @@ def _build(
             return Decoder(config, parts, block)
         with Upload(parts.device, parts.progress) as parts.upload:
             return Decoder(config, parts, block)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(
+            f"no memory is left on {parts.device} for '{parts.current}', with {gib(parts.bytes_read())} of "
+            f"{gib(parts.num_bytes())} read: another process may have taken what was free; use quantization='int8' or "
+            "'int4', offload='auto' or a smaller model"
+        ) from error
     finally:
         parts.progress.done()
 
