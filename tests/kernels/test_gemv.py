@@ -16,16 +16,16 @@ from torch.nn import functional as F
 from paceline.kernels.gemv import (
     PLAIN,
     Epilogue,
-    Launch,
     Norm,
     Planes,
-    choose_launch,
     gemv,
     gemv_ref,
     gemv_refusal,
     shape_refusal,
 )
+from paceline.kernels.gemv_launch import Launch, Product, candidates, launch_by_rule, launch_rows
 
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []  # so that `make test-gpu` has them
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter takes the place of the compiler when triton is first imported.
 if DEVICE == "cpu":
@@ -205,7 +205,7 @@ def test_refusals(x: torch.Tensor, kind: str, columns: int, reason: str | None) 
 
 
 def test_a_norm_of_float16_and_a_cpu_are_refused() -> None:
-    x, planes = torch.zeros(1, 64).half(), Planes("dense", (8, 64), torch.zeros(8, 64).half())
+    x, planes = torch.zeros(2, 64).half(), Planes("dense", (8, 64), torch.zeros(8, 64).half())
     assert "float16's largest" in (shape_refusal(x, planes, Norm(torch.ones(64), 1e-5)) or "")
     assert gemv_refusal(x, planes) == "device is cpu"
 
@@ -216,22 +216,32 @@ def test_the_launch_chosen_for_an_unknown_device_is_right(kind: str, rows: int, 
     planes, weight = random_planes(kind, rows, columns, torch.float16)
     x = torch.randn(tokens, columns, device=DEVICE).half()
     epilogue = Epilogue(activation="silu", gated=True)
-    launch = choose_launch(planes, tokens, "an unknown device", 8)
+    launch = launch_by_rule(Product(kind, planes.shape, launch_rows(tokens), planes.group), 8)
     assert_as_exact(run(x, on_device(planes), launch, None, epilogue), x, weight, None, epilogue)
 
 
-def test_tall_matrices_are_not_split_and_flat_ones_are() -> None:
-    def split(rows: int, columns: int) -> int:
-        planes = Planes("dense", (rows, columns), torch.empty(0))
-        return choose_launch(planes, 8, "an unknown device", 132).split
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("kind", ["dense", "int8", "fp8"])
+def test_every_launch_worth_timing_is_right(kind: str, tokens: int) -> None:
+    planes, weight = random_planes(kind, 18, 600, torch.float16)
+    x = torch.randn(tokens, 600, device=DEVICE).half()
+    for launch in candidates(Product(kind, planes.shape, launch_rows(tokens), planes.group), 8)[
+        : 3 if DEVICE == "cpu" else None
+    ]:
+        assert_as_exact(run(x, on_device(planes), launch), x, weight, None, PLAIN)
 
-    assert split(4096, 14336) == 4
-    assert split(128256, 4096) == 1
 
-
-def test_a_known_device_takes_its_table() -> None:
-    planes = Planes("int4", (28672, 4096), torch.empty(0), group=128)
-    assert choose_launch(planes, 1, "NVIDIA H100 80GB HBM3", 132) != choose_launch(planes, 1, "another", 132)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "gated"), [("dense", False), ("int8", True), ("fp8", False)])
+def test_one_row_with_all_that_goes_before_and_after(kind: str, gated: bool, dtype: torch.dtype) -> None:
+    """Three steps of K, the last one odd."""
+    planes, weight = random_planes(kind, 44, 168, dtype)
+    x = torch.randn(1, 168, device=DEVICE).to(dtype)
+    norm = Norm(torch.rand(168, device=DEVICE).to(dtype) + 0.5, 1e-5)
+    outputs = 22 if gated else 44
+    residual = torch.randn(1, outputs, device=DEVICE).to(dtype)
+    epilogue = Epilogue(torch.randn(44, device=DEVICE).to(dtype), "silu", gated, residual)
+    assert_as_exact(run(x, on_device(planes), LAUNCH, norm, epilogue), x, weight, norm, epilogue)
 
 
 def test_importing_paceline_kernels_needs_no_triton() -> None:

@@ -1,28 +1,29 @@
 """y = norm(x) w^T for a few rows, with what follows it, reading the weight once in the form it is stored in.
 
-`gemv_ref` composes plain torch ops and takes anything; `gemv` is the Triton kernel (kernels/gemv_triton.py), for up to
-16 rows on CUDA where `gemv_refusal` finds nothing against it.
+`gemv_ref` composes plain torch ops and takes anything; `gemv` runs Triton's kernels, for up to 16 rows on CUDA where
+`gemv_refusal` finds nothing against it: kernels/gemv_row_triton.py for one row, kernels/gemv_triton.py for several,
+kernels/gemv_int4_triton.py for int4. kernels/gemv_launch.py says how they are launched.
 
 Shapes: T rows of x, N rows of the weight, K columns; outputs are N, or N / 2 where gate and up make one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from types import MappingProxyType
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from paceline.kernels.activation import activate, gated
-from paceline.kernels.gpu import gpu, triton_refusal
+from paceline.kernels.gemv_launch import Launch, Product, choose_launch, launch_rows
+from paceline.kernels.gpu import GPU, gpu, triton_refusal
 from paceline.kernels.linear import linear_ref
 from paceline.kernels.norm import rms_norm
 
 MAX_ROWS = 16
 FORMATS = ("dense", "int8", "fp8", "int4")
 GROUPS = (32, 64, 128)
+BYTES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
@@ -67,20 +68,6 @@ class Epilogue:
     residual_TN: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Launch:
-    """block_n: rows of the weight a program (even where gate and up make one, 16 and up on the matrix unit); block_k:
-    columns a step (int4: four groups a warp, whatever it says); split: programs that share a row's columns (int4: 1);
-    prefetch: steps of the weight that a dependent launch asks for before x is awaited."""
-
-    block_n: int
-    block_k: int
-    warps: int
-    stages: int
-    split: int = 1
-    prefetch: int = 1
-
-
 PLAIN = Epilogue()
 
 
@@ -117,7 +104,8 @@ def shape_refusal(x_TK: torch.Tensor, planes: Planes, norm: Norm | None = None) 
         return f"{planes.shape[1]} columns are no whole words"
     if planes.format == "int4" and planes.group not in GROUPS:
         return f"groups of {planes.group}, and the kernel takes {GROUPS}"
-    if norm is not None and x_TK.dtype != torch.bfloat16:
+    one_row = x_TK.shape[0] == 1 and planes.format != "int4"
+    if norm is not None and x_TK.dtype != torch.bfloat16 and not one_row:
         return "x times the norm's weight, before it is divided, may pass float16's largest number"
     return None
 
@@ -135,164 +123,147 @@ def gemv(
     On compute capability 9.0 and up it starts while the kernel before it on the stream still runs (programmatic
     dependent launch): weights are fetched at once, x and everything else only when that kernel is done.
     """
-    # Triton is optional, and its interpreter is chosen by the environment when this is first imported.
-    import triton
-
-    from paceline.kernels.gemv_int4_triton import gemv_int4_kernel
-    from paceline.kernels.gemv_triton import add_parts_kernel, gemv_kernel
-
-    T, K = x_TK.shape
-    N = planes.shape[0]
+    T, N = x_TK.shape[0], planes.shape[0]
     y_TN = x_TK.new_empty((T, N // 2 if epilogue.gated else N))
     if y_TN.numel() == 0:
         return y_TN
     device = gpu(x_TK.device)
     # Without Triton's loads of fp8 its bytes are taken apart, which is done for the matrix unit alone: as for two rows.
-    rows = max(T, 2) if planes.format == "fp8" and not device.fp8 else T
-    launch = launch or choose_launch(planes, rows, device.name, device.processors)
-    columns = _columns(rows, planes.format)
-    values, scale = _as_read(planes, columns)
-    after = _after(scale, epilogue, y_TN) | {
-        "eps": 0.0 if norm is None else norm.eps,
-        "K": K,
-        "N": N,
-        "M": columns,
-        "PDL": device.dependent,
-        **({"launch_pdl": True} if device.dependent else {}),
-    }
-    product: dict[str, Any] = {
-        "x_ptr": x_TK,
-        "w_ptr": values,
-        "norm_ptr": None if norm is None else norm.weight_K,
-        "x_stride": x_TK.stride(0),
-        "w_stride": values.stride(0),
-        "ROWS": 1 if T == 1 else columns,
-        "BLOCK_N": launch.block_n,
-        "STAGES": launch.stages,
-        "PREFETCH": launch.prefetch,
-        "ASM": device.ptx and (x_TK.dtype == torch.bfloat16 or planes.format == "int4"),
-        "num_warps": launch.warps,
-    }
-    programs = triton.cdiv(N, launch.block_n)
+    rows = launch_rows(max(T, 2) if planes.format == "fp8" and not device.fp8 else T)
+    if launch is None:
+        product = Product(planes.format, planes.shape, rows, planes.group)
+        launch = choose_launch(product, device.name, device.processors)
     if planes.format == "int4":
-        gemv_int4_kernel[(programs,)](GROUP=planes.group, WARPS=launch.warps, **product, **after)
-        return y_TN
-    # Allocated here: in a captured graph all layers then share one piece of the graph's pool.
-    parts = None if launch.split == 1 else x_TK.new_empty((launch.split, N + 1, columns), dtype=torch.float32)
-    after |= {"FORMAT": planes.format, "SPLIT": launch.split}
-    gemv_kernel[(programs, launch.split)](parts_ptr=parts, BLOCK_K=launch.block_k, **product, **after)
-    if parts is not None:
-        block = 128 // columns
-        add_parts_kernel[(triton.cdiv(N, block),)](
-            parts_ptr=parts, NORM=norm is not None, BLOCK_N=block, num_warps=1, **after
-        )
+        _int4(x_TK, planes, norm, epilogue, launch, device, y_TN)
+    elif rows == 1:
+        _one_row(x_TK, planes, norm, epilogue, launch, device, y_TN)
+    else:
+        _several_rows(x_TK, planes, norm, epilogue, launch, device, y_TN)
     return y_TN
 
 
-def _as_read(planes: Planes, columns: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Values and scale in the types that the kernel loads for so many columns of the product."""
-    if planes.format == "int4":
-        assert planes.scale is not None
-        return planes.values.view(torch.int16), planes.scale.view(torch.int32)
-    if columns == 1 and planes.format in ("int8", "fp8"):
-        return planes.values.view(torch.int8 if planes.format == "int8" else torch.float8_e4m3fn), planes.scale
-    return planes.values, planes.scale
+def _one_row(
+    x_TK: torch.Tensor,
+    planes: Planes,
+    norm: Norm | None,
+    epilogue: Epilogue,
+    launch: Launch,
+    device: GPU,
+    y_TN: torch.Tensor,
+) -> None:
+    from paceline.kernels.gemv_row_triton import gemv_row_kernel
+
+    gemv_row_kernel[(-(-planes.shape[0] // launch.block_n),)](
+        x_ptr=x_TK,
+        w_ptr=planes.values if planes.format == "dense" else planes.values.view(BYTES[planes.format]),
+        scale_ptr=planes.scale,
+        FORMAT=planes.format,
+        BLOCK_N=launch.block_n,
+        BLOCK_K=launch.block_k,
+        ASM=device.ptx,
+        num_warps=launch.warps,
+        **_around(planes, norm, epilogue, device, y_TN),
+    )
 
 
-def _after(scale: torch.Tensor | None, epilogue: Epilogue, y_TN: torch.Tensor) -> dict[str, Any]:
-    """The kernels' arguments for what follows the product."""
+def _several_rows(
+    x_TK: torch.Tensor,
+    planes: Planes,
+    norm: Norm | None,
+    epilogue: Epilogue,
+    launch: Launch,
+    device: GPU,
+    y_TN: torch.Tensor,
+) -> None:
+    from paceline.kernels.gemv_triton import add_parts_kernel, gemv_kernel
+
+    N = planes.shape[0]
+    columns = max(8, launch_rows(x_TK.shape[0]))
+    # Allocated here: in a captured graph all layers then share one piece of the graph's pool.
+    parts = None if launch.split == 1 else x_TK.new_empty((launch.split, N + 1, columns), dtype=torch.float32)
+    around = _around(planes, norm, epilogue, device, y_TN) | {
+        "parts_ptr": parts,
+        "scale_ptr": planes.scale,
+        "FORMAT": planes.format,
+        "SPLIT": launch.split,
+        **_strides(epilogue, y_TN),
+    }
+    gemv_kernel[(-(-N // launch.block_n), launch.split)](
+        w_ptr=planes.values,
+        w_stride=planes.values.stride(0),
+        BLOCK_K=launch.block_k,
+        ASM=device.ptx and x_TK.dtype == torch.bfloat16,
+        **_matrix(x_TK, launch),
+        **around,
+    )
+    if parts is not None:
+        block = 128 // columns
+        del around["norm_ptr"]
+        add_parts_kernel[(-(-N // block),)](NORM=norm is not None, M=columns, BLOCK_N=block, num_warps=1, **around)
+
+
+def _int4(
+    x_TK: torch.Tensor,
+    planes: Planes,
+    norm: Norm | None,
+    epilogue: Epilogue,
+    launch: Launch,
+    device: GPU,
+    y_TN: torch.Tensor,
+) -> None:
+    from paceline.kernels.gemv_int4_triton import gemv_int4_kernel
+
+    assert planes.scale is not None
+    halves = planes.values.view(torch.int16)
+    gemv_int4_kernel[(-(-planes.shape[0] // launch.block_n),)](
+        w_ptr=halves,
+        w_stride=halves.stride(0),
+        scale_ptr=planes.scale.view(torch.int32),
+        GROUP=planes.group,
+        WARPS=launch.warps,
+        ASM=device.ptx,
+        **_matrix(x_TK, launch),
+        **_around(planes, norm, epilogue, device, y_TN),
+        **_strides(epilogue, y_TN),
+    )
+
+
+def _around(planes: Planes, norm: Norm | None, epilogue: Epilogue, device: GPU, y_TN: torch.Tensor) -> dict[str, Any]:
+    """Every kernel's arguments for what goes before the product and after it."""
+    return {
+        "norm_ptr": None if norm is None else norm.weight_K,
+        "eps": 0.0 if norm is None else norm.eps,
+        "bias_ptr": epilogue.bias_N,
+        "ACTIVATION": epilogue.activation or "none",
+        "GATED": epilogue.gated,
+        "residual_ptr": epilogue.residual_TN,
+        "y_ptr": y_TN,
+        "N": planes.shape[0],
+        "K": planes.shape[1],
+        "PDL": device.dependent,
+        **({"launch_pdl": True} if device.dependent else {}),
+    }
+
+
+def _strides(epilogue: Epilogue, y_TN: torch.Tensor) -> dict[str, Any]:
     residual = epilogue.residual_TN
     return {
-        "scale_ptr": scale,
-        "bias_ptr": epilogue.bias_N,
-        "residual_ptr": residual,
-        "y_ptr": y_TN,
         "T": y_TN.shape[0],
         "y_stride": y_TN.stride(0),
         "residual_stride": 0 if residual is None else residual.stride(0),
-        "ACTIVATION": epilogue.activation or "none",
-        "GATED": epilogue.gated,
     }
 
 
-def _columns(rows: int, kind: str) -> int:
-    """Columns of the product: the rows of x as plain sums or the matrix unit take them."""
-    if rows == 1 and kind != "int4":
-        return 1
-    return 8 if rows <= 8 else 16
-
-
-# One row, by device name, then by format and the weight's shape: Llama-3.1-8B's four linears, each over 32 layers of
-# distinct weights in one graph, with dependent launch (docs/performance-log.md).
-TUNED: Mapping[str, Mapping[tuple[str, int, int], Launch]] = MappingProxyType(
-    {
-        "NVIDIA H100 80GB HBM3": MappingProxyType(
-            {
-                ("dense", 6144, 4096): Launch(2, 2048, warps=4, stages=4),
-                ("dense", 4096, 4096): Launch(2, 2048, warps=4, stages=4),
-                ("dense", 28672, 4096): Launch(2, 2048, warps=4, stages=4),
-                ("dense", 4096, 14336): Launch(2, 2048, warps=8, stages=4),
-                ("int8", 6144, 4096): Launch(2, 1024, warps=2, stages=4),
-                ("int8", 4096, 4096): Launch(8, 1024, warps=4, stages=4),
-                ("int8", 28672, 4096): Launch(4, 1024, warps=4, stages=4),
-                ("int8", 4096, 14336): Launch(2, 2048, warps=4, stages=4),
-                ("fp8", 6144, 4096): Launch(4, 1024, warps=2, stages=3),
-                ("fp8", 4096, 4096): Launch(4, 1024, warps=2, stages=3),
-                ("fp8", 28672, 4096): Launch(4, 1024, warps=2, stages=3),
-                ("fp8", 4096, 14336): Launch(4, 1024, warps=4, stages=3),
-                ("int4", 6144, 4096): Launch(16, 512, warps=4, stages=2, prefetch=2),
-                ("int4", 4096, 4096): Launch(16, 512, warps=8, stages=2),
-                ("int4", 28672, 4096): Launch(16, 512, warps=2, stages=4, prefetch=2),
-                ("int4", 4096, 14336): Launch(32, 512, warps=4, stages=4, prefetch=2),
-            }
-        )
+def _matrix(x_TK: torch.Tensor, launch: Launch) -> dict[str, Any]:
+    """The arguments of a product on the matrix unit."""
+    columns = max(8, launch_rows(x_TK.shape[0]))
+    return {
+        "x_ptr": x_TK,
+        "x_stride": x_TK.stride(0),
+        "ROWS": 1 if x_TK.shape[0] == 1 else columns,
+        "M": columns,
+        "BLOCK_N": launch.block_n,
+        "STAGES": launch.stages,
+        "PREFETCH": launch.prefetch,
+        "num_warps": launch.warps,
     }
-)
-# One row of anything else: what did well at every shape above.
-ONE_ROW: Mapping[str, Launch] = MappingProxyType(
-    {
-        "dense": Launch(2, 2048, warps=4, stages=4),
-        "int8": Launch(4, 1024, warps=4, stages=4),
-        "fp8": Launch(4, 1024, warps=2, stages=3),
-        "int4": Launch(16, 512, warps=4, stages=3, prefetch=2),
-    }
-)
-# Several rows: 16 rows of the weight a warp fill the matrix unit.
-FEW_ROWS: Mapping[str, Launch] = MappingProxyType(
-    {
-        "dense": Launch(32, 256, warps=4, stages=4),
-        "int8": Launch(64, 256, warps=4, stages=4),
-        "fp8": Launch(64, 256, warps=4, stages=4),
-        "int4": Launch(16, 512, warps=2, stages=2),
-    }
-)
-
-
-def choose_launch(planes: Planes, rows: int, device_name: str, processors: int) -> Launch:
-    """How to launch `rows` rows of x on a device of so many multiprocessors: tuned where we measured, else by rule.
-
-    On the matrix unit K is split until every multiprocessor has two programs, since one waits for x at every step: the
-    8B's down projection takes 62 us in 64 programs and 28 in 256.
-    """
-    columns = planes.shape[1]
-    if rows == 1:
-        tuned = TUNED.get(device_name, {}).get((planes.format, *planes.shape))
-        if tuned is not None:
-            return tuned
-        launch = ONE_ROW[planes.format]
-        if planes.format == "int4":
-            return _with_work(launch, planes)
-        return replace(launch, block_k=min(launch.block_k, 1 << max(columns - 1, 127).bit_length()))
-    launch = FEW_ROWS[planes.format]
-    if planes.format == "int4":
-        return _with_work(launch, planes)
-    programs, split = -(-planes.shape[0] // launch.block_n), 1
-    while programs * split < 2 * processors and columns >= 4 * split * launch.block_k:
-        split *= 2
-    return replace(launch, split=split)
-
-
-def _with_work(launch: Launch, planes: Planes) -> Launch:
-    """For int4: no more warps than a row has tiles."""
-    tiles = -(-planes.shape[1] // (4 * planes.group))
-    return replace(launch, warps=min(launch.warps, 1 << (tiles - 1).bit_length()))

@@ -1,11 +1,10 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment"
-"""The Triton side of kernels/gemv.py: one kernel that streams a weight once and multiplies it by a few rows of x. (int4
-has one of its own, kernels/gemv_int4_triton.py.)
+"""The Triton side of kernels/gemv.py for several rows of x over dense, int8 and fp8 weights: one kernel that streams a
+weight once, and what all of the kernels have in common. (One row and int4 have kernels of their own,
+kernels/gemv_row_triton.py and kernels/gemv_int4_triton.py.)
 
-Shapes: T rows of x (1 to 16), N outputs, K inputs; M columns of the product: 1, or the T rows padded to 8 or 16 as the
-matrix unit takes them. A program owns BLOCK_N rows of the weight and one of SPLIT parts of K; in it
-- plain_product: one row of x, by multiplying and adding. No exchange between threads, so nothing waits;
-- matrix_product, byte_product: several rows, on the matrix unit, the weight as the left operand.
+Shapes: T rows of x (1 to 16), N outputs, K inputs; M columns of the product: the T rows padded to 8 or 16 as the matrix
+unit takes them, the weight as its left operand. A program owns BLOCK_N rows of the weight and one of SPLIT parts of K.
 The RMS norm's factor is applied to the result: x * g goes in, and each program squares the x it loads anyway.
 """
 
@@ -137,23 +136,6 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def plain_product(
-    x_ptr, x_stride, norm_ptr, w_rows, part,
-    T, K: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """w x for one row of x, [rows, 1], and the squares of the x it read, [columns, 1]."""
-    parts = tl.zeros([w_rows.shape[0], BLOCK_K], tl.float32)
-    squares = tl.zeros([BLOCK_K, 1], tl.float32)
-    for step in tl.range(0, STEPS, num_stages=STAGES):
-        cols = (part * STEPS + step) * BLOCK_K + tl.arange(0, BLOCK_K)
-        w = load_w(w_rows + cols[None, :], cols[None, :], K, EVEN)
-        x, square = load_x(x_ptr, x_stride, norm_ptr, cols[:, None], tl.arange(0, 1)[None, :], T, K, EVEN, False)
-        squares += square
-        parts += w.to(tl.float32) * tl.reshape(x, [1, BLOCK_K]).to(tl.float32)
-    return tl.sum(parts, 1)[:, None], squares
-
-
-@triton.jit
 def matrix_product(
     x_ptr, x_stride, norm_ptr, w_rows, part,
     T, K: tl.constexpr, M: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -275,7 +257,7 @@ def add_parts_kernel(
 @triton.jit
 def gemv_kernel(
     x_ptr,  # [T, K], rows x_stride apart
-    w_ptr,  # [N, w_stride]: values, or in int8 and fp8 for more than one row int32 words of 4
+    w_ptr,  # [N, w_stride]: values, or in int8 and fp8 int32 words of 4
     scale_ptr,  # [N]; None for dense
     norm_ptr,  # [K]; None: no norm
     bias_ptr,  # [N]; None: no bias
@@ -310,7 +292,7 @@ def gemv_kernel(
     SPAN: tl.constexpr = BLOCK_K * SPLIT
     STEPS: tl.constexpr = (K + SPAN - 1) // SPAN
     EVEN: tl.constexpr = K % SPAN == 0
-    WORDS: tl.constexpr = BLOCK_K if FORMAT == "dense" or M == 1 else BLOCK_K // 4
+    WORDS: tl.constexpr = BLOCK_K if FORMAT == "dense" else BLOCK_K // 4
 
     if PDL:
         gdc_launch_dependents()
@@ -321,9 +303,7 @@ def gemv_kernel(
             prefetch_l2(w_rows + tl.minimum(ahead, w_stride - 1)[None, :])
         gdc_wait()
 
-    if M == 1:
-        acc, squares = plain_product(x_ptr, x_stride, norm_ptr, w_rows, part, T, K, BLOCK_K, STEPS, STAGES, EVEN)
-    elif FORMAT == "dense":
+    if FORMAT == "dense":
         acc, squares = matrix_product(
             x_ptr, x_stride, norm_ptr, w_rows, part, T, K, M, BLOCK_K, STEPS, STAGES, EVEN, ASM
         )

@@ -1,0 +1,100 @@
+"""How GEMV kernels are launched: the tables and the rule."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from paceline.errors import UsageError
+from paceline.kernels.gemv_launch import (
+    TUNED,
+    Launch,
+    Product,
+    candidates,
+    choose_launch,
+    launch_by_rule,
+    launch_rows,
+    load_table,
+    read_table,
+    write_table,
+)
+
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.mark.parametrize("path", sorted(TUNED.glob("*.json")), ids=lambda path: path.stem)
+def test_our_tables_are_found_by_their_devices_names(path):
+    device, table = read_table(path)
+    assert load_table(device) == table
+    for product, launch in table.items():
+        assert product.rows == launch_rows(product.rows)
+        assert launch.block_n % 2 == launch.block_k % 16 == 0
+
+
+def test_a_known_device_takes_its_table_and_another_the_rule():
+    product = Product("int8", (4096, 4096), 1)
+    assert choose_launch(product, H100, 132) == load_table(H100)[product]
+    assert choose_launch(product, "another", 132) == launch_by_rule(product, 132) != load_table(H100)[product]
+    assert not load_table("another")
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path):
+    table = {
+        Product("dense", (6144, 4096), 1): Launch(2, 2048, 8),
+        Product("int4", (96, 64), 16, 32): Launch(16, 512, 4, stages=3, split=2, prefetch=0),
+    }
+    write_table(tmp_path / "table.json", 'a "device"', table)
+    assert read_table(tmp_path / "table.json") == ('a "device"', table)
+
+
+UNKNOWN_FIELD = {"format": "int8", "shape": [8, 8], "rows": 1, "blocks": 1}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"device": "x"}',
+        '{"launches": []}',
+        '{"device": "x", "launches": [{"shape": [1]}]}',
+        json.dumps({"device": "x", "launches": [UNKNOWN_FIELD]}),
+    ],
+)
+def test_what_is_no_table_is_refused(tmp_path, text):
+    (tmp_path / "table.json").write_text(text)
+    with pytest.raises(UsageError, match=r"table\.json is no table of launches .*paceline tune"):
+        read_table(tmp_path / "table.json")
+
+
+@pytest.mark.parametrize(
+    ("shape", "format", "expected"),
+    [
+        ((6144, 4096), "int8", Launch(2, 1024, 4)),
+        ((6144, 4096), "dense", Launch(2, 2048, 8)),
+        ((4096, 14336), "dense", Launch(2, 2048, 8)),
+        ((3072, 576), "int8", Launch(4, 256, 1)),
+        ((8, 20), "dense", Launch(4, 32, 1)),
+    ],
+)
+def test_one_row_by_rule(shape, format, expected):
+    assert launch_by_rule(Product(format, shape, 1), 132) == expected
+
+
+def test_tall_matrices_are_not_split_and_flat_ones_are():
+    assert launch_by_rule(Product("dense", (4096, 14336), 8), 132).split == 4
+    assert launch_by_rule(Product("dense", (128256, 4096), 8), 132).split == 1
+
+
+@pytest.mark.parametrize("rows", [1, 8, 16])
+@pytest.mark.parametrize("format", ["dense", "int8", "fp8", "int4"])
+def test_candidates_start_with_the_rule_and_name_none_twice(format, rows):
+    product = Product(format, (4096, 14336), rows, 128 if format == "int4" else 0)
+    found = candidates(product, 132)
+    assert found[0] == launch_by_rule(product, 132)
+    assert len(set(found)) == len(found) > 1
+
+
+def test_rows_are_those_that_kernels_are_compiled_for():
+    assert [launch_rows(rows) for rows in (1, 2, 8, 9, 16)] == [1, 8, 8, 16, 16]
