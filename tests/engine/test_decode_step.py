@@ -265,6 +265,16 @@ class Altered:
         return hidden_TD
 
 
+def broken_from(token: int) -> Callable[[Any, torch.Tensor], None]:
+    """NaN where the token's row is computed, and where the first or the last token's is, which are what NaN chooses."""
+    broken = torch.tensor([token, 0, VOCAB - 1])
+
+    def break_it(inputs: Any, hidden_TD: torch.Tensor) -> None:
+        hidden_TD[torch.isin(inputs.token_ids_T, broken)] = torch.nan
+
+    return break_it
+
+
 @pytest.mark.parametrize("depth", [0, 1, 2])
 @pytest.mark.parametrize("kind", [0, 1, 2])
 def test_a_request_that_is_not_finite_fails_alone(depth: int, kind: int, caplog: pytest.LogCaptureFixture) -> None:
@@ -272,11 +282,7 @@ def test_a_request_that_is_not_finite_fails_alone(depth: int, kind: int, caplog:
     expected = {str(p): alone(kind, p, 12)[""][0] for p in (2, 3, 5)}
     tokens, others = expected["3"], {*expected["2"], *expected["5"]}
     poison = next(i for i in range(2, 10) if tokens[i] not in {*others, *tokens[:i]})
-
-    def break_it(inputs: Any, hidden_TD: torch.Tensor) -> None:
-        hidden_TD[inputs.token_ids_T == tokens[poison]] = torch.nan
-
-    engine = make_engine(Altered(break_it), static=True, depth=depth)
+    engine = make_engine(Altered(broken_from(tokens[poison])), static=True, depth=depth)
     for p in (2, 3, 5):
         ask(engine, str(p), PROMPTS[p], **asked_of(kind, p, 12))
     answers = Answers(engine).finish()
@@ -286,14 +292,24 @@ def test_a_request_that_is_not_finite_fails_alone(depth: int, kind: int, caplog:
     assert caplog.text.count("request 3 failed") == 1
 
 
+@pytest.mark.parametrize("steps", range(1, 6))
+def test_a_failure_is_told_once_whatever_was_in_flight(steps: int, caplog: pytest.LogCaptureFixture) -> None:
+    """The second request's prompt makes the runner look at all that is in flight at once, in some of these."""
+    engine = make_engine(Altered(broken_from(alone(0, 3, 12)[""][0][2])), static=True, depth=2)
+    answers = Answers(engine)
+    ask(engine, "x", PROMPTS[3], temperature=0, max_tokens=12)
+    for _ in range(steps):
+        answers.step()
+    ask(engine, "y", PROMPTS[5], temperature=1.0, seed=5, max_tokens=12)
+    answers.finish()
+    assert answers.errors == {"x": NOT_FINITE, "y": None}
+    assert caplog.text.count("request x failed") == 1
+    assert tuple(answers.tokens["y"]) == alone(1, 5, 12)[""][0]
+
+
 def test_an_id_may_be_used_again_at_once() -> None:
     """The step in flight of the request that failed says nothing of the one that has its name now."""
-    broken = alone(0, 3, 12)[""][0][3]
-
-    def break_it(inputs: Any, hidden_TD: torch.Tensor) -> None:
-        hidden_TD[inputs.token_ids_T == broken] = torch.nan
-
-    engine = make_engine(Altered(break_it), static=True, depth=2)
+    engine = make_engine(Altered(broken_from(alone(0, 3, 12)[""][0][3])), static=True, depth=2)
     answers = Answers(engine)
     ask(engine, "x", PROMPTS[3], temperature=0, max_tokens=12)
     ask(engine, "y", PROMPTS[5], temperature=1.0, seed=5, max_tokens=12)
@@ -303,6 +319,23 @@ def test_an_id_may_be_used_again_at_once() -> None:
     ask(engine, "x", PROMPTS[5], temperature=1.0, seed=5, max_tokens=12)
     answers.finish()
     assert tuple(answers.tokens["x"]) == tuple(answers.tokens["y"]) == alone(1, 5, 12)[""][0]
+
+
+@pytest.mark.parametrize("name", ["same", "other"])
+def test_a_row_taken_over_at_its_very_position(name: str) -> None:
+    """The second request's first decode is at the position after the first one's last, in the same row."""
+    engine = make_engine(decoder(), static=True, depth=1)
+    answers = Answers(engine)
+    ask(engine, "same", PROMPTS[3], temperature=1.0, seed=3, max_tokens=8)  # computes positions 8 to 14
+    answers.finish()
+    answers.tokens.clear()
+    ask(engine, name, PROMPTS[5], temperature=1.0, seed=5, max_tokens=12)  # decodes from 15 on
+    assert tuple(answers.finish().tokens[name]) == alone(1, 5, 12)[""][0]
+    answers.tokens.clear()
+    ask(engine, name, (*PROMPTS[5], 1, 2, 3, 4), temperature=1.0, seed=5, max_tokens=8)  # cached but for a block
+    again = Answers(make_engine(decoder(), static=False))
+    ask(again.engine, name, (*PROMPTS[5], 1, 2, 3, 4), temperature=1.0, seed=5, max_tokens=8)
+    assert answers.finish().tokens == again.finish().tokens
 
 
 @pytest.mark.parametrize("static", [False, True])

@@ -93,6 +93,18 @@ def test_launches_wait_for_nothing(tiny_model: Callable[[str], Any], monkeypatch
         assert {1, 2, 5, 11} <= set(seen)
 
 
+def test_one_greedy_stream_finds_its_graph_captured(tiny_model: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch):
+    directory = str(tiny_model("gemma3").directory)
+    options = {**OPTIONS, "device": "cuda", "dtype": "float32", "num_blocks": 64}
+    params = [SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)]
+    expected = generate(directory, params, **{**options, "mode": "eager"})
+    with LLM(directory, **{**options, "mode": "graph"}) as llm:
+        assert llm.model.phases["graphs"] > 0
+        monkeypatch.setattr("paceline.engine.graphs.Graphs._capture", None)
+        for _ in range(2):
+            assert [output.outputs[0].token_ids for output in llm.generate(prompts(1), params)] == expected
+
+
 def test_a_request_that_is_not_finite_fails_alone(tiny_model: Callable[[str], Any]):
     """Its embedding is NaN at a token that it alone meets; afterwards its blocks serve others."""
     model = tiny_model("llama")

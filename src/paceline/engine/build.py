@@ -181,6 +181,9 @@ def load_model(options: LoadOptions, progress: Progress | None = None) -> Loaded
     _tell_fallbacks(weights, options)
     with phases.time("cache"):
         engine = _engine_in_memory(weights, options)
+    if engine.runner.decode is not None:
+        with phases.time("graphs"):
+            engine.runner.decode.prepare()
     if weights.stream is not None:
         tell_speed(weights.stream, weights.step_bytes)
     return LoadedModel(

@@ -138,13 +138,12 @@ class DecodeStep:
         self._result = torch.zeros((2, max_rows), dtype=torch.int64, device=device)
         self._token_ids, self._values = self._result[0], self._result[1].view(torch.float32)[:max_rows]
         self._ring = cycle([_Staging(groups, max_rows, blocks, device) for _ in range(RING)])
-        self._row_of: dict[str, int] = {}  # of the requests in the last step
-        self._ids: list[str] = []
-        self._positions: list[int] = []
+        self._row_of: dict[RequestTokens, int] = {}  # of the requests in the last step
+        self._states: list[RequestTokens] | None = None  # whose next tokens the device has, row by row
         self._row_tables: list[tuple[tuple[int, ...], ...] | None] = [None] * max_rows  # what the device has
         self._steps: dict[tuple[int, Kind], Callable[[], None]] = {}
 
-    def launch(self, scheduled: Sequence[ScheduledRequest], states: Sequence[RequestTokens]) -> PendingDecode:
+    def launch(self, scheduled: Sequence[ScheduledRequest], states: list[RequestTokens]) -> PendingDecode:
         """Start a step of requests that `fits`; nothing is waited for. A token that the host does not know must have
         been chosen by the launch before this one."""
         staging = next(self._ring)
@@ -165,13 +164,23 @@ class DecodeStep:
             staging.event.record()
         return PendingDecode(staging, len(scheduled))
 
+    @torch.inference_mode()
+    def prepare(self, num_requests: int = 1, kind: Kind = "greedy") -> None:
+        """Run a step of so many unused rows, so that its kernels are loaded, and its graph captured, before a request
+        waits for them. For a runner without requests: what the device holds of their tokens is lost."""
+        rows = self._round_up(num_requests)
+        fields = next(self._ring).fields
+        self._write(fields, [], [], rows)
+        self._write_params(fields.params, [], [], rows)
+        self._fields.all.copy_(fields.all)
+        self._run((rows, kind), self._step_of(rows, kind))
+
     def forget_rows(self) -> None:
-        """What the device holds of the last step is not to be trusted: the next launch sends everything."""
-        self._ids = []
-        self._row_tables = [None] * self.max_rows
+        """Tokens were chosen elsewhere since the last launch: the next one sends what it needs."""
+        self._states = None
 
     def _write(
-        self, fields: _Fields, scheduled: Sequence[ScheduledRequest], states: Sequence[RequestTokens], rows: int
+        self, fields: _Fields, scheduled: Sequence[ScheduledRequest], states: list[RequestTokens], rows: int
     ) -> bool:
         """Fill the staging buffer; whether the tokens on the device are not those of these rows."""
         count, size = len(scheduled), self.block_size
@@ -181,17 +190,14 @@ class DecodeStep:
         for group, slots in enumerate(fields.slots):
             found = [r.block_tables[group][r.start // size] * size + r.start % size for r in scheduled]
             _put(slots, found, rows, -1)
-        ids = [request.request_id for request in scheduled]
-        continues = ids == self._ids and all(p == q + 1 for p, q in zip(positions, self._positions, strict=True))
-        if not continues:
-            known = [position < state.num_known for position, state in zip(positions, states, strict=True)]
-            pairs = list(zip(positions, states, known, strict=True))
-            _put(fields.token, [s.known(p) if is_known else PLACEHOLDER for p, s, is_known in pairs], rows, 0)
-            rows_before = [0 if is_known else self._row_of[i] for i, is_known in zip(ids, known, strict=True)]
-            _put(fields.previous, rows_before, rows, 0)
-            self._row_of = dict(zip(ids, range(count), strict=True))
-        self._ids, self._positions = ids, positions
-        return not continues
+        if states == self._states:
+            return False
+        pairs = [(state, p, p < state.num_known) for state, p in zip(states, positions, strict=True)]
+        _put(fields.token, [state.known(p) if known else PLACEHOLDER for state, p, known in pairs], rows, 0)
+        _put(fields.previous, [0 if known else self._row_of[state] for state, _, known in pairs], rows, 0)
+        self._row_of = dict(zip(states, range(count), strict=True))
+        self._states = states
+        return True
 
     def _write_params(
         self, params: RowParams, scheduled: Sequence[ScheduledRequest], states: Sequence[RequestTokens], rows: int

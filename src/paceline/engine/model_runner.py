@@ -68,7 +68,7 @@ class ModelRunner:
         self.decode = None if decode is None else decode(self.kv)
         self._requests: dict[str, RequestTokens] = {}
         self._in_flight: deque[Launched] = deque()
-        self._failed: set[str] = set()  # requests that the scheduler may not have taken out of its steps yet
+        self._failed: set[str] = set()  # requests of which it was said; steps in flight may hold them still
         # Why a decode's attention needs a plan made on the host; None where a kernel finds its keys on the device.
         self.decode_refusal = next(
             filter(None, (decode_refusal(group.head_dim, model.dtype, model.device) for group in model.kv_groups)), None
@@ -115,16 +115,17 @@ class ModelRunner:
         try:
             pending = self.decode.launch(scheduled, states)
         except torch.OutOfMemoryError:
-            self.decode.forget_rows()
             return None
         launched = Launched(None, pending, [request.request_id for request in scheduled], states)
         self._in_flight.append(launched)
         return launched
 
     def _settle(self) -> None:
-        """Wait for all that is in flight, so that the host knows every token."""
+        """Wait for all that is in flight, so that the host knows every token, and chooses the next."""
         while self._in_flight:
             self._take_in(self._in_flight.popleft())
+        if self.decode is not None:
+            self.decode.forget_rows()
 
     def _take_in(self, launched: Launched) -> None:
         assert launched.pending is not None, "a step without results is on its way"
@@ -132,14 +133,13 @@ class ModelRunner:
         errors: dict[str, str] = {}
         ids, fine = launched.pending.result()
         for request_id, state, token, is_fine in zip(launched.request_ids, launched.states, ids, fine, strict=True):
-            if self._requests.get(request_id) is not state or request_id in self._failed:
-                continue  # it ended after this step was launched
+            if self._requests.get(request_id) is not state:
+                continue  # it ended after this step was launched, and its id may be another's now
             if is_fine:
                 state.output.append(token)
                 token_ids[request_id] = (token,)
             else:
                 errors[request_id] = NOT_FINITE
-                self._failed.add(request_id)
                 self._isolate(request_id, NOT_FINITE)
         launched.step, launched.pending, launched.states = StepOutput(token_ids, errors=errors), None, ()
 
@@ -309,7 +309,9 @@ class ModelRunner:
     def _isolate(self, request_id: str, message: str) -> None:
         """A failed request may leave NaN in the blocks it gives back. A masked read multiplies by zero, and zero
         times NaN is NaN, so from here on no request reads a slot that is not its own."""
-        log.error("request %s failed: %s", request_id, message)
+        if request_id not in self._failed:
+            self._failed.add(request_id)
+            log.error("request %s failed: %s", request_id, message)
         if self._padded:
             log.warning("from now on decodes run one by one, so that no other request reads the failed one's blocks")
             self._padded = False

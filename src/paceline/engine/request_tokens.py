@@ -9,9 +9,10 @@ from paceline.engine.step import NewRequest
 from paceline.sampling.static import Kind, kind_of, needs_history
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RequestTokens:
-    """A request and its tokens, which grow. Arrays, because the sampler's penalties read them as buffers.
+    """A request and its tokens, which grow. Arrays, because the sampler's penalties read them as buffers. Two are equal
+    only if they are one: an id may be used again.
 
     `kind`: how a plain decode chooses its token; `plain_from`: the first position whose computation can be one, None
     if its parameters allow none (engine/decode_step.py).
