@@ -135,8 +135,8 @@ class ModelRunner:
         for request_id, state, token, is_fine in zip(launched.request_ids, launched.states, ids, fine, strict=True):
             if self._requests.get(request_id) is not state:
                 continue  # it ended after this step was launched, and its id may be another's now
+            state.output.append(token)  # of a failed one too: a step may hold it that does not know yet
             if is_fine:
-                state.output.append(token)
                 token_ids[request_id] = (token,)
             else:
                 errors[request_id] = NOT_FINITE
