@@ -53,7 +53,7 @@ def test_auto_on_cuda_takes_float16_where_the_gpu_has_no_bfloat16(stored, with_b
 
 
 def test_a_bfloat16_model_on_such_a_gpu_is_told(caplog, monkeypatch):
-    monkeypatch.setattr(module, "gpu", lambda device: GPU("NVIDIA T4", 40, (7, 5)))
+    monkeypatch.setattr(module, "untried_gpu", lambda device: GPU("NVIDIA T4", 40, (7, 5)))
     assert pick_dtype("auto", torch.bfloat16, CUDA) == torch.float16
     assert caplog.messages == [
         "the checkpoint is bfloat16; running in float16, since NVIDIA T4 has no bfloat16; values above 65,504 overflow"

@@ -10,7 +10,7 @@ import torch
 
 from paceline.errors import UsageError
 from paceline.host import available_memory
-from paceline.kernels.gpu import gpu
+from paceline.kernels.gpu import untried_gpu
 from paceline.log import get_logger
 from paceline.registry import lookup
 
@@ -53,14 +53,14 @@ def pick_dtype(name: str | torch.dtype, stored: torch.dtype, device: torch.devic
         name = str(name).removeprefix("torch.")
     if name != "auto":
         return lookup(DTYPES, "dtype", name)
-    chosen = auto_dtype(stored, device.type, bf16=device.type != "cuda" or gpu(device).bf16)
+    chosen = auto_dtype(stored, device.type, bf16=device.type != "cuda" or untried_gpu(device).bf16)
     if chosen == stored:
         return stored
     names, why = tuple(str(dtype).removeprefix("torch.") for dtype in (stored, chosen)), "at half the bytes"
     if device.type == "cpu":
         why = "which this CPU computes faster"
     elif stored == torch.bfloat16:
-        why = f"since {gpu(device).name} has no bfloat16; values above 65,504 overflow"
+        why = f"since {untried_gpu(device).name} has no bfloat16; values above 65,504 overflow"
     log.log(WARNING if stored == torch.bfloat16 else INFO, "the checkpoint is %s; running in %s, %s", *names, why)
     return chosen
 

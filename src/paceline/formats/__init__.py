@@ -62,7 +62,8 @@ class Format(Protocol):
         ...
 
     def packing_bytes(self, rows: int, columns: int, dtype: torch.dtype, /) -> int:
-        """What `pack` holds beside the values and what it packs them into."""
+        """What `pack` holds beside the values and what it packs them into, on the CPU; CUDA_CHUNKS times that on a
+        GPU, at most."""
         ...
 
 

@@ -10,7 +10,7 @@ from functools import cached_property
 
 import torch
 
-from paceline.formats.chunks import chunk_values, linear_unpacked, quotient_bytes, row_chunks, unpacked_rows
+from paceline.formats.chunks import chunk_values, linear_unpacked, packing_chunks, quotient_bytes, unpacked_rows
 from paceline.kernels.gemv import Planes, byte_planes
 from paceline.kernels.linear import UNPACKED
 
@@ -54,7 +54,7 @@ class FP8Weight:
 def pack(values_NK: torch.Tensor) -> FP8Weight:
     q_NK = torch.empty(values_NK.shape, dtype=torch.float8_e4m3fn, device=values_NK.device)
     scale_N = torch.empty(values_NK.shape[0], dtype=torch.float32, device=values_NK.device)
-    for rows in row_chunks(*q_NK.shape):
+    for rows in packing_chunks(q_NK.shape[0], q_NK.shape[1], q_NK.device):
         values = values_NK[rows].float()
         scale_N[rows] = values.abs().amax(dim=1).clamp_(min=1e-12) / MOST
         q_NK[rows] = (values / scale_N[rows, None]).to(torch.float8_e4m3fn)

@@ -21,7 +21,7 @@ from functools import cached_property
 import torch
 from torch.nn import functional as F
 
-from paceline.formats.chunks import chunk_values, linear_unpacked, row_chunks, unpacked_rows
+from paceline.formats.chunks import chunk_values, linear_unpacked, packing_chunks, row_chunks, unpacked_rows
 from paceline.kernels.gemv import Planes
 from paceline.kernels.linear import UNPACKED
 from paceline.kernels.linear_int4 import int4_refusal, linear_int4, pack_plane, plane_block, unpack_plane
@@ -141,7 +141,7 @@ def pack(
     scale_offset_NG2 = torch.empty(shape[0], padded // group_size, 2, dtype=torch.bfloat16, device=device)
     words_NW = torch.empty(shape[0], padded // 8, dtype=torch.int32, device=device)
     plane = words_NW.view(torch.uint8)  # as many bytes
-    for rows in row_chunks(shape[0], padded):
+    for rows in packing_chunks(shape[0], padded, device):
         q_NP, scale_offset_NG2[rows] = quantize(values_NK[rows], group_size, symmetric=symmetric)
         if on_cpu:
             plane[rows] = pack_plane(q_NP)

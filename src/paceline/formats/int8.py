@@ -10,7 +10,7 @@ from functools import cached_property
 
 import torch
 
-from paceline.formats.chunks import linear_unpacked, quotient_bytes, row_chunks, unpacked_rows
+from paceline.formats.chunks import linear_unpacked, packing_chunks, quotient_bytes, unpacked_rows
 from paceline.kernels.choices import either
 from paceline.kernels.gemv import Planes, byte_planes
 from paceline.kernels.linear import UNPACKED
@@ -70,7 +70,7 @@ class Int8Weight:
 def pack(values_NK: torch.Tensor) -> Int8Weight:
     q_NK = torch.empty(values_NK.shape, dtype=torch.int8, device=values_NK.device)
     scale_N = torch.empty(values_NK.shape[0], dtype=torch.float32, device=values_NK.device)
-    for rows in row_chunks(*q_NK.shape):
+    for rows in packing_chunks(q_NK.shape[0], q_NK.shape[1], q_NK.device):
         values = values_NK[rows].float()
         scale_N[rows] = values.abs().amax(dim=1).clamp_(min=1e-12) / 127
         q_NK[rows] = (values / scale_N[rows, None]).round_().clamp_(-127, 127)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 
@@ -55,12 +55,19 @@ INTERPRETER = GPU("interpreter", 8)
 
 @cache
 def gpu(device: torch.device) -> GPU:
-    """INTERPRETER for a device that is none."""
+    """INTERPRETER for a device that is none. Triton is imported and tried: 0.5 s, the first time."""
+    found = untried_gpu(device)
+    return found if device.type != "cuda" else replace(found, triton=try_triton(device))
+
+
+@cache
+def untried_gpu(device: torch.device) -> GPU:
+    """The same by what the driver tells: as if Triton ran."""
     if device.type != "cuda":
         return INTERPRETER
     found = torch.cuda.get_device_properties(device)
     capability = (found.major, found.minor) if torch.version.hip is None else None
-    return GPU(found.name, found.multi_processor_count, capability, try_triton(device))
+    return GPU(found.name, found.multi_processor_count, capability)
 
 
 def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
