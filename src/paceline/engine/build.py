@@ -33,6 +33,8 @@ from paceline.errors import OutOfMemoryError, UsageError, is_out_of_memory
 from paceline.formats import FORMATS, keeps_memory, resident_bytes, stored_bytes, unpack_bytes
 from paceline.formats.streamed import STREAMED, WeightStream
 from paceline.kernels.choices import fallbacks
+from paceline.kernels.gemv_launch import load_table
+from paceline.kernels.gpu import gpu
 from paceline.loading.checkpoint import Checkpoint, open_checkpoint
 from paceline.loading.description import describe
 from paceline.loading.progress import Progress
@@ -442,9 +444,13 @@ def _compile(model: Model) -> None:
 
 
 def _tell_fallbacks(weights: _Weights, options: LoadOptions) -> None:
-    """On a GPU, what our kernels do not run. On a CPU there is nothing better."""
+    """On a GPU, what our kernels do not run. On a CPU there is nothing better.
+
+    Raises UsageError for a table of launches that is none: now, not in a request.
+    """
     model = weights.model
     if model.device.type == "cuda":
+        load_table(gpu(model.device).name)
         asked_for = options.offload is not None or model.dtype == torch.float32
         for line in fallbacks(model.choices(1)):
             log.log(INFO if asked_for else WARNING, "%s", line)
