@@ -338,6 +338,8 @@ class LLM:
         if self._model is None:
             return
         device, stream = self._model.device, self._model.stream
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # a step that was launched ahead may run yet
         self._model = None
         if stream is not None:
             stream.close()

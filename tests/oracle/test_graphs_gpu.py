@@ -69,7 +69,8 @@ def test_bfloat16_tokens_are_those_of_steps_without_graphs(tiny_model: Callable[
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 def test_launches_wait_for_nothing(tiny_model: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch):
     """Once captured: with rows that stay, rows that end, and tables that grow, whatever the kind of sampling."""
-    with LLM(str(tiny_model("gemma3").directory), device="cuda", mode="graph", **OPTIONS) as llm:
+    directory = str(tiny_model("gemma3").directory)
+    with LLM(directory, device="cuda", dtype="float32", mode="graph", **OPTIONS) as llm:
         params = asked(11)
         expected = [output.outputs[0].token_ids for output in llm.generate(prompts(11), params)]
         runner = llm.model.engine.runner

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from paceline.sampling.params import SamplingParams
 from paceline.sampling.random import uniform
 from paceline.sampling.sampler import SamplingRow, sample
-from paceline.sampling.static import CHOOSERS, KINDS, TOP_P_OFF, RowParams, kind_of, needs_history
+from paceline.sampling.static import CHOOSERS, KINDS, TOP_P_OFF, Chosen, Kind, RowParams, kind_of, needs_history
 
 V = 700  # more than steps.FIRST_WIDTH
 
@@ -45,24 +45,30 @@ def as_tensors(rows: list[SamplingRow]) -> RowParams:
     )
 
 
+def choose(kind: Kind, logits_RV: torch.Tensor, rows: list[SamplingRow]) -> Chosen:
+    chosen = Chosen(torch.empty(len(rows), dtype=torch.int64), torch.empty(len(rows)))
+    CHOOSERS[kind](logits_RV, as_tensors(rows), chosen)
+    return chosen
+
+
 @settings(max_examples=60, deadline=None)
 @given(
-    chosen=st.lists(st.integers(0, len(REQUESTS) - 1), min_size=1, max_size=6),
+    asked=st.lists(st.integers(0, len(REQUESTS) - 1), min_size=1, max_size=6),
     seed=st.integers(0, 2**32),
     spread=st.sampled_from([0.1, 1.0, 5.0]),
     coarse=st.booleans(),
 )
-def test_tokens_are_the_samplers(chosen: list[int], seed: int, spread: float, coarse: bool) -> None:
+def test_tokens_are_the_samplers(asked: list[int], seed: int, spread: float, coarse: bool) -> None:
     """`coarse` logits tie often, at the borders of filters too."""
-    logits_RV = torch.randn(len(chosen), V, generator=torch.Generator().manual_seed(seed)) * spread
+    logits_RV = torch.randn(len(asked), V, generator=torch.Generator().manual_seed(seed)) * spread
     if coarse:
         logits_RV = logits_RV.bfloat16().float()
-    rows = [SamplingRow(SamplingParams(**REQUESTS[index]), seed, 7 * r) for r, index in enumerate(chosen)]
+    rows = [SamplingRow(SamplingParams(**REQUESTS[index]), seed, 7 * r) for r, index in enumerate(asked)]
     least = max((kind_of(row.params) for row in rows), key=KINDS.index)
     for kind in KINDS[KINDS.index(least) :]:
-        ids_R, values_R = CHOOSERS[kind](logits_RV, as_tensors(rows))
-        assert ids_R.tolist() == sample(logits_RV, rows).token_ids
-        assert values_R.isfinite().all()
+        chosen = choose(kind, logits_RV, rows)
+        assert chosen.ids_R.tolist() == sample(logits_RV, rows).token_ids
+        assert chosen.values_R.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -75,10 +81,11 @@ def test_a_row_that_is_not_finite_is_seen_and_its_token_can_be_looked_up(kind: A
         logits_RV[1:3, 13] = broken
     asked = [{"temperature": 0.0 if kind == "greedy" or r % 2 else 1.0} for r in range(4)]
     rows = [SamplingRow(SamplingParams(**one), 1, r) for r, one in enumerate(asked)]
-    ids_R, values_R = CHOOSERS[kind](logits_RV, as_tensors(rows))
-    assert values_R.isfinite().tolist() == [True, False, False, True]
-    assert all(0 <= token < V for token in ids_R.tolist())
-    assert [ids_R[0].item(), ids_R[3].item()] == [sample(logits_RV, rows).token_ids[r] for r in (0, 3)]
+    chosen = choose(kind, logits_RV, rows)
+    tokens = chosen.ids_R.tolist()
+    assert chosen.values_R.isfinite().tolist() == [True, False, False, True]
+    assert all(0 <= token < V for token in tokens)
+    assert [tokens[r] for r in (0, 3)] == [sample(logits_RV, rows).token_ids[r] for r in (0, 3)]
 
 
 @pytest.mark.parametrize(

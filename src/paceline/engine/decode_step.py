@@ -22,7 +22,7 @@ from paceline.engine.step import PLACEHOLDER, ScheduledRequest
 from paceline.inputs import AttentionMetadata, GroupMetadata, KVLayer, ModelInputs
 from paceline.models.model import Model
 from paceline.sampling.random import uniform
-from paceline.sampling.static import CHOOSERS, KINDS, TOP_P_OFF, Kind, RowParams
+from paceline.sampling.static import CHOOSERS, KINDS, TOP_P_OFF, Chosen, Kind, RowParams
 
 # Steps whose staging buffers may be in use at once: one that the host writes, and two that it has not collected.
 RING = 3
@@ -240,16 +240,13 @@ class DecodeStep:
             for tables_MB, slots, group in zip(self._tables_GMB, fields.slots, self.model.kv_groups, strict=True)
         )
         attention = AttentionMetadata(range(rows + 1), (), self.block_size, groups, fields.length[:rows])
-        token_ids, values = self._token_ids[:rows], self._values[:rows]
-        inputs = ModelInputs(token_ids, fields.position[:rows], attention)
+        chosen = Chosen(self._token_ids[:rows], self._values[:rows])
+        inputs = ModelInputs(chosen.ids_R, fields.position[:rows], attention)
         params = RowParams(**{name: tensor[:rows] for name, tensor in vars(fields.params).items()})
         choose = CHOOSERS[kind]
 
         def compute() -> None:
-            logits_RV = self.model.logits(self.model(inputs, self.kv))
-            ids_R, values_R = choose(logits_RV, params)
-            token_ids.copy_(ids_R)
-            values.copy_(values_R)
+            choose(self.model.logits(self.model(inputs, self.kv)), params, chosen)
 
         return compute
 

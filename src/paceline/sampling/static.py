@@ -57,33 +57,41 @@ def kind_of(params: SamplingParams) -> Kind:
     return "filtered" if params.min_p > 0 or params.top_k > 0 or params.top_p < 1 else "drawn"
 
 
-def choose_greedy(logits_RV: torch.Tensor, params: RowParams) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row's token, int64, and a number that is finite where the token is to be trusted. The maximum shows every
-    NaN and +inf, as a NaN is the maximum for torch; among equals the first wins."""
-    values_R, ids_R = logits_RV.max(dim=1)
-    return ids_R, values_R
+@dataclass(frozen=True)
+class Chosen:
+    """Where the results go: each row's token, int64, and, float32, a number that is finite where the token can be
+    trusted."""
+
+    ids_R: torch.Tensor
+    values_R: torch.Tensor
 
 
-def choose_drawn(logits_RV: torch.Tensor, params: RowParams) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same for rows of which some draw, and none filters. `logits_RV` float32."""
-    return _draw(logits_RV, logits_RV / params.temperature_R[:, None], params)
+def choose_greedy(logits_RV: torch.Tensor, params: RowParams, out: Chosen) -> None:
+    """The likeliest, of equals the first. `logits_RV` float32. The maximum shows every NaN and +inf, as a NaN is the
+    maximum for torch."""
+    torch.max(logits_RV, dim=1, out=(out.values_R, out.ids_R))
 
 
-def choose_filtered(logits_RV: torch.Tensor, params: RowParams) -> tuple[torch.Tensor, torch.Tensor]:
+def choose_drawn(logits_RV: torch.Tensor, params: RowParams, out: Chosen) -> None:
+    """The same for rows of which some draw, and none filters."""
+    _draw(logits_RV, logits_RV / params.temperature_R[:, None], params, out)
+
+
+def choose_filtered(logits_RV: torch.Tensor, params: RowParams, out: Chosen) -> None:
     """The same for any rows."""
     scaled_RV = logits_RV / params.temperature_R[:, None]
     kept_RV = steps.filter_sorted(scaled_RV, params.min_p_R, params.top_k_R, params.top_p_R)
-    return _draw(logits_RV, kept_RV, params)
+    _draw(logits_RV, kept_RV, params, out)
 
 
-def _draw(logits_RV: torch.Tensor, kept_RV: torch.Tensor, params: RowParams) -> tuple[torch.Tensor, torch.Tensor]:
-    likeliest_R, values_R = choose_greedy(logits_RV, params)
+def _draw(logits_RV: torch.Tensor, kept_RV: torch.Tensor, params: RowParams, out: Chosen) -> None:
+    choose_greedy(logits_RV, params, out)
     drawn_R, total_R = steps.draw(kept_RV.softmax(dim=1), params.uniform_R)
-    ids_R = torch.where(params.greedy_R, likeliest_R, drawn_R)
-    return ids_R, torch.where(params.greedy_R, values_R, total_R.to(values_R.dtype))
+    torch.where(params.greedy_R, out.ids_R, drawn_R, out=out.ids_R)
+    torch.where(params.greedy_R, out.values_R, total_R.to(out.values_R.dtype), out=out.values_R)
 
 
-CHOOSERS: Mapping[Kind, Callable[[torch.Tensor, RowParams], tuple[torch.Tensor, torch.Tensor]]] = MappingProxyType(
+CHOOSERS: Mapping[Kind, Callable[[torch.Tensor, RowParams, Chosen], None]] = MappingProxyType(
     {"greedy": choose_greedy, "drawn": choose_drawn, "filtered": choose_filtered}
 )
 KINDS: tuple[Kind, ...] = tuple(CHOOSERS)  # each serves the rows of those before it
