@@ -100,7 +100,7 @@ def test_one_greedy_stream_finds_its_graph_captured(tiny_model: Callable[[str], 
     params = [SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)]
     expected = generate(directory, params, **{**options, "mode": "eager"})
     with LLM(directory, **{**options, "mode": "graph"}) as llm:
-        assert llm.model.phases["graphs"] > 0
+        assert min(llm.model.phases[name] for name in ("kernels", "graphs")) > 0
         monkeypatch.setattr("paceline.engine.graphs.Graphs._capture", None)
         for _ in range(2):
             assert [output.outputs[0].token_ids for output in llm.generate(prompts(1), params)] == expected

@@ -184,8 +184,7 @@ def load_model(options: LoadOptions, progress: Progress | None = None) -> Loaded
     with phases.time("cache"):
         engine = _engine_in_memory(weights, options)
     if engine.runner.decode is not None:
-        with phases.time("graphs"):
-            engine.runner.decode.prepare()
+        engine.runner.decode.prepare(phases)
     if weights.stream is not None:
         tell_speed(weights.stream, weights.step_bytes)
     return LoadedModel(

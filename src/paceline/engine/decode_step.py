@@ -21,6 +21,7 @@ from paceline.engine.request_tokens import RequestTokens
 from paceline.engine.step import PLACEHOLDER, ScheduledRequest
 from paceline.inputs import AttentionMetadata, GroupMetadata, KVLayer, ModelInputs
 from paceline.models.model import Model
+from paceline.phases import Phases
 from paceline.sampling.random import uniform
 from paceline.sampling.static import CHOOSERS, KINDS, TOP_P_OFF, Chosen, Kind, RowParams
 
@@ -165,15 +166,20 @@ class DecodeStep:
         return PendingDecode(staging, len(scheduled))
 
     @torch.inference_mode()
-    def prepare(self, num_requests: int = 1, kind: Kind = "greedy") -> None:
+    def prepare(self, phases: Phases, num_requests: int = 1, kind: Kind = "greedy") -> None:
         """Run a step of so many unused rows, so that its kernels are loaded, and its graph captured, before a request
-        waits for them. For a runner without requests: what the device holds of their tokens is lost."""
+        waits for them; `phases` gets the seconds of each. For a runner without requests: what the device holds of
+        their tokens is lost."""
         rows = self._round_up(num_requests)
         fields = next(self._ring).fields
         self._write(fields, [], [], rows)
         self._write_params(fields.params, [], [], rows)
         self._fields.all.copy_(fields.all)
-        self._run((rows, kind), self._step_of(rows, kind))
+        compute = self._step_of(rows, kind)
+        with phases.time("kernels"):
+            compute()
+        with phases.time("graphs"):
+            self._run((rows, kind), compute)
 
     def forget_rows(self) -> None:
         """Tokens were chosen elsewhere since the last launch: the next one sends what it needs."""
