@@ -76,31 +76,29 @@ def gemv_int4_kernel(
     EIGHTS: tl.constexpr = BLOCK_N // 8  # the unit takes 8 rows from 32 threads, 4 threads a row
     BATCHES: tl.constexpr = 4 * WARPS
     block = tl.program_id(0)
+    rows, _ = block_rows(block, N, GATED, BLOCK_N)
     if PDL:
         gdc_launch_dependents()
         if PREFETCH > 0:
-            rows, _ = block_rows(block, N, GATED, BLOCK_N)
             line = tl.arange(0, (2 * PREFETCH * WARPS * GROUP + LINE_BYTES - 1) // LINE_BYTES) * (LINE_BYTES // 2)
             prefetch_l2(w_ptr + rows.to(tl.int64)[:, None] * w_stride + tl.minimum(line, w_stride - 1)[None, :])
         gdc_wait()
 
-    # What is loaded, [warp, what a thread loads one after the other, 32 threads times 16 bytes].
     warp = tl.arange(0, WARPS)[:, None, None]
-    chunk = tl.arange(0, GROUP // 32 * EIGHTS)[None, :, None]
+    # What 32 threads load at once, 8 half words each, and what each of them loads after that, of 8 rows at a time.
     half = tl.arange(0, 256)[None, None, :]
-    w_rows = weight_rows(block * BLOCK_N + chunk % EIGHTS * 8 + half // 32, N, GATED).to(tl.int64)
-    w_at = w_ptr + w_rows * w_stride + warp * GROUP + chunk // EIGHTS * 32 + half % 32
-    eight = tl.arange(0, EIGHTS)[None, :, None]
-    group = tl.arange(0, 128)[None, None, :]
-    scale_rows = weight_rows(block * BLOCK_N + eight * 8 + group // 16, N, GATED).to(tl.int64)
-    scale_at = scale_ptr + scale_rows * (w_stride // GROUP * 4) + warp * 4 + group % 4
+    more = tl.arange(0, GROUP // 32 * EIGHTS)[None, :, None]
+    w_rows = weight_rows(block * BLOCK_N + more % EIGHTS * 8 + half // 32, N, GATED).to(tl.int64)
+    w_at = w_ptr + w_rows * w_stride + warp * GROUP + more // EIGHTS * 32 + half % 32
+    scale_rows = rows.to(tl.int64)[None, :, None] * (w_stride // GROUP * 4)
+    scale_at = scale_ptr + scale_rows + warp * 4 + tl.arange(0, 4)[None, None, :]
     batch = tl.arange(0, BATCHES)[:, None, None]
     x_cols = (batch % WARPS * 4 + batch // WARPS) * GROUP + tl.arange(0, GROUP)[None, :, None]
     toks = tl.arange(0, ROWS)[None, None, :]
 
     shift = (4 * tl.arange(0, 4)).to(tl.int16)[:, None, None, None]
     ones = tl.full([BATCHES, 16, GROUP], 1, DTYPE)
-    acc = tl.zeros([BATCHES, BLOCK_N // 16, 16, M // 8, 4, 2], tl.float32)
+    acc = tl.zeros([BATCHES, BLOCK_N // 16, 16, M], tl.float32)
     squares = tl.zeros([BATCHES, GROUP, ROWS], tl.float32)
     for step in tl.range(0, STEPS, num_stages=STAGES):
         real = (step * SPAN + warp * (4 * GROUP) < K) | EVEN  # past K there are neither words nor scales
@@ -113,10 +111,8 @@ def gemv_int4_kernel(
         w = tl.permute(tl.reshape(w, [WARPS, GROUP // 32, EIGHTS, 8, 4, 4, 2]), [0, 2, 3, 1, 5, 4, 6])
         w = nibble_floats(tl.reshape(w, [1, WARPS, BLOCK_N, GROUP]), shift, DTYPE, ASM)
         product = tl.dot(tl.reshape(w, [BATCHES, BLOCK_N, GROUP]), x)
-        total = tl.reshape(tl.dot(ones, x), [BATCHES, 1, 16, M // 8, 4, 2])
-        # The 4 threads of a row have 2 columns of the product each, and each has loaded all 4 groups' scales.
-        bits = tl.permute(tl.reshape(bits, [WARPS, EIGHTS, 8, 4, 4]), [4, 0, 1, 2, 3])
-        bits = tl.reshape(bits, [BATCHES, BLOCK_N // 16, 16, 1, 4, 1])
+        total = tl.dot(ones, x)[:, None]  # of 16 rows, all the same
+        bits = tl.reshape(tl.permute(bits, [2, 0, 1]), [BATCHES, BLOCK_N // 16, 16, 1])
         scale = (bits << 16).to(tl.float32, bitcast=True)
         offset = (bits & -65536).to(tl.float32, bitcast=True) - (OFFSET + 8) * scale
         acc += tl.reshape(product, acc.shape) * scale + total * offset
