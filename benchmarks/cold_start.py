@@ -115,7 +115,7 @@ print(json.dumps({"import": imported - start, "device": begun - imported, "link"
 
 def start(directory: Path, weight_format: str, device: str, environment: dict[str, str]) -> dict[str, float]:
     """The phases of a new `paceline generate` over the model in `directory` to its first token, their sum, what the
-    second token took (on CUDA it captures its graph) and the process until its end."""
+    second token took after it, and the process until its end."""
     command = [sys.executable, "-m", "paceline", "generate", PROMPT, "--raw", "--json", "--max-tokens", "2"]
     command += ["--temperature", "0", "--ignore-eos", "--device", device, "--model", str(directory)]
     if weight_format != "none":
