@@ -13,9 +13,10 @@ import torch
 from rich.progress import Progress as ProgressBar
 
 from paceline.config import CacheConfig, SchedulerConfig, SpeculativeConfig
-from paceline.engine.build import LoadedModel, LoadOptions, load_model
+from paceline.engine.build import LoadedModel, load_model
 from paceline.engine.engine import EngineRequest, answer_ids
 from paceline.engine.graphs import MOST_ROWS, graph_refusal
+from paceline.engine.load_options import LoadOptions
 from paceline.engine.output import RequestState
 from paceline.engine.prompts import Prompt, TokenPrompt, bad_word_ids, check_prompt, read_prompt
 from paceline.errors import UsageError

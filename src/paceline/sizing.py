@@ -13,7 +13,10 @@ from paceline.config import DecoderConfig, KVGroup
 
 GIB = 1 << 30
 SAMPLING_BYTES = 60  # of one logit while a token is chosen, every filter on and a flat distribution
+CUDA_SAMPLING_BYTES = 100  # there, where sorting takes more: 96 were held of 64 rows of 128,256 logits
 PENALTY_BYTES = 40  # of one token of a request's history where every penalty is on
+PACKED_ROWS = 16  # multiplied by a matrix as it is packed, by the GEMV kernel
+MOST_SPLITS = 64  # parts of a context that the decode attention kernel reads side by side
 BATCHED_QUERIES = 8  # up to here a request's queries cost less in a batch than the calls of a segment of its own
 BATCHED_KEYS = 1 << 17  # keys that one batch of decodes gathers: 512 MiB a layer of 8 heads of 128 in 16 bits
 # Float32 scores that one request's queries may take at once where they are written out; 64 MiB are 2,048 queries over
@@ -172,17 +175,44 @@ def kv_bytes_per_token(group: KVGroup, bytes_per_value: int) -> int:
 @dataclass(frozen=True)
 class StepShape:
     """The largest step: `num_tokens` tokens, at most `chunk` of one request, of at most `num_seqs` requests whose
-    contexts hold at most `context` tokens."""
+    contexts hold at most `context` tokens. `greedy`: every request takes its likeliest token; `scores`: some may want
+    the log probabilities of their prompt, of many rows at once."""
 
     num_tokens: int
     num_seqs: int
     context: int
     chunk: int
     block_size: int = 16
+    greedy: bool = False
+    scores: bool = True
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What a step's memory depends on besides its shape. `sampling_bytes`: of a logit, every filter on; `packed_rows`:
+    up to so many rows are multiplied without unpacking a matrix; `splits`: of each query of a decode, as many answers
+    in float32 wait to be merged."""
+
+    sampling_bytes: int = SAMPLING_BYTES
+    packed_rows: int = 0
+    splits: int = 0
+
+
+PLAIN = Backend()
+
+
+def cuda_backend(bytes_per_value: int) -> Backend:
+    """The GEMV kernel is one of 16 bits."""
+    return Backend(CUDA_SAMPLING_BYTES, PACKED_ROWS if bytes_per_value == 2 else 0, MOST_SPLITS)
 
 
 def activation_bytes(
-    config: DecoderConfig, step: StepShape, bytes_per_value: int, *, unpacked: FormatBytes | None = None
+    config: DecoderConfig,
+    step: StepShape,
+    bytes_per_value: int,
+    *,
+    unpacked: FormatBytes | None = None,
+    backend: Backend = PLAIN,
 ) -> int:
     """An upper bound of what a step holds at once beside weights and cache: the widest moment of a layer, or, after
     the last layer, the hidden states and what sampling makes of the logits. Tests hold it to a count of live tensors.
@@ -199,16 +229,21 @@ def activation_bytes(
     turned = max(3 * share, share + 1) if ropes != {None} else 0.0
     rotary = (q + 2 * kv) + (turned * (q + kv) if a.qk_norm is None else (q + kv) + max(turned, 1) * q)
     attended = (q + 2 * kv) + (q + kv) + 3 * q
-    attention = int(step.num_tokens * max(rotary, attended) * bytes_per_value) + _attention_workspace(
-        config, step, bytes_per_value
-    )
+    workspace = max(_attention_workspace(config, step, bytes_per_value), split_bytes(config, step, backend.splits))
+    attention = int(step.num_tokens * max(rotary, attended) * bytes_per_value) + workspace
     mlp = step.num_tokens * _mlp_values(config) * bytes_per_value
     # Beside either: the residual stream before and after attention, what was normalised, and the half's own output.
     stream = step.num_tokens * (4 * hidden + turns) * bytes_per_value
-    copies = max(unpacked.layers(m.rows, m.columns) for m in layer_matrices(config)) if unpacked else 0
-    head = unpacked.head(config.vocab_size, hidden) if unpacked else 0
     rows = min(step.num_seqs, step.num_tokens)
-    sampling = rows * (config.vocab_size * SAMPLING_BYTES + step.context * PENALTY_BYTES)
+    copies = head = 0
+    if unpacked and step.num_tokens > backend.packed_rows:
+        copies = max(unpacked.layers(m.rows, m.columns) for m in layer_matrices(config))
+    if unpacked and (rows > backend.packed_rows or step.scores):
+        head = unpacked.head(config.vocab_size, hidden)
+    sampling = rows * (config.vocab_size * backend.sampling_bytes + step.context * PENALTY_BYTES)
+    if step.greedy:
+        edited = 8 if config.logit_scale != 1.0 or config.logit_soft_cap is not None else 0
+        sampling = rows * config.vocab_size * (bytes_per_value + 4 + edited)
     last = step.num_tokens * hidden * bytes_per_value + sampling + head
     return max(stream + max(attention, mlp) + copies, last) + _mask_bytes(config, step)
 
@@ -254,12 +289,29 @@ def _attention_workspace(config: DecoderConfig, step: StepShape, bytes_per_value
     return max(together * (gathered + scores), alone)
 
 
+def split_bytes(config: DecoderConfig, step: StepShape, splits: int) -> int:
+    """Answers and weights in float32 of the parts of each context, before they are merged: of the queries that share a
+    key head whole tiles of 16."""
+    a = config.attention
+    rows = -(-min(BATCHED_QUERIES, step.chunk) * a.num_heads // (16 * a.num_kv_heads)) * 16
+    return 4 * splits * step.num_seqs * a.num_kv_heads * rows * (a.head_dim + 2)
+
+
 def _mask_bytes(config: DecoderConfig, step: StepShape) -> int:
     """Which key each query sees, for all requests of the step and each KV group: float32 over padded keys where a
     request has few queries, else a byte."""
     few = min(step.num_tokens, BATCHED_QUERIES * step.num_seqs)
     masks = [(4 * few + step.num_tokens - few) * _visible(group.window, step) for group in config.kv_groups]
     return sum(masks) + max(masks) // 2  # and while one is made, its parts
+
+
+def loading_bytes(config: DecoderConfig, read_bytes: int, packing: FormatBytes) -> int:
+    """The most that loading holds beside the weights: a matrix before it is packed, and what packing takes. A fused
+    matrix is read part by part; `read_bytes`: of a part's value that is read onto the device itself, before it has
+    its place and its dtype there."""
+    hidden, table = config.hidden_size, config.vocab_size * config.hidden_size
+    most = max(packing.layers(m.rows, m.columns) + read_bytes * m.num_values // m.count for m in layer_matrices(config))
+    return max(most, packing.head(config.vocab_size, hidden) + read_bytes * table)
 
 
 def logprob_rows(vocab_size: int, num_top: int) -> int:

@@ -32,11 +32,18 @@ class Job:
 @dataclass(frozen=True)
 class Memory:
     """Bytes of each part, as planned and as counted on the device. None: not counted there (the CPU's allocator keeps
-    no count), or not planned (another engine)."""
+    no count), or not planned (another engine). The part "loading" lies beside the weights before the others come.
+    `peak`: the most at once, of the device, or on the CPU of the process, its code included."""
 
     planned: Mapping[str, int] | None
     measured: Mapping[str, int] | None
-    peak: int  # of the device; on the CPU of the process, its code included
+    peak: int
+
+
+def at_once(parts: Mapping[str, int]) -> int:
+    """Bytes of parts as in Memory where the most are held: while loading or after."""
+    weights, loading = parts.get("weights", 0), parts.get("loading", 0)
+    return max(weights + loading, sum(parts.values()) - loading)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from paceline.benchmark.cuda_memory import CudaMemory
 from paceline.benchmark.job import Context, Job, Memory, Result, Subject, read_job
 from paceline.benchmark.protocol import DECODED, FIRST, measure, random_prompt
 from paceline.errors import EngineError, PacelineError
@@ -92,15 +93,17 @@ def run(job: Job) -> Result:
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     with phases.time("device"):
-        before = _allocated(torch.zeros(1, device=device).device)
+        torch.zeros(1, device=device)
+    memory = None if device.type == "cpu" else CudaMemory(device)
     subject = build(job, device, phases)
-    loaded = _allocated(device)
+    if memory is not None:
+        memory.loaded()
     vocab_size = int(job.config["vocab_size"])
     prompts = [random_prompt(length, vocab_size) for length in job.contexts]
     with phases.time("first token"):
         subject.generate(prompts[0], 1)
     contexts = tuple(_measure(job, subject, prompt) for prompt in prompts)
-    memory = _memory(subject, device, before, loaded)
+    counted = Memory(subject.planned, None, _peak_of_process()) if memory is None else memory.counted(subject)
     from paceline.benchmark.bandwidth import read_bandwidth
 
     return Result(
@@ -114,7 +117,7 @@ def run(job: Job) -> Result:
         step_weight_bytes=subject.step_weight_bytes,
         head_bits=subject.head_bits,
         phases=phases.seconds,
-        memory=memory,
+        memory=counted,
         bandwidth=read_bandwidth(device),
     )
 
@@ -134,24 +137,6 @@ def _measure(job: Job, subject: Subject, prompt: list[int]) -> Context:
         getattr(torch, subject.dtype).itemsize,
     )
     return Context(timing, subject.step_weight_bytes + kv_bytes)
-
-
-def _allocated(device: torch.device) -> int:
-    """Bytes that torch holds on a CUDA device; 0 on the CPU, whose allocator keeps no count."""
-    import torch
-
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def _memory(subject: Subject, device: torch.device, before: int, loaded: int) -> Memory:
-    import torch
-
-    if device.type != "cuda":
-        return Memory(subject.planned, None, _peak_of_process())
-    peak = torch.cuda.max_memory_allocated(device)
-    held = dict(subject.held)
-    measured = {"weights": loaded - before - sum(held.values()), **held, "step": peak - loaded}
-    return Memory(subject.planned, measured, peak)
 
 
 def _peak_of_process() -> int:

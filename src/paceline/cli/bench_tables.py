@@ -8,13 +8,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from paceline.benchmark.job import Result
+from paceline.benchmark.job import Result, at_once
 from paceline.benchmark.latency import Report
 from paceline.benchmark.protocol import FIRST, LAST
 from paceline.sizing import GIB
-
-# In Memory's measured and planned, and their sum.
-PARTS = ("weights", "cache", "step", "all")
 
 
 def print_report(report: Report, version: str) -> None:
@@ -73,18 +70,15 @@ def _starts(results: Sequence[Result]) -> Table:
 def _memory(results: Sequence[Result]) -> Table:
     """Measured and planned, part by part, where the device counts; else what was planned."""
     counted = any(result.memory.measured is not None for result in results)
+    parts = dict.fromkeys(part for r in results for part in (*(r.memory.planned or ()), *(r.memory.measured or ())))
     peak = "peak" if counted else "peak of the process"
     title = "GiB on the device, measured / planned" if counted else "GiB planned"
-    table = _table(title, ("engine", "weights"), (*PARTS, peak))
+    table = _table(title, ("engine", "weights"), (*parts, "all at once", peak))
     for result in results:
         memory = result.memory
-        cells = []
-        for part in PARTS:
-            sums = [
-                None if sizes is None else sum(sizes.values()) if part == "all" else sizes.get(part)
-                for sizes in (memory.measured, memory.planned)
-            ]
-            cells.append(" / ".join(f"{size / GIB:,.3f}" for size in sums if size is not None))
+        both = [sizes for sizes in (memory.measured, memory.planned) if sizes is not None]
+        cells = [" / ".join(f"{sizes[part] / GIB:,.3f}" for sizes in both if part in sizes) for part in parts]
+        cells.append(" / ".join(f"{at_once(sizes) / GIB:,.3f}" for sizes in both))
         table.add_row(result.engine, result.weight_format, *cells, f"{memory.peak / GIB:,.3f}")
     return table
 

@@ -28,7 +28,8 @@ def print_plan(plan: Plan) -> None:
         held = f"The cache holds contexts of up to {_tokens(plan.max_model_len)}; memory: {plan.memory.source}."
     else:
         held = NO.format("It does not fit") + ": use --quantize int8, a smaller --max-model-len or more memory."
-    console.print(f"{held}\n")
+    console.print(f"{held}")
+    console.print(f"[dim]Loading holds {gib(plan.loading)} beside the weights, before there is a cache.[/dim]\n")
     console.print(_fits(plan))
     console.print(f"[dim]GiB of everything, steps of {plan.max_num_batched_tokens} tokens; ✗ does not fit.[/dim]\n")
     if plan.bandwidth is None:
@@ -83,6 +84,8 @@ def _memory(plan: Plan) -> Table:
         ("weights: norms, biases, constants", w.small),
         (f"a step of {plan.max_num_batched_tokens} tokens, {plan.max_num_seqs} requests", plan.activations),
         ("log probabilities", plan.logprob_workspace),
+        ("CUDA graphs", plan.decode_buffers + plan.graph_pool),
+        ("cuBLAS", plan.blas_workspace),
     ]
     for name, nbytes in parts:
         if nbytes:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from logging import INFO, WARNING
 from pathlib import Path
@@ -14,26 +15,21 @@ import torch
 
 from paceline import sizing
 from paceline.config import (
-    CacheConfig,
     DecoderConfig,
     EngineConfig,
     KVGroup,
-    Mode,
-    SchedulerConfig,
-    SpeculativeConfig,
-    check_mode,
 )
 from paceline.engine.device import DTYPES, available_bytes, pick_device, pick_dtype
 from paceline.engine.engine import Engine
-from paceline.engine.graphs import captured_decode, graph_refusal
-from paceline.engine.memory import CPU_CACHE_SHARE, CUDA_MEMORY_SHARE, Room, divide
+from paceline.engine.graphs import captured_decode, config_refusal, graph_refusal
+from paceline.engine.load_options import LoadOptions
+from paceline.engine.memory import CPU_CACHE_SHARE, CUDA_MEMORY_SHARE, Room, Sizes, divide
 from paceline.engine.model_runner import ModelRunner
-from paceline.engine.offload import PLACES, offloaded_weights, open_stream, tell_speed
+from paceline.engine.offload import offloaded_weights, open_stream, tell_speed
 from paceline.errors import OutOfMemoryError, UsageError, is_out_of_memory
-from paceline.formats import FORMATS, keeps_memory, resident_bytes, stored_bytes, unpack_bytes
-from paceline.formats.streamed import STREAMED, WeightStream
+from paceline.formats import stored_bytes
+from paceline.formats.streamed import WeightStream
 from paceline.kernels.choices import fallbacks
-from paceline.kernels.gemv_launch import load_table
 from paceline.kernels.gpu import gpu
 from paceline.loading.checkpoint import Checkpoint, open_checkpoint
 from paceline.loading.description import describe
@@ -44,82 +40,16 @@ from paceline.log import get_logger
 from paceline.models.compile import compile_model
 from paceline.models.decoder import Decoder
 from paceline.models.fallback import FallbackConfig, load_fallback, measure
-from paceline.models.implementation import Implementation, check_model_impl, choose_config, implementation_of
+from paceline.models.implementation import Implementation, choose_config, implementation_of
 from paceline.models.load import load_decoder, settle_tied_head
 from paceline.models.model import Model
 from paceline.phases import Phases
-from paceline.registry import lookup, unknown
+from paceline.registry import lookup
 from paceline.sampling.params import generation_defaults
+from paceline.sizing_cuda import workspace_bytes
 from paceline.tokens.tokenizer import Tokenizer, load_tokenizer
 
 log = get_logger(__name__)
-
-LOAD_FORMATS = ("auto", "dummy")  # vLLM's option and its words
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """What to load and how. `model`: a hub id, a directory, a GGUF file or an alias. `tokenizer`: the same, where
-    it is not the model's own. `generation_config`: "auto" takes the model's sampling defaults, "none" does not.
-    `kv_cache_gib`: the cache's size; None takes what scheduler limits can use, within a share of free memory.
-    `memory_gib`: what weights, cache and activations may take on the device together; None: what is free there.
-    `offload`: "auto", "host" or "disk" keeps the matrices there and streams them (engine/offload.py).
-    `model_impl`: "paceline", "transformers", or "auto", the first of them that runs the model.
-    `mode`: as in EngineConfig. `async_depth`: steps that the host runs ahead; None is 1 with graphs, unless drafts wait
-    for tokens, else 0. `load_format`: "dummy" makes random weights of the model's shape instead of reading any; `seed`
-    is theirs too."""
-
-    model: str
-    tokenizer: str | None = None
-    revision: str | None = None
-    dtype: str | torch.dtype = "auto"
-    device: str = "auto"
-    quantization: str | None = None
-    max_model_len: int | None = None
-    kv_cache_gib: float | None = None
-    memory_gib: float | None = None
-    offload: str | None = None
-    offload_dir: str | None = None
-    seed: int = 0
-    cache: CacheConfig = field(default_factory=CacheConfig)
-    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    speculative: SpeculativeConfig | None = None
-    async_depth: int | None = None
-    mode: Mode = "auto"
-    skip_tokenizer_init: bool = False
-    chat_template: str | None = None
-    generation_config: str = "auto"
-    hf_token: str | None = None
-    download_dir: str | None = None
-    model_impl: str = "auto"
-    load_format: str = "auto"
-
-    def __post_init__(self) -> None:
-        check_model_impl(self.model_impl)
-        check_mode(self.mode)
-        if self.load_format not in LOAD_FORMATS:
-            raise UsageError(unknown("load_format", self.load_format, LOAD_FORMATS))
-        if self.load_format == "dummy" and not self.skip_tokenizer_init and self.tokenizer is None:
-            raise UsageError(
-                "load_format='dummy' comes without a tokenizer: set skip_tokenizer_init=True, or name one in tokenizer"
-            )
-        if self.quantization is not None:
-            lookup({name: None for name in FORMATS if name != "dense"}, "quantization", self.quantization)
-        if self.generation_config not in ("auto", "none"):
-            raise UsageError(f"generation_config must be 'auto' or 'none', got {self.generation_config!r}")
-        for name in ("kv_cache_gib", "memory_gib"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UsageError(f"{name} must be greater than 0, got {value}")
-        if self.offload is not None and self.offload not in PLACES:
-            raise UsageError(f"offload must be one of {', '.join(PLACES)}, got {self.offload!r}")
-        if self.offload is not None and (self.quantization or "dense") not in STREAMED:
-            raise UsageError(
-                f"offload cannot stream {self.quantization} weights, whose scales are too many to stay on the device: "
-                "use quantization='int8'"
-            )
-        if self.offload_dir is not None and self.offload is None:
-            raise UsageError("offload_dir is given and offload is not: set offload='disk'")
 
 
 @dataclass(frozen=True)
@@ -137,6 +67,7 @@ class LoadedModel:
     kv_bytes_per_token: int  # cache that one token of context takes
     phases: Mapping[str, float]
     stream: WeightStream | None  # that the weights come through, where they are offloaded
+    sizes: Sizes | None  # what it was planned to take; None for transformers' modules
 
     @property
     def implementation(self) -> Implementation:
@@ -154,10 +85,24 @@ class _Weights:
     num_blocks: tuple[int, ...]
     step_bytes: int  # of weights that one decode step reads
     stream: WeightStream | None = None
+    sizes: Sizes | None = None  # of a decoder
 
 
 def load_model(options: LoadOptions, progress: Progress | None = None) -> LoadedModel:
     """Load a model and build its engine. Raises PacelineError's children, before loading where that can be told."""
+    try:
+        return _load(options, progress)
+    except Exception as error:
+        if not is_out_of_memory(error) and not isinstance(error, OutOfMemoryError):
+            raise
+        message = str(error).partition("\n")[0]
+    # Out here the error is gone, and with its traceback all that was loaded: a smaller setting can be tried at once.
+    gc.collect()
+    torch.cuda.empty_cache()
+    raise OutOfMemoryError(message)
+
+
+def _load(options: LoadOptions, progress: Progress | None) -> LoadedModel:
     phases = Phases()
     with phases.time("device"):
         device = pick_device(options.device)
@@ -177,6 +122,8 @@ def load_model(options: LoadOptions, progress: Progress | None = None) -> Loaded
             else:
                 weights = _load_decoder(config, checkpoint, options, dtype, device, progress)
         generation_config = _read_generation_config(options, checkpoint)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what casting and quantising held
     if options.mode == "compile":
         with phases.time("compile"):
             _compile(weights.model)
@@ -199,6 +146,7 @@ def load_model(options: LoadOptions, progress: Progress | None = None) -> Loaded
         kv_bytes_per_token=sum(sizing.kv_bytes_per_token(g, dtype.itemsize) for g in weights.model.kv_groups),
         phases=phases.seconds,
         stream=weights.stream,
+        sizes=weights.sizes,
     )
 
 
@@ -237,13 +185,11 @@ def _load_decoder(
     progress: Progress | None,
 ) -> _Weights:
     config = settle_tied_head(checkpoint, config)
-    room = _room(
-        _weight_bytes(config, options, dtype, device),
-        lambda context: _step_bytes(config, options, context, dtype),
-        options,
-        dtype,
-        device,
-    )
+    sizes = _sizes(config, checkpoint, options, dtype, device)
+    resident, loading = sizes.weights.total, sizes.loading
+    if options.offload is not None:  # read a piece at a time
+        resident, loading = offloaded_weights(config, sizes.format, dtype).resident, 0
+    room = _room(resident, sizes.beside, options, dtype, device, loading=loading)
     stream = _open_stream(config, options, dtype, device, room.free(_shortest(options)))
     if stream is not None:
         room = replace(room, nbytes=room.nbytes - stream.buffer_bytes)
@@ -264,7 +210,7 @@ def _load_decoder(
             stream.close()  # its file and its thread
         raise
     step_bytes = sizing.step_weight_bytes(config, dtype.itemsize, stored_bytes(options.quantization or "dense", dtype))
-    return _Weights(config, decoder, max_model_len, num_blocks, step_bytes, stream)
+    return _Weights(config, decoder, max_model_len, num_blocks, step_bytes, stream, replace(sizes, config=config))
 
 
 def _load_fallback(
@@ -284,6 +230,7 @@ def _load_fallback(
     tokens, rows = options.scheduler.max_num_batched_tokens, options.scheduler.max_num_seqs
     sizes = measure(config, dtype)
     step = sizes.activations(config, tokens, rows) + sizing.logprob_workspace_bytes(config.vocab_size, tokens)
+    step += _workspace(device)
     room = _room(sizes.weights, lambda context: step, options, dtype, device)
     model = load_fallback(checkpoint, config, dtype=dtype, device=device, progress=progress)
     # Only the loaded model says what cache it needs: its layers are asked, not its configuration.
@@ -327,34 +274,40 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def _weight_bytes(config: DecoderConfig, options: LoadOptions, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes of weights that stay on the device."""
-    format = options.quantization or "dense"
-    if options.offload is not None:
-        return offloaded_weights(config, format, dtype).resident
-    return sizing.weight_bytes(
+def _sizes(
+    config: DecoderConfig, checkpoint: Checkpoint, options: LoadOptions, dtype: torch.dtype, device: torch.device
+) -> Sizes:
+    on_cuda, stored = device.type == "cuda", _stored_dtype(checkpoint)
+    streamed = options.offload is not None
+    read_here = options.load_format == "dummy" or (on_cuda and stored != dtype)
+    return Sizes(
         config,
-        dtype.itemsize,
-        resident_bytes(format, dtype, device),
-        tied_head_shares=keeps_memory(format, (config.vocab_size, config.hidden_size), dtype, device),
-    ).total
+        dtype,
+        options.quantization or "dense",
+        device,
+        options.scheduler,
+        options.cache.block_size,
+        graphs=on_cuda and config_refusal(config, mode=options.mode, streamed=streamed) is None,
+        workspace=_workspace(device),
+        read_bytes=stored.itemsize if read_here and not streamed else 0,
+    )
 
 
-def _step_bytes(config: DecoderConfig, options: LoadOptions, context: int, dtype: torch.dtype) -> int:
-    """What the largest step holds beside weights and cache, for contexts of so many tokens."""
-    scheduler = options.scheduler
-    tokens = scheduler.max_num_batched_tokens
-    chunk = scheduler.max_chunk or tokens
-    step = sizing.StepShape(tokens, scheduler.max_num_seqs, context, chunk, options.cache.block_size)
-    unpacked = unpack_bytes(options.quantization or "dense", dtype)
-    activations = sizing.activation_bytes(config, step, dtype.itemsize, unpacked=unpacked)
-    return activations + sizing.logprob_workspace_bytes(config.vocab_size, tokens)
+def _workspace(device: torch.device) -> int:
+    return workspace_bytes(gpu(device).capability) if device.type == "cuda" else 0
 
 
 def _room(
-    weights: int, step_bytes: Callable[[int], int], options: LoadOptions, dtype: torch.dtype, device: torch.device
+    weights: int,
+    step_bytes: Callable[[int], int],
+    options: LoadOptions,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    loading: int = 0,
 ) -> Room:
-    """Memory beside the weights. Raises OutOfMemoryError, before anything is loaded, where none is left."""
+    """Memory beside the weights, of which loading them takes `loading` first. Raises OutOfMemoryError, before anything
+    is loaded, where none is left."""
     available = available_bytes(device)
     if device.type == "cuda":
         available = int(available * CUDA_MEMORY_SHARE)
@@ -367,12 +320,14 @@ def _room(
         cache_bytes=None if options.kv_cache_gib is None else int(options.kv_cache_gib * sizing.GIB),
     )
     step = step_bytes(_shortest(options))
-    if room.nbytes <= step:
+    if room.nbytes <= max(step, loading):
+        what = (
+            f"{sizing.gib(loading)} more while they are loaded" if loading > step else f"{sizing.gib(step)} for a step"
+        )
         raise OutOfMemoryError(
-            f"{options.model} needs {sizing.gib(weights)} for weights and {sizing.gib(step)} for a step in "
-            f"{str(dtype)[6:]}, and {sizing.gib(available)} are available on {device}: "
-            "use a narrower dtype, quantization='int8', a smaller max_num_batched_tokens or max_model_len, "
-            "offload='auto' or a smaller model"
+            f"{options.model} needs {sizing.gib(weights)} for weights and {what} in {str(dtype)[6:]}, and "
+            f"{sizing.gib(available)} are available on {device}: use a narrower dtype, quantization='int8', "
+            "a smaller max_num_batched_tokens or max_model_len, offload='auto' or a smaller model"
         )
     return room
 
@@ -443,13 +398,9 @@ def _compile(model: Model) -> None:
 
 
 def _tell_fallbacks(weights: _Weights, options: LoadOptions) -> None:
-    """On a GPU, what our kernels do not run. On a CPU there is nothing better.
-
-    Raises UsageError for a table of launches that is none: now, not in a request.
-    """
+    """On a GPU, what our kernels do not run. On a CPU there is nothing better."""
     model = weights.model
     if model.device.type == "cuda":
-        load_table(gpu(model.device).name)
         asked_for = options.offload is not None or model.dtype == torch.float32
         for line in fallbacks(model.choices(1)):
             log.log(INFO if asked_for else WARNING, "%s", line)
@@ -487,6 +438,7 @@ def _build_engine(weights: _Weights, options: LoadOptions) -> Engine:
         async_depth=depth,
         mode=options.mode,
     )
-    decode = None if refusal is not None else partial(captured_decode, model, engine_config)
+    reserve = 0 if weights.sizes is None else weights.sizes.graph_reserve
+    decode = None if refusal is not None else partial(captured_decode, model, engine_config, reserve)
     runner = ModelRunner(model, weights.num_blocks, options.cache.block_size, decode)
     return Engine(engine_config, model.kv_groups, weights.num_blocks, runner)

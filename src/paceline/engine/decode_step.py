@@ -144,6 +144,11 @@ class DecodeStep:
         self._row_tables: list[tuple[tuple[int, ...], ...] | None] = [None] * max_rows  # what the device has
         self._steps: dict[tuple[int, Kind], Callable[[], None]] = {}
 
+    @property
+    def nbytes(self) -> int:
+        """Of the buffers on the device (sizing_cuda.decode_buffer_bytes)."""
+        return self._fields.all.nbytes + self._tables_GMB.nbytes + self._result.nbytes
+
     def launch(self, scheduled: Sequence[ScheduledRequest], states: list[RequestTokens]) -> PendingDecode:
         """Start a step of requests that `fits`; nothing is waited for. A token that the host does not know must have
         been chosen by the launch before this one."""

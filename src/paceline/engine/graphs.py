@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from paceline.config import EngineConfig
+from paceline.config import DecoderConfig, EngineConfig
 from paceline.engine.decode_step import DecodeStep
 from paceline.inputs import KVLayer
 from paceline.kernels.decode_attention import decode_refusal
-from paceline.layers.moe import MoE
 from paceline.log import get_logger
 from paceline.models.decoder import Decoder
 from paceline.models.model import Model
@@ -34,6 +33,17 @@ def graph_rows(num_requests: int) -> int:
     return -(-num_requests // 8) * 8
 
 
+def config_refusal(config: DecoderConfig, *, mode: str = "auto", streamed: bool = False) -> str | None:
+    """Why no CUDA device could run the decodes of such a model as graphs; None where one could."""
+    if mode == "eager":
+        return "mode is 'eager'"
+    if streamed:
+        return "the weights are streamed"
+    if config.moe is not None:
+        return "the host must know how many tokens each expert has"
+    return None
+
+
 def graph_refusal(model: Model, *, mode: str = "auto", streamed: bool = False) -> str | None:
     """Why this model's decodes cannot run as CUDA graphs; None when they can."""
     if mode == "eager":
@@ -42,19 +52,12 @@ def graph_refusal(model: Model, *, mode: str = "auto", streamed: bool = False) -
         return f"the device is {model.device.type}"
     if not isinstance(model, Decoder):
         return "transformers' modules run the model"
-    if streamed:
-        return "the weights are streamed"
-    if any(isinstance(module, MoE) for module in model.modules()):
-        return "the host must know how many tokens each expert has"
-    for group in model.kv_groups:
-        refusal = decode_refusal(group.head_dim, model.dtype, model.device)
-        if refusal is not None:
-            return refusal
-    return None
+    refusals = [decode_refusal(group.head_dim, model.dtype, model.device) for group in model.kv_groups]
+    return next(filter(None, [config_refusal(model.config, mode=mode, streamed=streamed), *refusals]), None)
 
 
-def captured_decode(model: Model, config: EngineConfig, kv: Sequence[KVLayer]) -> DecodeStep:
-    """What runs a runner's plain decodes as graphs."""
+def captured_decode(model: Model, config: EngineConfig, reserve: int, kv: Sequence[KVLayer]) -> DecodeStep:
+    """What runs a runner's plain decodes as graphs. `reserve`: bytes for their pool (sizing_cuda.reserved_bytes)."""
     wanted = config.scheduler.max_num_seqs
     if wanted > MOST_ROWS:
         log.info("decodes of more than %d requests run without CUDA graphs", MOST_ROWS)
@@ -64,7 +67,7 @@ def captured_decode(model: Model, config: EngineConfig, kv: Sequence[KVLayer]) -
         config.cache.block_size,
         max_rows=graph_rows(min(wanted, MOST_ROWS)),
         max_model_len=config.max_model_len,
-        run=Graphs().run,
+        run=Graphs(model.device, reserve).run,
         round_up=graph_rows,
     )
 
@@ -74,11 +77,14 @@ class Graphs:
     that one leaves there is read by another.
 
     The first step of its kind runs kernel by kernel, which loads what is loaded lazily, and is captured afterwards.
+    `reserve`: bytes that the pool gets at once, so that graphs of all sizes share one segment.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device, reserve: int = 0) -> None:
         self._graphs: dict[tuple[int, Kind], torch.cuda.CUDAGraph | None] = {}
+        self._device, self._reserve = device, reserve
         self._pool: Any = None
+        self._keeper: torch.cuda.CUDAGraph | None = None  # the pool lasts as long as some graph that has it
 
     def run(self, key: tuple[int, Kind], compute: Callable[[], None]) -> None:
         """Compute a step, whose inputs and results lie in buffers that never move."""
@@ -92,13 +98,21 @@ class Graphs:
 
     def _capture(self, key: tuple[int, Kind], compute: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         """None where that fails, for lack of memory say: such steps then run kernel by kernel for good."""
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
         try:
-            # Another thread (a server's, a tokenizer's) may use the device meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                compute()
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+                self._keeper = self._record(self._fill) if self._reserve else None
+            return self._record(compute)
         except RuntimeError as error:
             log.warning("decodes of %d rows (%s) run without a CUDA graph: %s", *key, str(error).partition("\n")[0])
             return None
+
+    def _record(self, compute: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        # Another thread (a server's, a tokenizer's) may use the device meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            compute()
         return graph
+
+    def _fill(self) -> None:
+        torch.empty(self._reserve, dtype=torch.uint8, device=self._device)[:1].zero_()  # an empty graph is warned of

@@ -7,12 +7,104 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from paceline import sizing
-from paceline.config import CacheConfig, KVGroup, SchedulerConfig
+import torch
+
+from paceline import sizing, sizing_cuda
+from paceline.config import CacheConfig, DecoderConfig, KVGroup, SchedulerConfig
+from paceline.engine.graphs import MOST_ROWS, graph_rows
+from paceline.formats import keeps_memory, packing_bytes, resident_bytes, unpack_bytes
 
 CPU_CACHE_SHARE = 0.25  # of the memory left after the weights; a host has other work than this cache
 CUDA_MEMORY_SHARE = 0.9  # of the memory free before loading, for weights, cache and activations together
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a decoder takes on its device, part by part, beside the cache: the functions of sizing.py and
+    sizing_cuda.py for one model as it is loaded and run.
+
+    `graphs`: its decodes are captured. `workspace`: cuBLAS's. `read_bytes`: of a value that is read onto the device in
+    the checkpoint's own dtype first.
+    """
+
+    config: DecoderConfig
+    dtype: torch.dtype
+    format: str
+    device: torch.device
+    scheduler: SchedulerConfig
+    block_size: int
+    graphs: bool = False
+    workspace: int = 0
+    read_bytes: int = 0
+
+    @cached_property
+    def weights(self) -> sizing.WeightBytes:
+        return sizing.weight_bytes(
+            self.config,
+            self.dtype.itemsize,
+            resident_bytes(self.format, self.dtype, self.device),
+            tied_head_shares=keeps_memory(
+                self.format, (self.config.vocab_size, self.config.hidden_size), self.dtype, self.device
+            ),
+        )
+
+    @property
+    def loading(self) -> int:
+        """Beside the weights while they are loaded; given back before there is a cache."""
+        return sizing.loading_bytes(self.config, self.read_bytes, packing_bytes(self.format, self.dtype, self.device))
+
+    def step(self, context: int) -> int:
+        """The largest step, for contexts of so many tokens."""
+        scheduler = self.scheduler
+        chunk = scheduler.max_chunk or scheduler.max_num_batched_tokens
+        return self.step_of(
+            sizing.StepShape(scheduler.max_num_batched_tokens, scheduler.max_num_seqs, context, chunk, self.block_size)
+        )
+
+    def step_of(self, shape: sizing.StepShape) -> int:
+        size = self.dtype.itemsize
+        backend = sizing.cuda_backend(size) if self.device.type == "cuda" else sizing.PLAIN
+        return sizing.activation_bytes(self.config, shape, size, unpacked=self._unpacked, backend=backend)
+
+    @property
+    def logprobs(self) -> int:
+        """Log probabilities, while they are computed."""
+        return sizing.logprob_workspace_bytes(self.config.vocab_size, self.scheduler.max_num_batched_tokens)
+
+    def buffers(self, context: int) -> int:
+        """Of captured decodes."""
+        if not self.graphs:
+            return 0
+        return sizing_cuda.decode_buffer_bytes(len(self.config.kv_groups), self._rows, context, self.block_size)
+
+    @property
+    def graph_pool(self) -> int:
+        return sizing_cuda.graph_pool_bytes(self.config, self._rows, self._graph_step) if self.graphs else 0
+
+    @property
+    def graph_reserve(self) -> int:
+        """The part of it that one segment holds, taken before the first capture."""
+        return sizing_cuda.reserved_bytes(self.config, self._rows, self._graph_step) if self.graphs else 0
+
+    def beside(self, context: int) -> int:
+        """All but weights and cache."""
+        return self.step(context) + self.logprobs + self.buffers(context) + self.graph_pool + self.workspace
+
+    @property
+    def _rows(self) -> int:
+        return graph_rows(min(self.scheduler.max_num_seqs, MOST_ROWS))
+
+    @property
+    def _unpacked(self) -> sizing.FormatBytes:
+        return unpack_bytes(self.format, self.dtype)
+
+    @property
+    def _graph_step(self) -> int:
+        return sizing_cuda.graph_step_bytes(
+            self.config, self._rows, self.dtype.itemsize, unpacked=self._unpacked, workspace=self.workspace
+        )
 
 
 @dataclass(frozen=True)

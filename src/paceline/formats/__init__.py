@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from paceline.formats import dense, fp8, int4, int8
+from paceline.formats.chunks import CUDA_CHUNKS
 from paceline.kernels.gemv import Planes
 from paceline.kernels.linear import onednn_refusal
 from paceline.registry import lookup
@@ -105,6 +106,19 @@ def resident_bytes(format: str, dtype: torch.dtype, device: torch.device) -> For
 def unpack_bytes(format: str, dtype: torch.dtype) -> FormatBytes:
     """What a product through an unpacked copy of one of them holds, for the memory formula."""
     return _format_bytes(format, lambda chosen, rows, columns: chosen.unpack_bytes(rows, columns, dtype))
+
+
+def packing_bytes(format: str, dtype: torch.dtype, device: torch.device) -> FormatBytes:
+    """What one of them holds while it is packed: its values, where they do not stay as they are, and what packing
+    takes."""
+
+    def size(chosen: Format, rows: int, columns: int) -> int:
+        if keeps_memory(format, (rows, columns), dtype, device):
+            return 0
+        chunks = 1 if device.type == "cpu" else CUDA_CHUNKS
+        return rows * columns * dtype.itemsize + chunks * chosen.packing_bytes(rows, columns, dtype)
+
+    return _format_bytes(format, size)
 
 
 def _format_bytes(format: str, size: Callable[[Format, int, int], int]) -> FormatBytes:

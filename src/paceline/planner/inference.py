@@ -7,7 +7,7 @@ config.json and the headers of its weights (loading/description.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -16,13 +16,16 @@ from paceline import sizing
 from paceline.benchmark.bandwidth import read_bandwidth
 from paceline.config import CacheConfig, DecoderConfig, SchedulerConfig
 from paceline.engine.device import DTYPES, available_bytes, pick_device, pick_dtype
-from paceline.engine.memory import CPU_CACHE_SHARE, CUDA_MEMORY_SHARE, Room, divide
+from paceline.engine.graphs import config_refusal
+from paceline.engine.memory import CPU_CACHE_SHARE, CUDA_MEMORY_SHARE, Room, Sizes, divide
 from paceline.errors import UnsupportedModelError, UsageError
-from paceline.formats import FORMATS, keeps_memory, resident_bytes, stored_bytes, unpack_bytes
+from paceline.formats import FORMATS, stored_bytes
+from paceline.kernels.gpu import gpu
 from paceline.loading.description import Description, describe
 from paceline.models.registry import read_decoder_config
 from paceline.planner.devices import find_gpu, parse_bytes, recognise_gpu
 from paceline.registry import lookup, refuse_unknown_keys
+from paceline.sizing_cuda import workspace_bytes
 
 BATCHES = (1, 4, 16, 64, 256)
 FIRST_CONTEXT = 1024
@@ -115,8 +118,10 @@ class Speed:
 class Plan:
     """Sizes in bytes, lengths in tokens. `stored`: values of each dtype in the checkpoint, by its headers.
 
-    `cache`: what the engine would allocate within `memory`, and `max_model_len` the longest context that it holds.
-    `total`: weights, the largest step and that cache; `fits`: whether `memory` holds them. Of `contexts` and BATCHES:
+    `loading`: beside the weights while they are loaded; given back before there is a cache. `decode_buffers`,
+    `graph_pool`, `blas_workspace`: of CUDA graphs and of cuBLAS. `cache`: what the engine would allocate within
+    `memory`, and `max_model_len` the longest context that it holds. `total`: weights, and what running, or loading if
+    that is more, holds beside them; `fits`: whether `memory` holds it. Of `contexts` and BATCHES:
     `grid`, `speeds`, `largest_batch` as (context, requests) and `longest_context` as (batch, tokens), 0 for none.
     """
 
@@ -128,8 +133,12 @@ class Plan:
     dtype: str
     weight_format: str
     weights: sizing.WeightBytes
+    loading: int
     activations: int
     logprob_workspace: int
+    decode_buffers: int
+    graph_pool: int
+    blas_workspace: int
     memory: Figure
     cache: tuple[GroupPlan, ...]
     max_model_len: int
@@ -168,52 +177,44 @@ def read_family_config(hf_config: Mapping[str, Any]) -> DecoderConfig:
 
 
 @dataclass(frozen=True)
-class _Sizes:
-    """The functions of sizing.py, for one model as it would be loaded."""
+class _Planned:
+    """One model's sizes as the engine takes them, for any number of requests."""
 
-    config: DecoderConfig
-    bytes_per_value: int
-    weights: sizing.WeightBytes
-    unpacked: sizing.FormatBytes
+    sizes: Sizes
     options: PlanOptions
 
-    def activations(self, batch: int, context: int) -> int:
-        step = sizing.StepShape(self._tokens(batch), batch, context, self._tokens(batch), self.options.block_size)
-        return sizing.activation_bytes(self.config, step, self.bytes_per_value, unpacked=self.unpacked)
-
-    @property
-    def logprob_workspace(self) -> int:
-        return sizing.logprob_workspace_bytes(self.config.vocab_size, self.options.max_num_batched_tokens)
-
-    def beside_weights(self, batch: int, context: int) -> int:
-        return self.activations(batch, context) + self.logprob_workspace
+    def of(self, batch: int) -> Sizes:
+        """With steps of so many requests: every running one needs a token a step."""
+        tokens = max(self.options.max_num_batched_tokens, batch)
+        return replace(self.sizes, scheduler=SchedulerConfig(batch, tokens))
 
     def divide(self, memory: Figure, longest: int, cache_share: float) -> tuple[int, sizing.CachePlan]:
         """The context that the engine would run with, and the cache that it would allocate."""
-        options = self.options
+        options, sizes = self.options, self.sizes
         room = Room(
-            int(memory.value) - self.weights.total,
-            lambda context: self.beside_weights(options.max_num_seqs, context),
+            int(memory.value) - sizes.weights.total,
+            sizes.beside,
             cache_share,
             None if options.kv_cache_gib is None else int(options.kv_cache_gib * sizing.GIB),
         )
         return divide(
-            self.config.kv_groups,
+            sizes.config.kv_groups,
             room,
             CacheConfig(options.block_size),
-            SchedulerConfig(options.max_num_seqs, options.max_num_batched_tokens),
-            bytes_per_value=self.bytes_per_value,
+            sizes.scheduler,
+            bytes_per_value=sizes.dtype.itemsize,
             longest=longest,
             shorten=options.max_model_len is None,
         )
 
     def total(self, batch: int, context: int) -> int:
         """Bytes of everything for `batch` requests of `context` tokens each."""
-        size, groups = self.options.block_size, self.config.kv_groups
+        size, groups, sizes = self.options.block_size, self.sizes.config.kv_groups, self.of(batch)
         tokens = batch * -(-context // size) * size
-        blocks = sizing.blocks_needed(groups, tokens, num_seqs=batch, block_size=size, step_tokens=self._tokens(batch))
-        cache = sizing.cache_bytes(groups, blocks, size, self.bytes_per_value)
-        return self.weights.total + self.beside_weights(batch, context) + cache
+        step_tokens = sizes.scheduler.max_num_batched_tokens
+        blocks = sizing.blocks_needed(groups, tokens, num_seqs=batch, block_size=size, step_tokens=step_tokens)
+        cache = sizing.cache_bytes(groups, blocks, size, sizes.dtype.itemsize)
+        return sizes.weights.total + max(sizes.loading, sizes.beside(context) + cache)
 
     def fit(self, batch: int, context: int, memory: Figure) -> Fit:
         nbytes = self.total(batch, context)
@@ -224,9 +225,6 @@ class _Sizes:
 
     def longest_context(self, batch: int, longest: int, memory: Figure) -> int:
         return _largest(lambda context: self.total(batch, context) <= memory.value, longest)
-
-    def _tokens(self, batch: int) -> int:
-        return max(self.options.max_num_batched_tokens, batch)  # every running request needs one token a step
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:
@@ -247,13 +245,14 @@ def _plan(description: Description, config: DecoderConfig, options: PlanOptions)
     here = options.gpu is None and options.memory is None
     device = pick_device(options.device) if here else torch.device("cuda")
     dtype = _dtype(description, options, device)
-    sizes = _sizes(config.with_context(longest), options, dtype, device)
+    planned = _Planned(_sizes(config.with_context(longest), description, options, dtype, device), options)
+    sizes = planned.sizes
     memory = _memory(options, device)
     share = CPU_CACHE_SHARE if here and device.type == "cpu" else 1.0
-    context, cache = sizes.divide(memory, longest, share)
+    context, cache = planned.divide(memory, longest, share)
     contexts = _contexts(longest)
     bandwidth = _bandwidth(options, device)
-    total = sizes.weights.total + sizes.beside_weights(options.max_num_seqs, context) + cache.nbytes
+    total = sizes.weights.total + max(sizes.loading, sizes.beside(context) + cache.nbytes)
     return Plan(
         model=description.name,
         source=description.note,
@@ -263,8 +262,12 @@ def _plan(description: Description, config: DecoderConfig, options: PlanOptions)
         dtype=str(dtype).removeprefix("torch."),
         weight_format=options.quantization or "dense",
         weights=sizes.weights,
-        activations=sizes.activations(options.max_num_seqs, context),
-        logprob_workspace=sizes.logprob_workspace,
+        loading=sizes.loading,
+        activations=sizes.step(context),
+        logprob_workspace=sizes.logprobs,
+        decode_buffers=sizes.buffers(context),
+        graph_pool=sizes.graph_pool,
+        blas_workspace=sizes.workspace,
         memory=memory,
         cache=_groups(config, cache, dtype.itemsize),
         max_model_len=context,
@@ -273,23 +276,37 @@ def _plan(description: Description, config: DecoderConfig, options: PlanOptions)
         total=total,
         fits=total <= memory.value and cache.num_tokens >= context,
         contexts=contexts,
-        grid=tuple(sizes.fit(batch, context, memory) for batch in BATCHES for context in contexts),
-        largest_batch=tuple((c, sizes.largest_batch(c, memory)) for c in contexts),
-        longest_context=tuple((b, sizes.longest_context(b, longest, memory)) for b in BATCHES),
+        grid=tuple(planned.fit(batch, context, memory) for batch in BATCHES for context in contexts),
+        largest_batch=tuple((c, planned.largest_batch(c, memory)) for c in contexts),
+        longest_context=tuple((b, planned.longest_context(b, longest, memory)) for b in BATCHES),
         bandwidth=bandwidth,
         speeds=() if bandwidth is None else _speeds(config, options, dtype, contexts, bandwidth),
     )
 
 
-def _sizes(config: DecoderConfig, options: PlanOptions, dtype: torch.dtype, device: torch.device) -> _Sizes:
-    format = options.quantization or "dense"
-    weights = sizing.weight_bytes(
+def _sizes(
+    config: DecoderConfig, description: Description, options: PlanOptions, dtype: torch.dtype, device: torch.device
+) -> Sizes:
+    on_cuda = device.type == "cuda"
+    stored = DTYPES.get(description.stored_dtype, dtype)  # a quantised GGUF file is cast on the host
+    return Sizes(
         config,
-        dtype.itemsize,
-        resident_bytes(format, dtype, device),
-        tied_head_shares=keeps_memory(format, (config.vocab_size, config.hidden_size), dtype, device),
+        dtype,
+        options.quantization or "dense",
+        device,
+        SchedulerConfig(options.max_num_seqs, options.max_num_batched_tokens),
+        options.block_size,
+        graphs=on_cuda and config_refusal(config) is None,
+        workspace=workspace_bytes(_capability(options, device)) if on_cuda else 0,
+        read_bytes=stored.itemsize if on_cuda and stored != dtype else 0,
     )
-    return _Sizes(config, dtype.itemsize, weights, unpack_bytes(format, dtype), options)
+
+
+def _capability(options: PlanOptions, device: torch.device) -> tuple[int, int] | None:
+    """None where it is not known: a GPU of so much memory."""
+    if options.gpu is not None:
+        return find_gpu(options.gpu).capability
+    return gpu(device).capability if options.memory is None else None
 
 
 def _dtype(description: Description, options: PlanOptions, device: torch.device) -> torch.dtype:

@@ -12,9 +12,8 @@ import torch
 from paceline import sizing
 from paceline.benchmark.job import Job, Subject
 from paceline.benchmark.protocol import LAST
-from paceline.config import DecoderConfig
+from paceline.engine.memory import Sizes
 from paceline.errors import UsageError
-from paceline.formats import keeps_memory, resident_bytes, unpack_bytes
 from paceline.llm import LLM
 from paceline.models.decoder import Decoder
 from paceline.phases import Phases
@@ -50,6 +49,9 @@ def build(job: Job, device: torch.device, phases: Phases) -> Subject:
     head = model.head.weight
     kv = llm.model.engine.runner.kv
     cache = sum(tensor.nbytes for layer in kv for tensor in (layer.k_HSD, layer.v_HSD))
+    sizes = llm.model.sizes
+    assert sizes is not None  # a Decoder's are planned
+    decode = llm.model.engine.runner.decode
 
     def generate(prompt: Sequence[int], num_tokens: int) -> list[int]:
         params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
@@ -62,24 +64,21 @@ def build(job: Job, device: torch.device, phases: Phases) -> Subject:
         weight_format=job.weight_format,
         step_weight_bytes=llm.stats().step_weight_bytes,
         head_bits=8 * head.nbytes / (head.shape[0] * head.shape[1]),
-        planned=_planned(model.config, job, llm.model.dtype, device, cache),
-        held={"cache": cache},
+        planned=_planned(sizes, job, cache),
+        held={"cache": cache, "decode buffers": 0 if decode is None else decode.nbytes},
     )
 
 
-def _planned(config: DecoderConfig, job: Job, dtype: torch.dtype, device: torch.device, cache: int) -> dict[str, int]:
-    """By the formulas of sizing.py, which `paceline plan` shows; the step is the largest that is run here."""
-    weights = sizing.weight_bytes(
-        config,
-        dtype.itemsize,
-        resident_bytes(job.weight_format, dtype, device),
-        tied_head_shares=keeps_memory(job.weight_format, (config.vocab_size, config.hidden_size), dtype, device),
-    )
+def _planned(sizes: Sizes, job: Job, cache: int) -> dict[str, int]:
+    """By the formulas that `paceline plan` shows; the step is the largest that is run here."""
     longest = max(job.contexts)
     tokens = min(longest, STEP_TOKENS)
-    step = sizing.StepShape(tokens, 1, longest + LAST, tokens)
     return {
-        "weights": weights.total,
+        "loading": sizes.loading,
+        "weights": sizes.weights.total,
         "cache": cache,
-        "step": sizing.activation_bytes(config, step, dtype.itemsize, unpacked=unpack_bytes(job.weight_format, dtype)),
+        "decode buffers": sizes.buffers(longest + LAST),
+        "graphs": sizes.graph_pool,
+        "cuBLAS": sizes.workspace,
+        "step": sizes.step_of(sizing.StepShape(tokens, 1, longest + LAST, tokens, greedy=True, scores=False)),
     }

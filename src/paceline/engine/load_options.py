@@ -1,0 +1,82 @@
+"""What may be asked of a model that is loaded, checked where it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from paceline.config import CacheConfig, Mode, SchedulerConfig, SpeculativeConfig, check_mode
+from paceline.engine.offload import PLACES
+from paceline.errors import UsageError
+from paceline.formats import FORMATS
+from paceline.formats.streamed import STREAMED
+from paceline.models.implementation import check_model_impl
+from paceline.registry import lookup, unknown
+
+LOAD_FORMATS = ("auto", "dummy")  # vLLM's option and its words
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What to load and how. `model`: a hub id, a directory, a GGUF file or an alias. `tokenizer`: the same, where
+    it is not the model's own. `generation_config`: "auto" takes the model's sampling defaults, "none" does not.
+    `kv_cache_gib`: the cache's size; None takes what scheduler limits can use, within a share of free memory.
+    `memory_gib`: what weights, cache and activations may take on the device together; None: what is free there.
+    `offload`: "auto", "host" or "disk" keeps the matrices there and streams them (engine/offload.py).
+    `model_impl`: "paceline", "transformers", or "auto", the first of them that runs the model.
+    `mode`: as in EngineConfig. `async_depth`: steps that the host runs ahead; None is 1 with graphs, unless drafts wait
+    for tokens, else 0. `load_format`: "dummy" makes random weights of the model's shape instead of reading any; `seed`
+    is theirs too."""
+
+    model: str
+    tokenizer: str | None = None
+    revision: str | None = None
+    dtype: str | torch.dtype = "auto"
+    device: str = "auto"
+    quantization: str | None = None
+    max_model_len: int | None = None
+    kv_cache_gib: float | None = None
+    memory_gib: float | None = None
+    offload: str | None = None
+    offload_dir: str | None = None
+    seed: int = 0
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    speculative: SpeculativeConfig | None = None
+    async_depth: int | None = None
+    mode: Mode = "auto"
+    skip_tokenizer_init: bool = False
+    chat_template: str | None = None
+    generation_config: str = "auto"
+    hf_token: str | None = None
+    download_dir: str | None = None
+    model_impl: str = "auto"
+    load_format: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_model_impl(self.model_impl)
+        check_mode(self.mode)
+        if self.load_format not in LOAD_FORMATS:
+            raise UsageError(unknown("load_format", self.load_format, LOAD_FORMATS))
+        if self.load_format == "dummy" and not self.skip_tokenizer_init and self.tokenizer is None:
+            raise UsageError(
+                "load_format='dummy' comes without a tokenizer: set skip_tokenizer_init=True, or name one in tokenizer"
+            )
+        if self.quantization is not None:
+            lookup({name: None for name in FORMATS if name != "dense"}, "quantization", self.quantization)
+        if self.generation_config not in ("auto", "none"):
+            raise UsageError(f"generation_config must be 'auto' or 'none', got {self.generation_config!r}")
+        for name in ("kv_cache_gib", "memory_gib"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"{name} must be greater than 0, got {value}")
+        if self.offload is not None and self.offload not in PLACES:
+            raise UsageError(f"offload must be one of {', '.join(PLACES)}, got {self.offload!r}")
+        if self.offload is not None and (self.quantization or "dense") not in STREAMED:
+            raise UsageError(
+                f"offload cannot stream {self.quantization} weights, whose scales are too many to stay on the device: "
+                "use quantization='int8'"
+            )
+        if self.offload_dir is not None and self.offload is None:
+            raise UsageError("offload_dir is given and offload is not: set offload='disk'")

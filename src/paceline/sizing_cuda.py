@@ -1,0 +1,65 @@
+"""What an engine takes on a CUDA device beside the parts of sizing.py: cuBLAS's workspace, and what captured decodes
+keep: the buffers that they read and write, and the pool of memory that their graphs compute in. No torch.
+"""
+
+from __future__ import annotations
+
+from paceline import sizing
+from paceline.config import DecoderConfig
+
+# torch gives cuBLAS so much a stream that multiplies by it: 32 MiB since compute capability 9.0, 2 of 4 MiB and 8 of
+# 16 KiB before; and cuBLASLt, which adds biases, 1 MiB more.
+BLAS_WORKSPACE = 32 << 20
+OLD_BLAS_WORKSPACE = (8 << 20) + (128 << 10)
+LT_WORKSPACE = 1 << 20
+
+# torch's allocator: tensors of up to 1 MiB share segments of 2 MiB; larger ones get segments of 20 MiB, and from 10 MiB
+# on one of their own size in whole 2 MiB.
+SMALL_TENSOR = 1 << 20
+SEGMENT = 2 << 20
+LARGE_SEGMENT = 10 << 20
+
+DECODE_FIELDS = 10  # 8 bytes of each row: its position, length, token and what it asks of the sampler
+
+
+def workspace_bytes(capability: tuple[int, int] | None) -> int:
+    """cuBLAS's for one stream. `capability`: NVIDIA's compute capability; None takes the largest."""
+    blas = OLD_BLAS_WORKSPACE if capability is not None and capability < (9, 0) else BLAS_WORKSPACE
+    return blas + LT_WORKSPACE
+
+
+def decode_buffer_bytes(num_groups: int, rows: int, context: int, block_size: int) -> int:
+    """The device's buffers of captured decodes of up to `rows` requests (engine/decode_step.py): the fields and a slot
+    of each KV group, a token and what shows whether it may be trusted, and a block table of each group."""
+    blocks = -(-context // block_size)
+    return rows * (8 * (DECODE_FIELDS + num_groups) + 16 + 4 * num_groups * blocks)
+
+
+def graph_step_bytes(
+    config: DecoderConfig, rows: int, bytes_per_value: int, *, unpacked: sizing.FormatBytes, workspace: int
+) -> int:
+    """What one captured decode of `rows` requests computes in. More rows than the GEMV kernel takes, and float32, go
+    through cuBLAS, and its `workspace` for the stream that captures lies in the pool."""
+    backend = sizing.cuda_backend(bytes_per_value)
+    step = _decode(rows)
+    held = sizing.activation_bytes(config, step, bytes_per_value, unpacked=unpacked, backend=backend)
+    return held + (workspace if rows > backend.packed_rows else 0)
+
+
+def reserved_bytes(config: DecoderConfig, rows: int, step_bytes: int) -> int:
+    """What the graphs' pool gets at once, as one segment for all sizes of graphs; 0 where every tensor is a small one.
+    Else each size that is captured would add segments of its own: those of 8, 16, ... 64 rows 4.5 times the last's."""
+    # Indices of sorted logits, and the parts of the contexts.
+    widest = max(8 * rows * config.vocab_size, sizing.split_bytes(config, _decode(rows), sizing.MOST_SPLITS))
+    return 0 if widest <= SMALL_TENSOR else max(LARGE_SEGMENT, -(-step_bytes // SEGMENT) * SEGMENT)
+
+
+def graph_pool_bytes(config: DecoderConfig, rows: int, step_bytes: int) -> int:
+    """The pool of the graphs of up to `rows` requests, in whole segments: what is reserved, and the small tensors of
+    the largest graph that has no other."""
+    small = min(step_bytes, SMALL_TENSOR // 8 * sizing.CUDA_SAMPLING_BYTES)
+    return reserved_bytes(config, rows, step_bytes) + -(-small // SEGMENT) * SEGMENT
+
+
+def _decode(rows: int) -> sizing.StepShape:
+    return sizing.StepShape(rows, rows, 1, 1, scores=False)
