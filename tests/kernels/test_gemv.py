@@ -18,6 +18,7 @@ from paceline.kernels.gemv import (
     Epilogue,
     Norm,
     Planes,
+    fuses_norm,
     gemv,
     gemv_ref,
     gemv_refusal,
@@ -204,10 +205,20 @@ def test_refusals(x: torch.Tensor, kind: str, columns: int, reason: str | None) 
     assert shape_refusal(x, Planes(kind, (8, columns), values)) == reason
 
 
-def test_a_norm_of_float16_and_a_cpu_are_refused() -> None:
-    x, planes = torch.zeros(2, 64).half(), Planes("dense", (8, 64), torch.zeros(8, 64).half())
-    assert "float16's largest" in (shape_refusal(x, planes, Norm(torch.ones(64), 1e-5)) or "")
+def test_a_norm_of_too_many_channels_and_a_cpu_are_refused() -> None:
+    x, planes = torch.zeros(2, 16392).half(), Planes("dense", (1, 16392), torch.zeros(1, 16392).half())
+    assert "16392 channels" in (shape_refusal(x, planes, Norm(torch.ones(16392), 1e-5)) or "")
+    assert shape_refusal(x, planes) is None
     assert gemv_refusal(x, planes) == "device is cpu"
+
+
+def test_a_norm_goes_into_one_row_of_a_small_weight() -> None:
+    small, large = (Planes("dense", (rows, 576), torch.empty(0)) for rows in (3072, 49152))
+    one, two = torch.empty(1, 576), torch.empty(2, 576)
+    assert fuses_norm(one, small)
+    assert not fuses_norm(two, small)
+    assert not fuses_norm(one, large)
+    assert not fuses_norm(one, Planes("int4", (3072, 576), torch.empty(0), group=64))
 
 
 @pytest.mark.parametrize(("rows", "columns", "tokens"), [(34, 1100, 1), (40, 544, 5)])

@@ -44,7 +44,6 @@ def gemv_int4_kernel(
     x_ptr,  # [T, K], rows x_stride apart
     w_ptr,  # int16 [N, w_stride], half words
     scale_ptr,  # int32 [N, groups of whole tiles]: a group's scale (low half) and offset, bfloat16
-    norm_ptr,  # [K]; None: no norm
     bias_ptr,  # [N]; None: no bias
     residual_ptr,  # [T, outputs]; None: no residual
     y_ptr,  # [T, outputs]
@@ -54,7 +53,6 @@ def gemv_int4_kernel(
     w_stride,
     y_stride,
     residual_stride,
-    eps,
     K: tl.constexpr,
     GROUP: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -99,13 +97,11 @@ def gemv_int4_kernel(
     shift = (4 * tl.arange(0, 4)).to(tl.int16)[:, None, None, None]
     ones = tl.full([BATCHES, 16, GROUP], 1, DTYPE)
     acc = tl.zeros([BATCHES, BLOCK_N // 16, 16, M], tl.float32)
-    squares = tl.zeros([BATCHES, GROUP, ROWS], tl.float32)
     for step in tl.range(0, STEPS, num_stages=STAGES):
         real = (step * SPAN + warp * (4 * GROUP) < K) | EVEN  # past K there are neither words nor scales
         w = tl.load(w_at + step * (WARPS * GROUP), mask=real, other=0, eviction_policy="evict_first")
         bits = tl.load(scale_at + step * BATCHES, mask=real, other=0, eviction_policy="evict_first")
-        x, square = load_x(x_ptr, x_stride, norm_ptr, step * SPAN + x_cols, toks, T, K, EVEN, ASM)
-        squares += square
+        x = load_x(x_ptr, x_stride, step * SPAN + x_cols, toks, T, K, EVEN)
         x = tl.broadcast_to(x, [BATCHES, GROUP, M])
         # [warp, 32 columns of 4 groups, 8 rows, row, thread of the row, pair of columns, 2]: pairs lie threads apart
         w = tl.permute(tl.reshape(w, [WARPS, GROUP // 32, EIGHTS, 8, 4, 4, 2]), [0, 2, 3, 1, 5, 4, 6])
@@ -118,9 +114,7 @@ def gemv_int4_kernel(
         acc += tl.reshape(product, acc.shape) * scale + total * offset
 
     acc = tl.sum(tl.reshape(acc, [BATCHES, BLOCK_N, M]), 0)
-    squares = tl.sum(squares, 0)
-    sum_square = tl.broadcast_to(tl.sum(squares, 0), [M]) if ROWS == 1 else tl.sum(squares, 0)
     finish(
-        acc, sum_square, block, scale_ptr, norm_ptr is not None, bias_ptr, residual_ptr, y_ptr,
-        T, N, K, y_stride, residual_stride, eps, "int4", ACTIVATION, GATED, M, BLOCK_N,
+        acc, block, scale_ptr, bias_ptr, residual_ptr, y_ptr,
+        T, N, y_stride, residual_stride, "int4", ACTIVATION, GATED, M, BLOCK_N,
     )  # fmt: skip

@@ -4,6 +4,7 @@
 A program has BLOCK_N whole rows of the weight in registers. They are asked for at once, before the kernel that makes x
 has ended; nothing goes through shared memory, and threads meet only in the sums at the end. Every thread has 8
 neighbouring columns of a step, as much of x as one load brings: with 16 of int8, x would change threads at every step.
+The RMS norm's factor is applied to the result: x * g goes in, and each program squares the x it loads anyway.
 
 Shapes: N rows of the weight, K columns.
 """
@@ -78,9 +79,12 @@ def gemv_row_kernel(
             squares += x * x
             x *= load(norm_ptr + at, at, K, BLOCK_K, "evict_last").to(tl.float32)
         sums += as_float32(w[step], FORMAT, ASM) * x
+    acc = tl.sum(sums, 1)[:, None]
+    if norm_ptr is not None:
+        acc *= tl.rsqrt(tl.sum(squares, 1) / K + eps)[None, :]
     finish(
-        tl.sum(sums, 1)[:, None], tl.sum(squares, 1), block, scale_ptr, norm_ptr is not None,
-        bias_ptr, residual_ptr, y_ptr, 1, N, K, 0, 0, eps, FORMAT, ACTIVATION, GATED, 1, BLOCK_N,
+        acc, block, scale_ptr, bias_ptr, residual_ptr, y_ptr,
+        1, N, 0, 0, FORMAT, ACTIVATION, GATED, 1, BLOCK_N,
     )  # fmt: skip
 
 

@@ -5,7 +5,6 @@ kernels/gemv_row_triton.py and kernels/gemv_int4_triton.py.)
 
 Shapes: T rows of x (1 to 16), N outputs, K inputs; M columns of the product: the T rows padded to 8 or 16 as the matrix
 unit takes them, the weight as its left operand. A program owns BLOCK_N rows of the weight and one of SPLIT parts of K.
-The RMS norm's factor is applied to the result: x * g goes in, and each program squares the x it loads anyway.
 """
 
 from __future__ import annotations
@@ -91,18 +90,10 @@ def load_w(pointers, at, width, EVEN: tl.constexpr):
 
 
 @triton.jit
-def load_x(x_ptr, x_stride, norm_ptr, cols, toks, T, K, EVEN: tl.constexpr, ASM: tl.constexpr):
-    """x of [..., columns, 1] places and [toks], times the norm's weight; and its squares, in float32, for the norm."""
-    inside = (cols < K) | EVEN
-    x = tl.load(x_ptr + cols + toks * x_stride, mask=inside & (toks < T), other=0.0, eviction_policy="evict_last")
-    square = tl.zeros(x.shape, tl.float32)
-    if norm_ptr is not None:
-        g = tl.load(norm_ptr + cols, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        square = x.to(tl.float32) * x.to(tl.float32)
-        x = (x.to(tl.float32) * g).to(x.dtype)
-        if ASM:  # a wall: Triton would first spread x and g over M columns, and then multiply 8 times as often
-            x = tl.inline_asm_elementwise("mov.b16 $0, $1;", "=h,h", [x], x.dtype, is_pure=False, pack=1)
-    return x, square
+def load_x(x_ptr, x_stride, cols, toks, T, K, EVEN: tl.constexpr):
+    """x of [..., columns, 1] places and [toks]; 0 where there is none."""
+    inside = ((cols < K) | EVEN) & (toks < T)
+    return tl.load(x_ptr + cols + toks * x_stride, mask=inside, other=0.0, eviction_policy="evict_last")
 
 
 @triton.jit
@@ -137,33 +128,30 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def matrix_product(
-    x_ptr, x_stride, norm_ptr, w_rows, part,
+    x_ptr, x_stride, w_rows, part,
     T, K: tl.constexpr, M: tl.constexpr, BLOCK_K: tl.constexpr,
-    STEPS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
+    STEPS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """w x^T, [rows, M], for values in x's dtype, and the squares of the x it read, [columns, M]."""
+    """w x^T, [rows, M], for values in x's dtype."""
     acc = tl.zeros([w_rows.shape[0], M], tl.float32)
-    squares = tl.zeros([BLOCK_K, M], tl.float32)
     for step in tl.range(0, STEPS, num_stages=STAGES):
         cols = (part * STEPS + step) * BLOCK_K + tl.arange(0, BLOCK_K)
         w = load_w(w_rows + cols[None, :], cols[None, :], K, EVEN)
-        x, square = load_x(x_ptr, x_stride, norm_ptr, cols[:, None], tl.arange(0, M)[None, :], T, K, EVEN, ASM)
-        squares += square
+        x = load_x(x_ptr, x_stride, cols[:, None], tl.arange(0, M)[None, :], T, K, EVEN)
         acc = tl.dot(w, x, acc)
-    return acc, squares
+    return acc
 
 
 @triton.jit
 def byte_product(
-    x_ptr, x_stride, norm_ptr, w_rows, width, part,
+    x_ptr, x_stride, w_rows, width, part,
     T, K: tl.constexpr, FORMAT: tl.constexpr, M: tl.constexpr, BLOCK_K: tl.constexpr,
     STEPS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """w x^T, [rows, M], for words of 4 bytes, unscaled, and the squares of the x it read, [columns, M]."""
+    """w x^T, [rows, M], for words of 4 bytes, unscaled."""
     HALF: tl.constexpr = BLOCK_K // 2
     half = tl.arange(0, HALF)
     acc = tl.zeros([w_rows.shape[0], M], tl.float32)
-    squares = tl.zeros([HALF, M], tl.float32)
     for step in tl.range(0, STEPS, num_stages=STAGES):
         tile = part * STEPS + step
         at = (tile * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4))[None, :]
@@ -175,24 +163,21 @@ def byte_product(
                 low, high = fp8_pair(words, pair, x_ptr.dtype.element_ty, ASM)
             w = tl.reshape(tl.join(low, high), [w_rows.shape[0], HALF])
             cols = tile * BLOCK_K + 4 * (half // 2) + pair + 2 * (half % 2)
-            x, square = load_x(x_ptr, x_stride, norm_ptr, cols[:, None], tl.arange(0, M)[None, :], T, K, EVEN, ASM)
-            squares += square
+            x = load_x(x_ptr, x_stride, cols[:, None], tl.arange(0, M)[None, :], T, K, EVEN)
             acc = tl.dot(w, x, acc)
-    return acc, squares
+    return acc
 
 
 @triton.jit
 def finish(
-    acc, sum_square, block, scale_ptr, has_norm: tl.constexpr, bias_ptr, residual_ptr, y_ptr,
-    T, N, K: tl.constexpr, y_stride, residual_stride, eps,
+    acc, block, scale_ptr, bias_ptr, residual_ptr, y_ptr,
+    T, N, y_stride, residual_stride,
     FORMAT: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """All that follows the sums over K, [BLOCK_N, M], of one block of rows; stores y."""
     index = block * BLOCK_N + tl.arange(0, BLOCK_N)
     rows, live = block_rows(block, N, GATED, BLOCK_N)
     toks = tl.arange(0, M)[None, :]
-    if has_norm:
-        acc *= tl.rsqrt(sum_square / K + eps)[None, :]
     if FORMAT == "int8" or FORMAT == "fp8":
         acc *= tl.load(scale_ptr + rows).to(tl.float32)[:, None]
     if bias_ptr is not None:
@@ -213,7 +198,7 @@ def finish(
 
 @triton.jit
 def add_parts_kernel(
-    parts_ptr,  # float32 [SPLIT, N + 1, M], as gemv_kernel leaves it
+    parts_ptr,  # float32 [SPLIT, N, M], as gemv_kernel leaves it
     scale_ptr,
     bias_ptr,
     residual_ptr,
@@ -222,12 +207,9 @@ def add_parts_kernel(
     N,
     y_stride,
     residual_stride,
-    eps,
-    K: tl.constexpr,
     FORMAT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
-    NORM: tl.constexpr,
     M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -242,15 +224,12 @@ def add_parts_kernel(
     index = block * BLOCK_N + tl.arange(0, BLOCK_N)
     toks = tl.arange(0, M)
     acc = tl.zeros([BLOCK_N, M], tl.float32)
-    sum_square = tl.zeros([M], tl.float32)
     for part in tl.static_range(SPLIT):
-        here = parts_ptr + part * (N + 1) * M + toks
+        here = parts_ptr + part * N * M + toks
         acc += tl.load(here[None, :] + index[:, None] * M, mask=(index < N)[:, None], other=0.0)
-        if NORM:
-            sum_square += tl.load(here + N * M)
     finish(
-        acc, sum_square, block, scale_ptr, NORM, bias_ptr, residual_ptr, y_ptr,
-        T, N, K, y_stride, residual_stride, eps, FORMAT, ACTIVATION, GATED, M, BLOCK_N,
+        acc, block, scale_ptr, bias_ptr, residual_ptr, y_ptr,
+        T, N, y_stride, residual_stride, FORMAT, ACTIVATION, GATED, M, BLOCK_N,
     )  # fmt: skip
 
 
@@ -259,23 +238,20 @@ def gemv_kernel(
     x_ptr,  # [T, K], rows x_stride apart
     w_ptr,  # [N, w_stride]: values, or in int8 and fp8 int32 words of 4
     scale_ptr,  # [N]; None for dense
-    norm_ptr,  # [K]; None: no norm
     bias_ptr,  # [N]; None: no bias
     residual_ptr,  # [T, outputs]; None: no residual
     y_ptr,  # [T, outputs]
-    parts_ptr,  # SPLIT > 1: float32 [SPLIT, N + 1, M], sums of each part, in row N those of x squared; y is not written
+    parts_ptr,  # SPLIT > 1: float32 [SPLIT, N, M], the sums of each part; y is not written
     T,
     N,
     x_stride,
     w_stride,
     y_stride,
     residual_stride,
-    eps,
     K: tl.constexpr,  # a model has a handful of them, and a loop of known length needs no masks
     FORMAT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
-    ROWS: tl.constexpr,  # 1 when T is 1, else M: one row is loaded once and spread over the M columns
     M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,  # columns a step
@@ -304,23 +280,16 @@ def gemv_kernel(
         gdc_wait()
 
     if FORMAT == "dense":
-        acc, squares = matrix_product(
-            x_ptr, x_stride, norm_ptr, w_rows, part, T, K, M, BLOCK_K, STEPS, STAGES, EVEN, ASM
-        )
+        acc = matrix_product(x_ptr, x_stride, w_rows, part, T, K, M, BLOCK_K, STEPS, STAGES, EVEN)
     else:
-        acc, squares = byte_product(
-            x_ptr, x_stride, norm_ptr, w_rows, w_stride, part, T, K, FORMAT, M, BLOCK_K, STEPS, STAGES, EVEN, ASM
-        )
+        acc = byte_product(x_ptr, x_stride, w_rows, w_stride, part, T, K, FORMAT, M, BLOCK_K, STEPS, STAGES, EVEN, ASM)
 
-    sum_square = tl.broadcast_to(tl.sum(squares, 0), [M]) if ROWS == 1 else tl.sum(squares, 0)
     if SPLIT > 1:
-        here = parts_ptr + part * (N + 1) * M + tl.arange(0, M)
+        here = parts_ptr + part * N * M + tl.arange(0, M)
         index = block * BLOCK_N + tl.arange(0, BLOCK_N)
         tl.store(here[None, :] + index[:, None] * M, acc, mask=live[:, None])
-        if norm_ptr is not None and block == 0:
-            tl.store(here + N * M, sum_square)
     else:
         finish(
-            acc, sum_square, block, scale_ptr, norm_ptr is not None, bias_ptr, residual_ptr, y_ptr,
-            T, N, K, y_stride, residual_stride, eps, FORMAT, ACTIVATION, GATED, M, BLOCK_N,
+            acc, block, scale_ptr, bias_ptr, residual_ptr, y_ptr,
+            T, N, y_stride, residual_stride, FORMAT, ACTIVATION, GATED, M, BLOCK_N,
         )  # fmt: skip

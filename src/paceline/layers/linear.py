@@ -12,7 +12,8 @@ from paceline.formats import Weight
 from paceline.kernels.activation import activate
 from paceline.kernels.choices import Choice, either
 from paceline.kernels.elementwise import PLAIN
-from paceline.kernels.gemv import Epilogue, gemv, gemv_refusal, shape_refusal
+from paceline.kernels.gemv import Epilogue, fuses_norm, gemv, gemv_refusal, shape_refusal
+from paceline.kernels.gemv import Norm as RMSNorm
 from paceline.kernels.gpu import triton_refusal
 from paceline.layers.norm import Norm
 
@@ -44,9 +45,12 @@ class Linear(nn.Module):
         planes = self.weight.planes
         if planes is None or gemv_refusal(x_TK, planes) is not None:
             return self.plain(x_TK, norm=norm, activation=activation, gated=gated, residual_TN=residual_TN)
-        if norm is not None:
+        inside = None
+        if norm is not None and norm.kind == "rms" and norm.bias_C is None and fuses_norm(x_TK, planes):
+            inside = RMSNorm(norm.weight_C, norm.eps)
+        elif norm is not None:
             x_TK = norm(x_TK)
-        return gemv(x_TK, planes, epilogue=Epilogue(self.bias_N, activation, gated, residual_TN))
+        return gemv(x_TK, planes, norm=inside, epilogue=Epilogue(self.bias_N, activation, gated, residual_TN))
 
     def plain(
         self,
