@@ -105,8 +105,9 @@ def launch_by_rule(product: Product, processors: int) -> Launch:
     """
     columns = product.shape[1]
     if product.format == "int4":
-        launch = Launch(16, 512, warps=4, stages=3, prefetch=2) if product.rows == 1 else Launch(16, 512, 2, stages=2)
-        return replace(launch, warps=min(launch.warps, _int4_warps(product)))
+        # 16 rows of x take 82 KB of shared memory in 4 warps, more than some GPUs have.
+        warps = min(4 if product.rows <= 8 else 2, _int4_warps(product))
+        return Launch(16, 512, warps, stages=3 if product.rows == 1 else 2)
     if product.rows == 1:
         row_bytes = columns * (2 if product.format == "dense" else 1)
         block_n = 2 if row_bytes >= 2048 else 4
