@@ -357,8 +357,8 @@ def test_a_step_that_memory_does_not_hold_fails_its_largest_share(static: bool) 
     assert tuple(answers.tokens["1"]) == alone(0, 1, 12)[""][0]
 
 
-def test_a_decode_that_memory_does_not_hold_is_built_anew() -> None:
-    """And fails so many of its requests that the rest fit."""
+def test_a_decode_that_memory_does_not_hold_is_built_anew(caplog: pytest.LogCaptureFixture) -> None:
+    """And so is every one as large from then on. One that does not fit even so fails some of its requests."""
 
     def too_large(inputs: Any, hidden_TD: torch.Tensor) -> None:
         if inputs.attention.lens_R is not None or len(hidden_TD) == 3:
@@ -370,5 +370,7 @@ def test_a_decode_that_memory_does_not_hold_is_built_anew() -> None:
         ask(engine, str(p), PROMPTS[p], temperature=0, max_tokens=12)
     answers.finish()
     assert [name for name, error in answers.errors.items() if error] == ["0"]
+    said = [record.getMessage() for record in caplog.records if "ahead of the host" in record.getMessage()]
+    assert said == [f"no memory is left for decodes of {count} requests ahead of the host" for count in (3, 2)]
     for p in (1, 2):
         assert tuple(answers.tokens[str(p)]) == alone(0, p, 12)[""][0]

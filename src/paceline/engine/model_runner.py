@@ -115,6 +115,8 @@ class ModelRunner:
         try:
             pending = self.decode.launch(scheduled, states)
         except torch.OutOfMemoryError:
+            self.decode.max_rows = len(scheduled) - 1  # the next ones of that size would fail alike
+            log.warning("no memory is left for decodes of %d requests ahead of the host", len(scheduled))
             return None
         launched = Launched(None, pending, [request.request_id for request in scheduled], states)
         self._in_flight.append(launched)
