@@ -47,7 +47,7 @@ class OutOfMemoryError(PacelineError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether this is how Python, torch or a device's driver says that no memory is left."""
-    told = ("out of memory", "can't allocate memory", "not enough memory")
+    told = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in told)
     )

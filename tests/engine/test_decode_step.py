@@ -339,10 +339,19 @@ def test_a_row_taken_over_at_its_very_position(name: str) -> None:
 
 
 @pytest.mark.parametrize("static", [False, True])
-def test_a_step_that_memory_does_not_hold_fails_its_largest_share(static: bool) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["cuda", "cpu", "cublas"],
+)
+def test_a_step_that_memory_does_not_hold_fails_its_largest_share(static: bool, error: Exception) -> None:
     def too_large(inputs: Any, hidden_TD: torch.Tensor) -> None:
         if len(hidden_TD) > 20:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
 
     engine = make_engine(Altered(too_large), static=static, depth=1)
     answers = Answers(engine)
@@ -355,6 +364,16 @@ def test_a_step_that_memory_does_not_hold_fails_its_largest_share(static: bool) 
     assert "out of memory on cpu in a step of 28 tokens, 25 of them this request's: lower" in answers.errors["4"]
     assert tuple(answers.tokens["2"]) == alone(0, 2, 12)[""][0]
     assert tuple(answers.tokens["1"]) == alone(0, 1, 12)[""][0]
+
+
+def test_another_error_is_not_taken_for_one_of_memory() -> None:
+    def broken(inputs: Any, hidden_TD: torch.Tensor) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    engine = make_engine(Altered(broken), static=False)
+    ask(engine, "0", PROMPTS[0], temperature=0, max_tokens=2)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        engine.step()
 
 
 def test_a_decode_that_memory_does_not_hold_is_built_anew(caplog: pytest.LogCaptureFixture) -> None:

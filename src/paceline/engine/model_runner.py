@@ -21,6 +21,7 @@ from paceline.cache.kv_cache import allocate_kv, copy_block
 from paceline.engine.decode_step import DecodeStep, PendingDecode, fits
 from paceline.engine.request_tokens import RequestTokens, begin
 from paceline.engine.step import PLACEHOLDER, BlockCopy, Branch, ScheduledRequest, SchedulerOutput, StepOutput
+from paceline.errors import is_out_of_memory
 from paceline.inputs import KVLayer, ModelInputs
 from paceline.kernels.attention_plan import build_attention
 from paceline.kernels.decode_attention import decode_refusal
@@ -114,7 +115,9 @@ class ModelRunner:
         self._copy(output.copies)  # a second time, where memory does not suffice, changes nothing
         try:
             pending = self.decode.launch(scheduled, states)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             self.decode.max_rows = len(scheduled) - 1  # the next ones of that size would fail alike
             log.warning("no memory is left for decodes of %d requests ahead of the host", len(scheduled))
             return None
@@ -153,7 +156,9 @@ class ModelRunner:
         """A step for which memory does not suffice is computed again without its largest share, whose request fails."""
         try:
             return self._compute(scheduled)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             largest = max(scheduled, key=lambda request: len(request.token_ids))
         # Out here the error is gone, and with it the tensors that its traceback held.
         torch.cuda.empty_cache()
