@@ -11,7 +11,7 @@ import pytest
 from paceline.cli.app import main
 from paceline.cli.env_facts import read_facts
 
-SECTIONS = ["software", "cpu", "memory", "caches", "variables", "torch", "devices", "choices"]
+SECTIONS = ["software", "cpu", "memory", "caches", "variables", "torch", "devices", "kernels", "choices"]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_a_broken_torch_is_told_and_the_rest_stands(paceline, tmp_path):
     process = paceline("env", env={"PYTHONPATH": f"{tmp_path}:{source}"})
     assert process.returncode == 0, process.stderr
     assert process.stderr == ""
-    assert process.stdout.count("error  OSError: libcudart.so.12: cannot open shared object file\n") == 3
+    assert process.stdout.count("error  OSError: libcudart.so.12: cannot open shared object file\n") == 4
     assert re.search(r"^  total +[\d.]+ GiB$", process.stdout, re.MULTILINE)
 
 

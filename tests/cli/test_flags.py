@@ -35,6 +35,7 @@ FLAGS = {
     "models delete": "--debug --help --yes",
     "models path": "--debug --help",
     "models pull": "--debug --help --quiet --revision",
+    "tune": "--debug --device --dtype --help --out --quantize --quiet --rows",
     "plan": """
         --bandwidth --block-size --debug --device --devices --dtype --fp32-gradients --gpu --help --json --kv-cache-gib
         --max-model-len --max-num-batched-tokens --max-num-seqs --measure --memory --micro-batch --precision --quantize

@@ -14,6 +14,7 @@ from paceline.engine import build, model_runner
 from paceline.engine.prompts import read_prompt
 from paceline.errors import ChatTemplateError, ModelNotFoundError, OutOfMemoryError, PromptTooLongError, UsageError
 from paceline.kernels import Choice
+from paceline.kernels.gpu import GPU
 from paceline.llm import LLM
 from paceline.sampling.params import BeamSearchParams, SamplingParams
 
@@ -215,7 +216,7 @@ def test_a_cache_that_finds_no_memory_says_what_to_do(tiny_directory, monkeypatc
 
 
 @pytest.mark.parametrize(("dtype", "level"), [(torch.bfloat16, "WARNING"), (torch.float32, "INFO")])
-def test_what_runs_without_our_kernels_on_a_gpu_is_told(dtype, level, caplog):
+def test_what_runs_without_our_kernels_on_a_gpu_is_told(dtype, level, caplog, monkeypatch):
     """Of a GPU that is not here. In float32 that is what the user asked for."""
 
     class OnGPU:
@@ -225,6 +226,7 @@ def test_what_runs_without_our_kernels_on_a_gpu_is_told(dtype, level, caplog):
             return [Choice("qkv", "torch", "Triton is not installed"), Choice("norm", "Triton")]
 
     OnGPU.dtype = dtype
+    monkeypatch.setattr(build, "gpu", lambda device: GPU("NVIDIA H100", 132, (9, 0)))
     weights = build._Weights(None, OnGPU(), 16, (1,), 0)
     with caplog.at_level("INFO", "paceline"):
         build._tell_fallbacks(weights, build.LoadOptions("model"))

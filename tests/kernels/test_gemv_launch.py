@@ -17,6 +17,8 @@ from paceline.kernels.gemv_launch import (
     launch_rows,
     load_table,
     read_table,
+    tables_of,
+    user_table,
     write_table,
 )
 
@@ -98,3 +100,42 @@ def test_candidates_start_with_the_rule_and_name_none_twice(format, rows):
 
 def test_rows_are_those_that_kernels_are_compiled_for():
     assert [launch_rows(rows) for rows in (1, 2, 8, 9, 16)] == [1, 8, 8, 16, 16]
+
+
+@pytest.fixture
+def forgetful():
+    """load_table remembers what it read: nothing of it before and after."""
+    load_table.cache_clear()
+    yield
+    load_table.cache_clear()
+
+
+OTHER = Launch(8, 256, 2)
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_the_users_table_comes_before_ours(tmp_path, monkeypatch):
+    monkeypatch.delenv("PACELINE_TUNED", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    path = tmp_path / "paceline" / "tuned" / "NVIDIA_H100_80GB_HBM3.json"
+    assert user_table(H100) == path
+    path.parent.mkdir(parents=True)
+    product, new = Product("int8", (4096, 4096), 1), Product("int8", (40, 40), 1)
+    write_table(path, H100, {product: OTHER, new: OTHER})
+    assert load_table(H100)[product] == load_table(H100)[new] == OTHER
+    assert load_table(H100)[Product("dense", (4096, 4096), 1)] != OTHER
+    assert [len(table) for _, table in tables_of(H100)] == [len(load_table(H100)) - 1, 2]
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_the_variable_names_another_file_and_one_of_another_device_is_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setenv("PACELINE_TUNED", str(tmp_path / "mine.json"))
+    write_table(tmp_path / "mine.json", "a card", {Product("int8", (40, 40), 1): OTHER})
+    assert load_table("a card") == {Product("int8", (40, 40), 1): OTHER}
+    assert load_table("another card") == {}
+
+
+def test_a_file_that_the_variable_names_must_be_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("PACELINE_TUNED", str(tmp_path / "mine.json"))
+    with pytest.raises(UsageError, match=r"mine\.json is no table of launches .*No such file"):
+        tables_of("a card")

@@ -24,7 +24,8 @@ PACKAGES = ("torch", "triton", "transformers", "numpy", "safetensors", "tokenize
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 UNPACKED = "unpacked before each product: saves memory, not time (opt-in)"
 VARIABLES = (
-    *("PACELINE_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT"),
+    *("PACELINE_CACHE", "PACELINE_TUNED", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"),
+    *("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT"),
     *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "LD_PRELOAD", "MALLOC_CONF"),
     *("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "TOKENIZERS_PARALLELISM"),
@@ -43,6 +44,7 @@ def read_facts(*, measure: bool) -> dict[str, Facts]:
         "variables": _variables,
         "torch": _torch,
         "devices": lambda: _devices(measure),
+        "kernels": _kernels,
         "choices": _choices,
     }
     return {name: _guarded(read) for name, read in sections.items()}
@@ -170,6 +172,22 @@ def _device(device: torch.device, measure: bool) -> Facts:
     return facts
 
 
+def _kernels() -> Facts:
+    """Of Triton: its version, and on each device what its kernels can do there."""
+    import torch
+
+    from paceline.cli.env_kernels import NO_GPU, kernel_lines
+    from paceline.kernels.gemv_launch import tables_of
+    from paceline.kernels.gpu import gpu
+
+    facts: Facts = {"triton": _version("triton")}
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        found = gpu(torch.device("cuda", index))
+        tables = [(_shown(str(path)), len(table)) for path, table in tables_of(found.name)]
+        facts[f"cuda:{index}"] = kernel_lines(found, tables)
+    return facts if len(facts) > 1 else facts | {"gpu": NO_GPU}
+
+
 def _choices() -> Facts:
     """What `device="auto"` and `dtype="auto"` lead to here, asked of the code that decides."""
     import torch
@@ -186,10 +204,10 @@ def _choices() -> Facts:
             for given, run in dtypes.items()
         ],
         "linear": _linear(sorted(set(dtypes.values()), key=str), device),
-        "attention": _attention(device),
-        "int8": _int8(device),
-        "int4": _int4(device),
-        "fp8": UNPACKED,
+        "attention": _attention(dtypes[torch.bfloat16], device),
+        "int8": _on_gpu(dtypes[torch.bfloat16], device) or _int8(device),
+        "int4": _on_gpu(dtypes[torch.bfloat16], device) or _int4(device),
+        "fp8": _on_gpu(dtypes[torch.bfloat16], device) or UNPACKED,
         "kv_cache": _kv_cache(device),
     }
 
@@ -211,23 +229,44 @@ def _why_device(device: torch.device) -> str:
 
 
 def _linear(dtypes: list[torch.dtype], device: torch.device) -> list[str]:
+    import torch
+
+    from paceline.kernels.gemv import MAX_ROWS
+    from paceline.kernels.gpu import triton_refusal
     from paceline.kernels.linear import onednn_refusal
 
     lines = []
     for dtype in dtypes:
         refusal = onednn_refusal((1024, 1024), dtype, device)
         how = "oneDNN, laid out in its blocks at load" if refusal is None else f"torch's F.linear, as {refusal}"
+        if device.type == "cuda":
+            refusal = triton_refusal(device, dtype) or ("it is for 16 bits" if dtype == torch.float32 else None)
+            how = "a Triton kernel" if refusal is None else f"no Triton kernel, as {refusal}"
+            how = f"up to {MAX_ROWS} rows {how}; else torch's F.linear"
         lines.append(f"{_name(dtype)}: {how}")
     return lines
 
 
-def _attention(device: torch.device) -> str:
+def _attention(dtype: torch.dtype, device: torch.device) -> str:
     from paceline.kernels.attention import SDPA_BACKENDS
+    from paceline.kernels.gpu import triton_refusal
 
     if device.type == "cpu":
         return "paged; torch's scaled_dot_product_attention for one request, plain products for a batch of decodes"
     backends = ", ".join(backend.name.lower() for backend in SDPA_BACKENDS)
-    return f"paged; plain products for decodes, else torch's scaled_dot_product_attention over {backends}"
+    refusal = triton_refusal(device, dtype)
+    decodes = "a Triton kernel" if refusal is None else f"plain products (no Triton kernel, as {refusal})"
+    return f"paged; {decodes} for decodes, else torch's scaled_dot_product_attention over {backends}"
+
+
+def _on_gpu(dtype: torch.dtype, device: torch.device) -> str | None:
+    """How packed weights are multiplied where Triton's kernels run; None elsewhere."""
+    from paceline.kernels.gemv import MAX_ROWS
+    from paceline.kernels.gpu import triton_refusal
+
+    if triton_refusal(device, dtype) is not None:
+        return None
+    return f"up to {MAX_ROWS} rows read as stored by a Triton kernel, above that unpacked (opt-in)"
 
 
 def _int8(device: torch.device) -> str:

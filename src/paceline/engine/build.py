@@ -30,6 +30,7 @@ from paceline.errors import OutOfMemoryError, UsageError, is_out_of_memory
 from paceline.formats import stored_bytes
 from paceline.formats.streamed import WeightStream
 from paceline.kernels.choices import fallbacks
+from paceline.kernels.gemv_launch import load_table
 from paceline.kernels.gpu import gpu
 from paceline.loading.checkpoint import Checkpoint, open_checkpoint
 from paceline.loading.description import describe
@@ -398,9 +399,13 @@ def _compile(model: Model) -> None:
 
 
 def _tell_fallbacks(weights: _Weights, options: LoadOptions) -> None:
-    """On a GPU, what our kernels do not run. On a CPU there is nothing better."""
+    """On a GPU, what our kernels do not run. On a CPU there is nothing better.
+
+    Raises UsageError for a table of launches that is none: now, not in a request.
+    """
     model = weights.model
     if model.device.type == "cuda":
+        load_table(gpu(model.device).name)
         asked_for = options.offload is not None or model.dtype == torch.float32
         for line in fallbacks(model.choices(1)):
             log.log(INFO if asked_for else WARNING, "%s", line)
@@ -424,7 +429,7 @@ def _build_engine(weights: _Weights, options: LoadOptions) -> Engine:
     model = weights.model
     refusal = graph_refusal(model, mode=options.mode, streamed=weights.stream is not None)
     if refusal is not None:
-        expected = options.mode == "eager" or (options.mode == "auto" and model.device.type == "cpu")
+        expected = options.mode == "eager" or (options.mode != "graph" and model.device.type == "cpu")
         log.log(INFO if expected else WARNING, "decodes run without CUDA graphs: %s", refusal)
     depth = options.async_depth
     if depth is None:

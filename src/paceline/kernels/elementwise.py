@@ -1,8 +1,8 @@
 """What stands between a layer's products: norms before them, activations after. Plain, or through torch.compile.
 
-A compiled function costs 20 us a call, on either device's host, and makes one pass of several: on a CPU it pays from
-some 256 rows on (one thread, bfloat16, SmolLM2-135M: 256 rows normed in 114 us against 145, 1,024 rows gated in 1.16 ms
-against 2.14). A decode never comes here with so many.
+A compiled function costs 20 us of host time a call and makes one pass of several: on a CPU it pays from some 256 rows
+on (one thread, bfloat16, SmolLM2-135M: 256 rows normed in 114 us against 145, 1,024 rows gated in 1.16 ms against
+2.14). Fewer rows stay plain. Of a whole prompt of 512 or 2,048 tokens that is 1 to 3%, less than runs differ by.
 
 Shapes: T tokens, C channels.
 """

@@ -1,7 +1,8 @@
 """How the GEMV kernels are launched: by measurement where a table has the weight's shape, else by rule.
 
 A table is a JSON file of one device: {"device": its name, "launches": [{"format", "shape", "rows", ...Launch}, ...]}.
-Ours are kernels/tuned/*.json; `paceline tune` writes another.
+Ours are kernels/tuned/*.json. `paceline tune` writes a user's, whose launches come before ours: the file that
+PACELINE_TUNED names, else XDG_CONFIG_HOME/paceline/tuned/<device>.json (~/.config where that is not set).
 
 Shapes: N rows of the weight, K columns.
 """
@@ -9,6 +10,7 @@ Shapes: N rows of the weight, K columns.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -19,6 +21,7 @@ from typing import Any
 from paceline.errors import UsageError
 
 TUNED = Path(__file__).parent / "tuned"
+VARIABLE = "PACELINE_TUNED"
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,37 @@ def choose_launch(product: Product, device_name: str, processors: int) -> Launch
 
 @cache
 def load_table(device_name: str) -> Table:
-    """Ours for that device; empty for one that we have not measured."""
-    path = TUNED / f"{device_name.replace(' ', '_').replace('/', '_')}.json"
-    return read_table(path)[1] if path.is_file() else MappingProxyType({})
+    """Ours and the user's for that device; empty where neither has measured it. Raises as tables_of."""
+    return MappingProxyType(
+        {product: launch for _, table in tables_of(device_name) for product, launch in table.items()}
+    )
+
+
+def tables_of(device_name: str) -> list[tuple[Path, Table]]:
+    """The files that are read for that device, the user's last. One that is of another device is passed over.
+
+    Raises UsageError for a file that is no table, and where PACELINE_TUNED names none.
+    """
+    ours, users = TUNED / _file_name(device_name), user_table(device_name)
+    found = []
+    for path in (ours, users):
+        if path.is_file() or (path == users and os.environ.get(VARIABLE)):
+            of, table = read_table(path)
+            if of == device_name:
+                found.append((path, table))
+    return found
+
+
+def user_table(device_name: str) -> Path:
+    """Where the user's table for that device is looked up."""
+    if named := os.environ.get(VARIABLE):
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CONFIG_HOME")
+    return (Path(base) if base else Path.home() / ".config") / "paceline" / "tuned" / _file_name(device_name)
+
+
+def _file_name(device_name: str) -> str:
+    return f"{device_name.replace(' ', '_').replace('/', '_')}.json"
 
 
 def read_table(path: Path) -> tuple[str, Table]:
