@@ -7,10 +7,10 @@ import torch
 
 from paceline.config import AttentionConfig, NormConfig
 from paceline.errors import UsageError
-from paceline.formats import FORMATS, Weight, pack
+from paceline.formats import FORMATS, Weight, int4, pack
 from paceline.formats.dense import DenseWeight
 from paceline.formats.fp8 import pack as pack_fp8
-from paceline.kernels import Choice, explain
+from paceline.kernels import Choice, explain, gemv
 from paceline.kernels import gpu as module
 from paceline.kernels.choices import fallbacks
 from paceline.kernels.gpu import GPU
@@ -21,6 +21,7 @@ from paceline.layers.norm import Norm
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HOPPER = GPU("NVIDIA H100", 132, (9, 0))
 TURING = GPU("NVIDIA T4", 40, (7, 5))
+AMD = GPU("AMD Instinct MI300X", 304)
 NO_TRITON = GPU("NVIDIA H100", 132, (9, 0), triton="Triton is not installed")
 
 
@@ -85,6 +86,18 @@ def test_a_linear_on_a_gpu(gpu, dtype, rows, expected, monkeypatch):
     (choice,) = Linear(weight).choices(rows, dtype, CUDA, "qkv")
     assert choice.operation.startswith("qkv 64 x 96, ")
     assert (choice.kernel, choice.reason) == expected
+
+
+@pytest.mark.parametrize(
+    ("gpu", "takes"), [(HOPPER, True), (GPU("NVIDIA A10", 72, (8, 6)), True), (TURING, False), (AMD, False)]
+)
+def test_int4_needs_a_matrix_unit_that_takes_8_columns(gpu, takes, monkeypatch):
+    monkeypatch.setattr(module, "gpu", lambda device: gpu)
+    monkeypatch.setattr(gemv, "gpu", lambda device: gpu)
+    monkeypatch.setattr(int4, "int4_refusal", lambda rows, device: "on a GPU")
+    (choice,) = Linear(int4.pack(torch.rand(64, 512))).choices(1, torch.float16, CUDA, "up")
+    assert ("Triton" in choice.kernel) == takes
+    assert ("compute capability 8.0" in choice.reason) != takes
 
 
 def test_odd_columns_have_no_words_for_the_kernel(monkeypatch):

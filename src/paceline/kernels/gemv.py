@@ -88,7 +88,16 @@ def gemv_ref(
 
 def gemv_refusal(x_TK: torch.Tensor, planes: Planes, norm: Norm | None = None) -> str | None:
     """Why the kernel cannot take such a product; None when it can."""
-    return triton_refusal(x_TK.device, x_TK.dtype) or shape_refusal(x_TK, planes, norm)
+    return device_refusal(x_TK.device, x_TK.dtype, planes) or shape_refusal(x_TK, planes, norm)
+
+
+def device_refusal(device: torch.device, dtype: torch.dtype, planes: Planes) -> str | None:
+    """gemv_refusal without the shape of x."""
+    refusal = triton_refusal(device, dtype)
+    if refusal is None and planes.format == "int4" and not gpu(device).narrow_products:
+        # Triton would multiply without it, by way of 128 KB of shared memory: more than Turing or AMD's GPUs have.
+        return "int4's kernel needs the matrix unit of NVIDIA's compute capability 8.0"
+    return refusal
 
 
 def shape_refusal(x_TK: torch.Tensor, planes: Planes, norm: Norm | None = None) -> str | None:

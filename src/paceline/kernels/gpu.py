@@ -39,6 +39,11 @@ class GPU:
         """Triton loads float8_e4m3fn there: since Ada, and on AMD."""
         return self.capability is None or self.capability >= (8, 9)
 
+    @property
+    def narrow_products(self) -> bool:
+        """Triton has its matrix unit multiply by 8 columns: NVIDIA's since Ampere."""
+        return self.capability is not None and self.capability >= (8, 0)
+
     def refusal(self, dtype: torch.dtype) -> str | None:
         """Why none of our kernels runs there in `dtype`; None where they do."""
         if self.triton is not None:

@@ -12,9 +12,8 @@ from paceline.formats import Weight
 from paceline.kernels.activation import activate
 from paceline.kernels.choices import Choice, either
 from paceline.kernels.elementwise import PLAIN
-from paceline.kernels.gemv import Epilogue, fuses_norm, gemv, gemv_refusal, shape_refusal
+from paceline.kernels.gemv import Epilogue, device_refusal, fuses_norm, gemv, gemv_refusal, shape_refusal
 from paceline.kernels.gemv import Norm as RMSNorm
-from paceline.kernels.gpu import triton_refusal
 from paceline.layers.norm import Norm
 
 
@@ -75,7 +74,7 @@ class Linear(nn.Module):
         planes, (kernel, reason) = self.weight.planes, self.weight.route(rows)
         if device.type == "cuda" and planes is not None:
             x_TK = torch.empty(rows, K, dtype=dtype, device="meta")
-            refusal = triton_refusal(device, dtype) or shape_refusal(x_TK, planes)
+            refusal = device_refusal(device, dtype, planes) or shape_refusal(x_TK, planes)
             kernel, reason = either(refusal, "Triton GEMV, what follows included", kernel)
         bits = 8 * self.weight.nbytes / max(N * K, 1)
         return [Choice(f"{name} {N} x {K}, {bits:.3g} bits a value", kernel, reason)]
