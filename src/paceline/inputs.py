@@ -54,6 +54,7 @@ class AttentionMetadata:
     block_size: int
     groups: tuple[GroupMetadata, ...]
     lens_R: torch.Tensor | None = None  # int32
+    counts: torch.Tensor | None = None  # int32, that kernel's: see make_counts there
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import torch
 from paceline.engine.request_tokens import RequestTokens
 from paceline.engine.step import PLACEHOLDER, ScheduledRequest
 from paceline.inputs import AttentionMetadata, GroupMetadata, KVLayer, ModelInputs
+from paceline.kernels.decode_attention import make_counts
 from paceline.models.model import Model
 from paceline.phases import Phases
 from paceline.sampling.random import uniform
@@ -250,7 +251,8 @@ class DecodeStep:
             GroupMetadata(tables_MB[:rows], slots[:rows], group.window, ())
             for tables_MB, slots, group in zip(self._tables_GMB, fields.slots, self.model.kv_groups, strict=True)
         )
-        attention = AttentionMetadata(range(rows + 1), (), self.block_size, groups, fields.length[:rows])
+        counts = make_counts(rows, self.model.device)
+        attention = AttentionMetadata(range(rows + 1), (), self.block_size, groups, fields.length[:rows], counts)
         chosen = Chosen(self._token_ids[:rows], self._values[:rows])
         inputs = ModelInputs(chosen.ids_R, fields.position[:rows], attention)
         params = RowParams(**{name: tensor[:rows] for name, tensor in vars(fields.params).items()})

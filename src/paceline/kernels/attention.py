@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -54,7 +55,7 @@ def paged_attention(
     c * tanh(score / c) before the mask; `slopes_H` (float32, kernels/alibi.py) times the distance is taken from them.
     """
     if metadata.lens_R is not None:
-        attend = decode_attention if q_THD.is_cuda else decode_attention_plain
+        attend = partial(decode_attention, counts=metadata.counts) if q_THD.is_cuda else decode_attention_plain
         return attend(
             q_THD,
             kv,

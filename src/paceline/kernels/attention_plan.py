@@ -18,6 +18,7 @@ from itertools import pairwise
 import torch
 
 from paceline.inputs import AttentionMetadata, GroupMetadata, Segment
+from paceline.kernels.decode_attention import make_counts
 from paceline.sizing import BATCHED_KEYS, BATCHED_QUERIES
 
 # A padded batch holds contexts within one power of two, so at most half of what it gathers is padding.
@@ -68,8 +69,8 @@ def build_attention(
     its own, not even under a mask. `on_device`: a kernel is there that reads lengths and tables on the device, so a
     step whose requests have equally few queries needs no segments.
     """
-    counts = {end - start for start, end in pairwise(query_starts)}
-    on_device = on_device and len(counts) == 1 and 1 <= max(counts) <= BATCHED_QUERIES
+    queries = {end - start for start, end in pairwise(query_starts)}
+    on_device = on_device and len(queries) == 1 and 1 <= max(queries) <= BATCHED_QUERIES
     groups = []
     for tables, window in zip(block_tables, windows, strict=True):
         requests = [
@@ -92,7 +93,8 @@ def build_attention(
             )
         )
     lens_R = torch.tensor(seq_lens, dtype=torch.int32, device=device) if on_device else None
-    return AttentionMetadata(tuple(query_starts), tuple(seq_lens), block_size, tuple(groups), lens_R)
+    counts = make_counts(len(seq_lens), device) if on_device else None
+    return AttentionMetadata(tuple(query_starts), tuple(seq_lens), block_size, tuple(groups), lens_R, counts)
 
 
 def _pad_tables(tables: Sequence[Sequence[int]], device: torch.device | str) -> torch.Tensor:

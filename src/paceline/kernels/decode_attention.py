@@ -1,59 +1,73 @@
 """Attention of a decode over the paged cache, in Triton: the context is split, the parts are merged (Flash-Decoding,
 Dao et al., 2023; online softmax, Milakov and Gimelshein, 2018).
 
-Legend: T tokens, H query heads, K key/value heads, R requests, B blocks of the longest table, D head size, S splits,
-X rows that share a key head: (queries a request) * (H / K).
+Legend: T tokens, H query heads, K key/value heads, R requests, B blocks of the longest table, D head size, X = H + 2 K,
+F rotated elements of a head.
 
 Everything that changes from step to step is read from device tensors, so that a captured CUDA graph stays valid: the
-grid is fixed, and a program finds out on the device which keys, if any, are its own. Split s takes the tiles s, s + S,
-s + 2 S, ... of the context. So a request's result follows from its own length and `DecodeLaunch`, never from its
-neighbours, and is the same at every run.
+grid is fixed, and a program finds out on the device which keys, if any, are its own. A context is cut into as few
+splits as `DecodeLaunch` allows. The program that is done last merges them, always in the same order; a context of one
+split needs no merging. So a request's result follows from its own length and `DecodeLaunch`, never from its neighbours,
+and is the same at every run.
 
-The plain twin is `decode_attention_plain`, and the slow one of both kernels/attention.py: paged_attention_ref; the
-kernels are in kernels/decode_attention_triton.py.
+The plain twins are `decode_attention_plain` and, before it, those of kernels/rope_kv.py; the slow one of both is
+kernels/attention.py: paged_attention_ref. The kernel is in kernels/decode_attention_triton.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from paceline.inputs import KVLayer
 from paceline.kernels.gpu import gpu, triton_refusal
+from paceline.kernels.rope_kv import QKNorm
 
 LARGEST_HEAD = 256
-# Merging loads a row's parts as one tile of [splits, D].
-MOST_SPLITS = 64
-# tl.dot takes at least 16 rows; more than 64 rows of scores and sums would leave no registers for the keys in flight.
-FEWEST_ROWS, MOST_ROWS = 16, 64
+MOST_SPLITS = 32
+# Queries a request that one call turns and caches: their keys are not multiplied on the matrix unit.
+MOST_FRESH = 8
+# float32 values that the last program reads to merge: 256 KiB, 2 us for one multiprocessor.
+MERGED = 1 << 16
+FEWEST_ROWS = 8  # columns that the matrix unit takes
+# Of a request: more than the key heads times the tiles of queries that share one, for 128 heads and 8 queries.
+COUNTS = 256
 
 
 @dataclass(frozen=True)
 class DecodeLaunch:
     """How one decode is cut into programs. Not a function of the batch, or results would depend on it."""
 
-    splits: int  # programs a request and key head, at most MOST_SPLITS; a context of fewer tiles uses fewer
+    splits: int  # programs a request and key head, at most
     keys_a_tile: int  # a power of two, at least 16
+    tiles_a_split: int  # at least: a context of fewer tiles than splits * tiles_a_split has fewer splits
     warps: int
-    stages: int  # of the loop over tiles; the look-up of a tile's slots takes one, its keys and values the others
-    dependent: bool  # programmatic dependent launch: the next kernel starts while the last programs of this one end
+    stages: int  # of the loop over tiles: tiles are asked for (stages - 1) / 2 ahead, their slots as much before
+    prefetch: int  # tiles of a split, a power of two, that a dependent launch asks for before its wait
+    dependent: bool  # programmatic dependent launch: it starts while the kernel before it still runs
 
 
 def default_launch(rows: int, kv_heads: int, head_dim: int, itemsize: int, device: torch.device) -> DecodeLaunch:
-    """For X = `rows`: three programs a multiprocessor, tiles of 8 KiB of keys and as many of values, two in flight.
+    """For `rows` queries that share a key head, (queries a request) * H / K: a program a multiprocessor at most, and no
+    more than pay for the merging.
 
-    Llama-3.1-8B's heads in bfloat16, one stream on an H100, 512 and 8,192 tokens: 6.2 and 17.1 us a layer, merging
-    included. Tiles of 16 KiB: 6.6 and 17.5 us with 2 warps, 7.4 and 18.3 with 4; without dependent launch 1 us more.
+    One multiprocessor reads some 64 KiB of keys and values in a microsecond, and merging takes 3: so a split is of 192
+    KiB at least.
     """
     chip = gpu(device)
-    dim = _padded(head_dim)
-    keys = max(16, min(128, 8192 // (dim * itemsize)))
+    dim, rows_a_tile = _padded(head_dim), _rows_a_tile(rows, head_dim, itemsize)
+    programs = kv_heads * -(-rows // rows_a_tile)
+    most = min(MOST_SPLITS, MERGED // (min(rows, rows_a_tile) * dim))
+    keys = max(16, min(128, 16384 // (dim * itemsize)))
     return DecodeLaunch(
-        splits=max(1, min(MOST_SPLITS, 3 * chip.processors // kv_heads)),
+        splits=max(1, min(most, chip.processors // programs)),
+        tiles_a_split=max(1, 196608 // (2 * keys * dim * itemsize)),
         keys_a_tile=keys,
-        warps=max(1, min(8, _rows_a_tile(rows, itemsize) * dim // 2048)),  # 64 registers a thread for the sums
-        stages=5 if keys * dim * itemsize <= 8192 else 3,  # more shared memory than older GPUs have, otherwise
+        warps=4,
+        stages=5 if chip.dependent else 3,  # older GPUs have too little shared memory for two tiles on their way
+        prefetch=4,
         dependent=chip.dependent,
     )
 
@@ -67,6 +81,23 @@ def decode_refusal(head_dim: int, dtype: torch.dtype, device: torch.device) -> s
     return triton_refusal(device, dtype)
 
 
+def fused_refusal(
+    head_dim: int, dtype: torch.dtype, device: torch.device, queries: int = 1, norm: QKNorm | None = None
+) -> str | None:
+    """Why `rope_and_attend` cannot take such a cache, so many queries a request or such a norm; None when it can."""
+    if queries > MOST_FRESH:
+        return f"{queries} queries a request are more than {MOST_FRESH}"
+    if norm is not None and norm.q_weight.numel() != head_dim:
+        return "all heads of a token are normed together"
+    return decode_refusal(head_dim, dtype, device)
+
+
+def make_counts(requests: int, device: torch.device | str) -> torch.Tensor:
+    """int32 zeros, where the splits of a step of so many requests count those that are done. Zero again after each
+    call: one tensor serves all calls of a stream."""
+    return torch.zeros(requests * COUNTS, dtype=torch.int32, device=device)
+
+
 def decode_attention(
     q_THD: torch.Tensor,
     kv: KVLayer,
@@ -78,6 +109,7 @@ def decode_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     slopes_H: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
     launch: DecodeLaunch | None = None,
 ) -> torch.Tensor:
     """Attention of each request's last T / R tokens over its cached keys, their own included; [T, H, D], contiguous.
@@ -85,70 +117,147 @@ def decode_attention(
     `block_tables_RB` and `seq_lens_R` are int32; `q_THD` may be a slice of a wider projection, its last dimension
     contiguous. A request of length 0 is an unused row of a captured step: it reads nothing and yields zeros.
     `window`, `soft_cap` and `slopes_H` are those of `paged_attention`. Products and sums are taken in float32.
+    `counts`: of make_counts(R), or of more; made for the call if None or too few.
 
-    With `launch.dependent`, lengths and tables must not be what the kernel launched just before this one writes: they
-    are read before its end is waited for. Raises ValueError where T is no multiple of R.
+    With `launch.dependent`, lengths and tables are read before the end of the kernel launched just before this one is
+    waited for. So between their writer and this kernel there must be one that is launched without dependence, or that
+    lets its successors start only when its own wait is over (kernels/embed.py). Raises ValueError where T is no
+    multiple of R.
     """
-    from paceline.kernels.decode_attention_triton import attend_split, merge_splits
+    return _attend(
+        q_THD,
+        q_THD.shape[1],
+        kv,
+        block_tables_RB,
+        seq_lens_R,
+        counts,
+        launch,
+        **dict.fromkeys(("cos_ptr", "sin_ptr", "q_weight_ptr", "k_weight_ptr", "slots_ptr")),
+        eps=0.0,
+        FRESH=False,
+        F=0,
+        CENTRED=False,
+        BLOCK_SIZE=block_size,
+        scale=scale,
+        WINDOW=window or 0,
+        SOFT_CAP=soft_cap or 0.0,
+        slopes_ptr=slopes_H,
+    )
 
-    tokens, heads, dim = q_THD.shape
+
+def rope_and_attend(
+    qkv_TXD: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None,
+    kv: KVLayer,
+    slot_mapping_T: torch.Tensor,
+    block_tables_RB: torch.Tensor,
+    seq_lens_R: torch.Tensor,
+    *,
+    block_size: int,
+    scale: float,
+    norm: QKNorm | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    slopes_H: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
+    launch: DecodeLaunch | None = None,
+) -> torch.Tensor:
+    """rope_and_write_kv and decode_attention in one: the step's keys are turned where they are needed, and one program
+    writes them into the cache. Arguments as there; `fused_refusal` says what it does not take.
+
+    The older keys, which no kernel of this step writes, are asked for while the projection still runs.
+    """
+    cos_TF, sin_TF = (None, None) if rotary is None else (rotary[0].contiguous(), rotary[1].contiguous())
+    return _attend(
+        qkv_TXD,
+        qkv_TXD.shape[1] - 2 * kv.k_HSD.shape[0],
+        kv,
+        block_tables_RB,
+        seq_lens_R,
+        counts,
+        launch,
+        cos_ptr=cos_TF,
+        sin_ptr=sin_TF,
+        q_weight_ptr=None if norm is None else norm.q_weight,
+        k_weight_ptr=None if norm is None else norm.k_weight,
+        slots_ptr=slot_mapping_T,
+        eps=0.0 if norm is None else norm.eps,
+        FRESH=True,
+        F=0 if cos_TF is None else cos_TF.shape[-1],
+        CENTRED=norm is not None and norm.kind == "layer",
+        BLOCK_SIZE=block_size,
+        scale=scale,
+        WINDOW=window or 0,
+        SOFT_CAP=soft_cap or 0.0,
+        slopes_ptr=slopes_H,
+    )
+
+
+def _attend(
+    q_TXD: torch.Tensor,
+    heads: int,
+    kv: KVLayer,
+    block_tables_RB: torch.Tensor,
+    seq_lens_R: torch.Tensor,
+    counts: torch.Tensor | None,
+    launch: DecodeLaunch | None,
+    **options: Any,
+) -> torch.Tensor:
+    # Triton is optional, and its interpreter is chosen by the environment when this is first imported.
+    from paceline.kernels.decode_attention_triton import attend
+
+    tokens, _, dim = q_TXD.shape
     kv_heads, requests = kv.k_HSD.shape[0], seq_lens_R.shape[0]
-    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+    device, itemsize = q_TXD.device, q_TXD.element_size()
+    out_THD = q_TXD.new_empty((tokens, heads, dim))
     if tokens == 0:
         return out_THD
     queries, group = tokens // requests, heads // kv_heads
     if queries * requests != tokens:
         raise ValueError(f"{tokens} tokens are not equally many for each of {requests} requests")
     rows = queries * group
-    launch = launch or default_launch(rows, kv_heads, dim, q_THD.element_size(), q_THD.device)
-    rows_a_tile = _rows_a_tile(rows, q_THD.element_size())
+    launch = launch or default_launch(rows, kv_heads, dim, itemsize, device)
+    rows_a_tile = _rows_a_tile(rows, dim, itemsize)
     row_tiles = -(-rows // rows_a_tile)
+    if counts is None or counts.numel() < requests * kv_heads * row_tiles:
+        counts = torch.zeros(requests * kv_heads * row_tiles, dtype=torch.int32, device=device)
     # Allocated here: in a captured graph the layers then share one piece of the graph's pool.
-    parts_RKSXD = q_THD.new_empty((requests, kv_heads, launch.splits, rows, dim), dtype=torch.float32)
-    weights_RKSX = q_THD.new_empty((requests, kv_heads, launch.splits, rows), dtype=torch.float32)
-    shape = {
-        "WINDOW": window or 0,
-        "SPLITS": launch.splits,
-        "KEY_TILE": launch.keys_a_tile,
-        "QUERIES": queries,
-        "GROUP": group,
-        "D": dim,
-        "D_TILE": _padded(dim),
-        "DEPENDENT": launch.dependent,
-    }
-    attend_split[(launch.splits, kv_heads * row_tiles, requests)](
-        q_THD,
-        kv.k_HSD,
-        kv.v_HSD,
-        block_tables_RB,
-        seq_lens_R,
-        slopes_H,
-        parts_RKSXD,
-        weights_RKSX,
-        scale,
-        q_THD.stride(0),
-        q_THD.stride(1),
-        kv.k_HSD.stride(0),
-        kv.v_HSD.stride(0),
-        block_tables_RB.stride(0),
-        BLOCK_SIZE=block_size,
-        SOFT_CAP=soft_cap or 0.0,
+    places = (requests, kv_heads * row_tiles, launch.splits)
+    parts = q_TXD.new_empty((*places, rows_a_tile, dim), dtype=torch.float32)
+    tops = q_TXD.new_empty((requests, kv_heads * row_tiles, 2, rows_a_tile, launch.splits), dtype=torch.float32)
+    attend[(launch.splits, kv_heads * row_tiles, requests)](
+        q_ptr=q_TXD,
+        k_ptr=kv.k_HSD,
+        v_ptr=kv.v_HSD,
+        tables_ptr=block_tables_RB,
+        lens_ptr=seq_lens_R,
+        parts_ptr=parts,
+        tops_ptr=tops,
+        counts_ptr=counts,
+        out_ptr=out_THD,
+        q_token_stride=q_TXD.stride(0),
+        q_head_stride=q_TXD.stride(1),
+        k_head_stride=kv.k_HSD.stride(0),
+        v_head_stride=kv.v_HSD.stride(0),
+        table_stride=block_tables_RB.stride(0),
+        SPLITS=launch.splits,
+        CHUNK=min(16, _power_of_2(launch.splits)),
+        MERGED_ROWS=max(1, min(rows_a_tile, 128 * launch.warps // _padded(dim))),  # four values a thread and split
+        TILES_A_SPLIT=launch.tiles_a_split,
+        KEY_TILE=launch.keys_a_tile,
+        QUERIES=queries,
+        GROUP=group,
         ROW_TILES=row_tiles,
         ROW_TILE=rows_a_tile,
+        D=dim,
+        D_TILE=_padded(dim),
+        WIDE=max(kv.k_HSD.stride(0), kv.v_HSD.stride(0)) >= 1 << 31,
         STAGES=launch.stages,
+        PREFETCH=launch.prefetch,
+        DEPENDENT=launch.dependent,
         num_warps=launch.warps,
+        **options,
         **({"launch_pdl": True} if launch.dependent else {}),
-        **shape,
-    )
-    merge_splits[(rows, kv_heads, requests)](
-        parts_RKSXD,
-        weights_RKSX,
-        seq_lens_R,
-        out_THD,
-        S_TILE=_power_of_2(launch.splits),
-        num_warps=4,
-        **({"launch_pdl": True} if launch.dependent else {}),
-        **shape,
     )
     return out_THD
 
@@ -198,9 +307,9 @@ def decode_attention_plain(
     return out_RKQGD.transpose(1, 2).reshape(q_THD.shape).to(q_THD.dtype)
 
 
-def _rows_a_tile(rows: int, itemsize: int) -> int:
-    # float32 is multiplied without the matrix unit, and 64 rows of 256 spill 5 KB a thread.
-    most = MOST_ROWS if itemsize == 2 else FEWEST_ROWS
+def _rows_a_tile(rows: int, head_dim: int, itemsize: int) -> int:
+    # 128 registers a thread for the sums; float32 is multiplied without the matrix unit and needs more beside them.
+    most = 4096 // _padded(head_dim) if itemsize == 2 else FEWEST_ROWS
     return max(FEWEST_ROWS, min(most, _power_of_2(rows)))
 
 

@@ -1,5 +1,5 @@
-"""The kernel of kernels/rope_kv.py, which has the legend and launches it. This module imports Triton: import it where
-Triton is.
+"""The kernel of kernels/rope_kv.py, which has the legend and launches it, and what kernels/decode_attention_triton.py
+shares with it. This module imports Triton: import it where Triton is.
 """
 
 # Triton kernels have no annotations: mypy checks what is around them.
@@ -9,6 +9,34 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def load_turned(x_ptrs, weight_ptr, cos_ptr, sin_ptr, angles_at, mask, eps,
+                D: tl.constexpr, D_TILE: tl.constexpr, F: tl.constexpr, CENTRED: tl.constexpr):  # fmt: skip
+    """Heads behind `x_ptrs`, [1, N] or one pointer, each normed by itself unless `weight_ptr` is None, and turned by
+    the angles that begin at `angles_at`: float32 [D_TILE, N]. Where `mask` is False: 0, and nothing is read."""
+    dims = tl.arange(0, D_TILE)[:, None]
+    # The element that each turns with: i + F/2 in the first half, i - F/2 in the second; runs that load at once.
+    RUN: tl.constexpr = (F // 2) & -(F // 2) if F > 0 else 1
+    partner = tl.where(dims < F // 2, dims + F // 2, dims - F // 2)
+    partner = tl.multiple_of(tl.max_contiguous(partner, [RUN, 1]), [RUN, 1])
+    inside, turns = mask & (dims < D), mask & (dims < F)
+    x = tl.load(x_ptrs + dims, mask=inside, other=0.0).to(tl.float32)
+    other = tl.load(x_ptrs + partner, mask=turns, other=0.0).to(tl.float32)
+    if weight_ptr is not None:
+        mean = tl.zeros([1, x.shape[1]], tl.float32)
+        if CENTRED:
+            mean = tl.sum(x, 0)[None, :] / D
+        centred = tl.where(dims < D, x - mean, 0.0)
+        factor = 1.0 / tl.sqrt(tl.sum(centred * centred, 0)[None, :] / D + eps)
+        x = centred * factor * tl.load(weight_ptr + dims, mask=dims < D, other=0.0).to(tl.float32)
+        other = (other - mean) * factor * tl.load(weight_ptr + partner, mask=dims < F, other=0.0).to(tl.float32)
+    if F > 0:
+        cos = tl.load(cos_ptr + angles_at + dims, mask=turns, other=1.0).to(tl.float32)
+        sin = tl.load(sin_ptr + angles_at + dims, mask=turns, other=0.0).to(tl.float32)
+        x = x * cos + other * sin
+    return x
 
 
 @triton.jit

@@ -5,6 +5,8 @@ Shapes: T tokens, H query heads, K key-value heads, D head dim, M hidden size.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -13,7 +15,7 @@ from paceline.inputs import AttentionMetadata, KVLayer
 from paceline.kernels.alibi import alibi_slopes
 from paceline.kernels.attention import paged_attention
 from paceline.kernels.choices import Choice, either
-from paceline.kernels.decode_attention import decode_refusal
+from paceline.kernels.decode_attention import decode_refusal, fused_refusal, rope_and_attend
 from paceline.kernels.kv_write import write_kv
 from paceline.kernels.rope_kv import QKNorm, rope_and_write_kv, rope_refusal
 from paceline.kernels.rotary import apply_rotary
@@ -68,12 +70,38 @@ class Attention(nn.Module):
         config = self.config
         H, K = config.num_heads, config.num_kv_heads
         qkv_TXD = self.qkv(x_TM, norm=norm).view(x_TM.shape[0], H + 2 * K, config.head_dim)
-        q_THD = self._turn_and_write(qkv_TXD, rotary, kv, metadata.groups[kv.group].slot_mapping_T)
-        attended_THD = paged_attention(
-            q_THD, kv, metadata, scale=config.scale, soft_cap=config.soft_cap, slopes_H=self.slopes_H
-        )
+        attended_THD = self._turn_and_attend(qkv_TXD, rotary, kv, metadata)
         hidden_TM: torch.Tensor = self.out(attended_THD.flatten(1), residual_TN=residual_TM)
         return hidden_TM
+
+    def _turn_and_attend(
+        self,
+        qkv_TXD: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        kv: KVLayer,
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """[T, H, D]; keys, normed and turned, and values go into the cache."""
+        config, group, lens_R = self.config, metadata.groups[kv.group], metadata.lens_R
+        scores: dict[str, Any] = {"scale": config.scale, "soft_cap": config.soft_cap, "slopes_H": self.slopes_H}
+        if lens_R is not None:
+            queries = qkv_TXD.shape[0] // lens_R.shape[0]
+            if fused_refusal(config.head_dim, qkv_TXD.dtype, qkv_TXD.device, queries, self.qk_norm) is None:
+                return rope_and_attend(
+                    qkv_TXD,
+                    rotary,
+                    kv,
+                    group.slot_mapping_T,
+                    group.block_tables_RB,
+                    lens_R,
+                    block_size=metadata.block_size,
+                    window=group.window,
+                    norm=self.qk_norm,
+                    counts=metadata.counts,
+                    **scores,
+                )
+        q_THD = self._turn_and_write(qkv_TXD, rotary, kv, group.slot_mapping_T)
+        return paged_attention(q_THD, kv, metadata, **scores)
 
     def _turn_and_write(
         self,
@@ -114,16 +142,23 @@ class Attention(nn.Module):
 
     def choices(self, rows: int, dtype: torch.dtype, device: torch.device) -> list[Choice]:
         """Of a decode, in the order of `forward`."""
-        dim, turned = self.config.head_dim, "norm of q and k, rotary, KV write" if self.qk_norm else "rotary, KV write"
+        dim = self.config.head_dim
         return [
             *self.qkv.choices(rows, dtype, device, "qkv"),
-            Choice(turned, *either(rope_refusal(dtype, device), "Triton, one kernel", "torch, an operation each")),
+            self._turning(dtype, device),
             Choice(
                 f"attention, {self.extra_repr()}",
                 *either(decode_refusal(dim, dtype, device), "Triton split-KV decode", "torch, planned on the host"),
             ),
             *self.out.choices(rows, dtype, device, "out"),
         ]
+
+    def _turning(self, dtype: torch.dtype, device: torch.device) -> Choice:
+        name = "norm of q and k, rotary, KV write" if self.qk_norm else "rotary, KV write"
+        refusal = fused_refusal(self.config.head_dim, dtype, device, norm=self.qk_norm)
+        if rope_refusal(dtype, device) is None:
+            return Choice(name, *either(refusal, "in the attention's kernel", "Triton, one kernel"))
+        return Choice(name, *either(rope_refusal(dtype, device), "", "torch, an operation each"))
 
     def extra_repr(self) -> str:
         config = self.config

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from paceline.config import RopeConfig, RopeScaling
+from paceline.kernels.embed import Angles
 
 
 def inverse_frequencies(rope: RopeConfig) -> torch.Tensor:
@@ -90,6 +91,11 @@ class Rotary(nn.Module):
         self.length = 1.0 if rope.scaling is None else rope.scaling.attention_factor
         # The kernel takes sines whose first half is negated. sin(-a) = -sin(a) exactly, so the sign goes in here.
         self.signed_D = torch.cat((-frequencies_F, frequencies_F))
+
+    @property
+    def angles(self) -> Angles:
+        """As kernels/embed.py takes them, which computes the same."""
+        return Angles(self.signed_D, self.length)
 
     def forward(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """int64 [T] -> (cos, sin) [T, D] as kernels/rotary.py takes them: both halves turn by the same angles, and

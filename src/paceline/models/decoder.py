@@ -15,6 +15,7 @@ from paceline.config import DecoderConfig, KVGroup, MoeConfig
 from paceline.formats.streamed import StreamedTable
 from paceline.inputs import AttentionMetadata, KVLayer, ModelInputs
 from paceline.kernels.choices import Choice
+from paceline.kernels.embed import embed, embed_refusal
 from paceline.layers.attention import Attention
 from paceline.layers.embedding import Embedding
 from paceline.layers.linear import Linear
@@ -164,6 +165,7 @@ class Decoder(nn.Module):
         ropes = [config.rope_of(layer) for layer in range(config.num_layers)]
         distinct = list(dict.fromkeys(rope for rope in ropes if rope is not None))
         self.rotaries = nn.ModuleList(Rotary(rope, self.dtype, self.device) for rope in distinct)
+        self.angles = [rope.angles for rope in self.rotaries if isinstance(rope, Rotary)]
         self.rotary_of_layer = tuple(None if rope is None else distinct.index(rope) for rope in ropes)
 
     @property
@@ -186,8 +188,7 @@ class Decoder(nn.Module):
 
     def forward(self, inputs: ModelInputs, kv: Sequence[KVLayer]) -> torch.Tensor:
         """The hidden states after the final norm, [T, D] in the model's dtype. `kv`: one a layer, written in place."""
-        rotaries = [rotary(inputs.positions_T) for rotary in self.rotaries]
-        x_TD = self.embedding(inputs.token_ids_T)
+        x_TD, rotaries = self._embed(inputs)
         if self.positions is not None:
             x_TD = x_TD + self.positions(inputs.positions_T + (self.config.learned_position_offset or 0))
         if self.embedding_norm is not None:
@@ -196,6 +197,15 @@ class Decoder(nn.Module):
             x_TD = block(x_TD, None if rotary is None else rotaries[rotary], layer_kv, inputs.attention)
         hidden_TD: torch.Tensor = self.norm(x_TD)
         return hidden_TD
+
+    def _embed(self, inputs: ModelInputs) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """The tokens' rows, and each rotary's cosines and sines: what reads no weight but the table's rows."""
+        table_VD, positions_T = self.embedding.table_VD, inputs.positions_T
+        if isinstance(table_VD, StreamedTable) or table_VD.dtype != self.dtype or embed_refusal(table_VD) is not None:
+            return self.embedding(inputs.token_ids_T), [rotary(positions_T) for rotary in self.rotaries]
+        first = self.angles[0] if self.angles else None
+        x_TD, turned = embed(inputs.token_ids_T, positions_T, table_VD, self.embedding.scale, first)
+        return x_TD, [*([] if turned is None else [turned]), *(rotary(positions_T) for rotary in self.rotaries[1:])]
 
     def logits(self, hidden_TD: torch.Tensor) -> torch.Tensor:
         """Logits of the given rows, [T, V] float32. Pass only rows that choose a token: each costs V * D products."""

@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from paceline.kernels.argmax import argmax, argmax_refusal
 from paceline.sampling import steps
 from paceline.sampling.params import SamplingParams
 
@@ -69,7 +70,10 @@ class Chosen:
 def choose_greedy(logits_RV: torch.Tensor, params: RowParams, out: Chosen) -> None:
     """The likeliest, of equals the first. `logits_RV` float32. The maximum shows every NaN and +inf, as a NaN is the
     maximum for torch."""
-    torch.max(logits_RV, dim=1, out=(out.values_R, out.ids_R))
+    if argmax_refusal(logits_RV) is None:
+        argmax(logits_RV, (out.ids_R, out.values_R))
+    else:
+        torch.max(logits_RV, dim=1, out=(out.values_R, out.ids_R))
 
 
 def choose_drawn(logits_RV: torch.Tensor, params: RowParams, out: Chosen) -> None:
