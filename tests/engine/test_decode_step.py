@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from paceline.config import CacheConfig, DecoderConfig, EngineConfig, SchedulerConfig, SpeculativeConfig
 from paceline.engine.decode_step import DecodeStep
 from paceline.engine.engine import Engine, EngineRequest
+from paceline.engine.graphs import graph_rows
 from paceline.engine.model_runner import ModelRunner
 from paceline.engine.step import RequestUpdate
 from paceline.loading.random_checkpoint import RandomCheckpoint
@@ -393,3 +394,52 @@ def test_a_decode_that_memory_does_not_hold_is_built_anew(caplog: pytest.LogCapt
     assert said == [f"no memory is left for decodes of {count} requests ahead of the host" for count in (3, 2)]
     for p in (1, 2):
         assert tuple(answers.tokens[str(p)]) == alone(0, p, 12)[""][0]
+
+
+def test_a_steady_step_sends_only_what_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens go to the device when rows move, block tables when a block is added: not at every step."""
+    engine = make_engine(decoder(), static=True, depth=1)
+    decode = engine.runner.decode
+    write, moves = decode._write, []
+    monkeypatch.setattr(decode, "_write", lambda *given: moves.append(write(*given)) or moves[-1])
+    ask(engine, "a", PROMPTS[2], temperature=0, max_tokens=10)
+    ask(engine, "b", PROMPTS[3], temperature=0, max_tokens=6)
+    answers = Answers(engine)
+    tables = []
+    while engine.has_work:
+        answers.step()
+        tables.append(decode._row_tables[0])
+    assert moves == [True] + [False] * 4 + [True] + [False] * 3  # b ends
+    assert len({id(table) for table in tables if table is not None}) < 6
+
+
+def test_unused_rows_have_no_length_and_no_slot() -> None:
+    ran = []
+    model = decoder()
+
+    def decode(kv: Any) -> DecodeStep:
+        return DecodeStep(
+            model,
+            kv,
+            BLOCK,
+            max_rows=8,
+            max_model_len=MAX_LEN,
+            run=lambda key, compute: ran.append(key),
+            round_up=graph_rows,
+        )
+
+    engine = make_engine(model, static=True)
+    runner = engine.runner = ModelRunner(model, (ROOMY, ROOMY), BLOCK, decode)
+    for p in (2, 3, 5):
+        ask(engine, str(p), PROMPTS[p], temperature=0.5, top_k=3, max_tokens=4)
+    for _ in range(3):
+        engine.step()
+    fields = runner.decode._fields
+    assert set(ran) == {(4, "filtered")}
+    assert fields.length[:4].tolist() == [10 + 1, 9 + 1, 16 + 1, 0]
+    assert fields.position[:4].tolist() == [10, 9, 16, 0]
+    for slots in fields.slots:
+        assert min(slots[:3].tolist()) >= BLOCK
+        assert slots[3] == -1
+    assert fields.params.greedy_R[3]
+    assert fields.params.top_k_R[:4].tolist() == [3, 3, 3, VOCAB]
