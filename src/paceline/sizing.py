@@ -14,9 +14,11 @@ from paceline.config import DecoderConfig, KVGroup
 GIB = 1 << 30
 SAMPLING_BYTES = 60  # of one logit while a token is chosen, every filter on and a flat distribution
 CUDA_SAMPLING_BYTES = 100  # there, where sorting takes more: 96 were held of 64 rows of 128,256 logits
+KEPT_LOGIT_BYTES = 16  # of those while none of the row is filtered or drawn: the logits, and as penalties left them
+SAMPLED_VALUES = 1 << 22  # logits that are filtered and drawn from at once: 32 rows of 128,256, 400 MB of a GPU
 PENALTY_BYTES = 40  # of one token of a request's history where every penalty is on
 PACKED_ROWS = 16  # multiplied by a matrix as it is packed, by the GEMV kernel
-MOST_SPLITS = 64  # parts of a context that the decode attention kernel reads side by side
+MOST_SPLITS = 32  # parts of a context that the decode attention kernel reads side by side
 BATCHED_QUERIES = 8  # up to here a request's queries cost less in a batch than the calls of a segment of its own
 BATCHED_KEYS = 1 << 17  # keys that one batch of decodes gathers: 512 MiB a layer of 8 heads of 128 in 16 bits
 # Float32 scores that one request's queries may take at once where they are written out; 64 MiB are 2,048 queries over
@@ -240,7 +242,9 @@ def activation_bytes(
         copies = max(unpacked.layers(m.rows, m.columns) for m in layer_matrices(config))
     if unpacked and (rows > backend.packed_rows or step.scores):
         head = unpacked.head(config.vocab_size, hidden)
-    sampling = rows * (config.vocab_size * backend.sampling_bytes + step.context * PENALTY_BYTES)
+    at_once = min(rows, sampled_rows(config.vocab_size))
+    sampled = rows * KEPT_LOGIT_BYTES + at_once * (backend.sampling_bytes - KEPT_LOGIT_BYTES)
+    sampling = config.vocab_size * sampled + rows * step.context * PENALTY_BYTES
     if step.greedy:
         edited = 8 if config.logit_scale != 1.0 or config.logit_soft_cap is not None else 0
         sampling = rows * config.vocab_size * (bytes_per_value + 4 + edited)
@@ -303,6 +307,11 @@ def _mask_bytes(config: DecoderConfig, step: StepShape) -> int:
     few = min(step.num_tokens, BATCHED_QUERIES * step.num_seqs)
     masks = [(4 * few + step.num_tokens - few) * _visible(group.window, step) for group in config.kv_groups]
     return sum(masks) + max(masks) // 2  # and while one is made, its parts
+
+
+def sampled_rows(vocab_size: int) -> int:
+    """Rows that are filtered and drawn from at once."""
+    return max(1, SAMPLED_VALUES // vocab_size)
 
 
 def loading_bytes(config: DecoderConfig, read_bytes: int, packing: FormatBytes) -> int:

@@ -49,8 +49,9 @@ def graph_step_bytes(
 def reserved_bytes(config: DecoderConfig, rows: int, step_bytes: int) -> int:
     """What the graphs' pool gets at once, as one segment for all sizes of graphs; 0 where every tensor is a small one.
     Else each size that is captured would add segments of its own: those of 8, 16, ... 64 rows 4.5 times the last's."""
-    # Indices of sorted logits, and the parts of the contexts.
-    widest = max(8 * rows * config.vocab_size, sizing.split_bytes(config, _decode(rows), sizing.MOST_SPLITS))
+    # Indices of sorted logits, all logits, or the parts of the contexts.
+    logits = 4 * config.vocab_size * max(rows, 2 * min(rows, sizing.sampled_rows(config.vocab_size)))
+    widest = max(logits, sizing.split_bytes(config, _decode(rows), sizing.MOST_SPLITS))
     return 0 if widest <= SMALL_TENSOR else max(LARGE_SEGMENT, -(-step_bytes // SEGMENT) * SEGMENT)
 
 

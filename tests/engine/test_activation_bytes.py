@@ -150,3 +150,9 @@ def test_a_batch_of_long_contexts_gathers_no_more_than_its_limit(check, monkeypa
     monkeypatch.setattr(sizing, "BATCHED_KEYS", 2048)
     monkeypatch.setattr(attention_plan, "BATCHED_KEYS", 2048)
     check(CONFIGS["many heads"], STEPS["decodes"], torch.float32)
+
+
+def test_a_batch_of_many_samples_no_more_at_once_than_its_limit(check, monkeypatch):
+    """Without the limit 32 rows of 16,384 logits take 31 MB, with it 12."""
+    monkeypatch.setattr(sizing, "SAMPLED_VALUES", 4 * 16384)
+    check(CONFIGS["wide vocabulary"], STEPS["decodes"], torch.float32)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
+from paceline import sizing
 from paceline.sampling.params import SamplingParams
 from paceline.sampling.sampler import NO_TOKEN, SamplingRow, sample
 
@@ -292,3 +293,23 @@ def test_tied_tokens_share_the_better_rank() -> None:
     for token, rank in ((0, 5), (1, 1), (2, 3), (3, 1), (4, 3)):
         result = sample(logits, [row(temperature=0, logprobs=0, allowed_token_ids=[token])])
         assert (result.token_ids, result.logprobs[0].rank, result.logprobs[0].top) == ([token], rank, {})
+
+
+def test_rows_in_slices_are_as_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy rows between drawn ones, filters that some have, and a row that fails."""
+    wishes = [
+        {},
+        {"temperature": 0},
+        {"top_k": 5},
+        {"top_p": 0.5},
+        {"typical_p": 0.4},
+        {"min_p": 0.1},
+        {"temperature": 0},
+    ]
+    rows = [SamplingRow(SamplingParams(**wish), seed=3, position=index) for index, wish in enumerate(wishes)]
+    logits_RV = torch.randn(len(rows), 60)
+    logits_RV[5, 3] = torch.nan
+    whole = sample(logits_RV, rows)
+    monkeypatch.setattr(sizing, "SAMPLED_VALUES", 2 * 60)
+    assert sample(logits_RV, rows) == whole
+    assert list(whole.errors) == [5]

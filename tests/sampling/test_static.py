@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from paceline import sizing
 from paceline.sampling.params import SamplingParams
 from paceline.sampling.random import uniform
 from paceline.sampling.sampler import SamplingRow, sample
@@ -106,3 +107,16 @@ def test_a_row_that_is_not_finite_is_seen_and_its_token_can_be_looked_up(kind: A
 def test_what_is_left_to_the_sampler(asked: dict[str, Any]) -> None:
     assert needs_history(SamplingParams(**asked))
     assert not needs_history(SamplingParams(temperature=0.5, top_k=3, top_p=0.5, min_p=0.1, seed=1, stop=["a"]))
+
+
+@pytest.mark.parametrize("kind", ["drawn", "filtered"])
+def test_rows_in_slices_are_as_all_at_once(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = [SamplingParams(**request) for request in REQUESTS[: 3 if kind == "drawn" else None]]
+    rows = [SamplingRow(one, seed=7, position=index) for index, one in enumerate(params)]
+    logits_RV = torch.randn(len(rows), V) * 3
+    logits_RV[1] = torch.nan
+    whole = choose(kind, logits_RV, rows)
+    monkeypatch.setattr(sizing, "SAMPLED_VALUES", 2 * V)
+    parts = choose(kind, logits_RV, rows)
+    assert torch.equal(parts.ids_R, whole.ids_R)
+    torch.testing.assert_close(parts.values_R, whole.values_R, rtol=0, atol=0, equal_nan=True)

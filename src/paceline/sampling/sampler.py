@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from paceline import sizing
 from paceline.sampling import steps
 from paceline.sampling.logprobs import TokenLogprobs
 from paceline.sampling.params import SamplingParams
@@ -79,8 +80,10 @@ def sample(logits_RV: torch.Tensor, rows: Sequence[SamplingRow]) -> Sampled:
     parts: list[torch.Tensor] = []
     if greedy:
         parts.append(_argmax(_rows(edited_RV, greedy, len(rows))))
-    if sampled:
-        parts.append(_draw(_rows(edited_RV, sampled, len(rows)).float(), [rows[r] for r in sampled]))
+    at_once = sizing.sampled_rows(logits_RV.shape[1])
+    for first in range(0, len(sampled), at_once):
+        chosen = sampled[first : first + at_once]
+        parts.append(_draw(_rows(edited_RV, chosen, len(rows)).float(), [rows[r] for r in chosen]))
     ids, checks = torch.cat(parts, dim=1).tolist()
     token_ids, errors = [NO_TOKEN] * len(rows), {}
     for r, token, check in zip(greedy + sampled, ids, checks, strict=True):

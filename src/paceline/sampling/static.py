@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from paceline import sizing
 from paceline.kernels.argmax import argmax, argmax_refusal
 from paceline.sampling import steps
 from paceline.sampling.params import SamplingParams
@@ -95,7 +96,23 @@ def _draw(logits_RV: torch.Tensor, kept_RV: torch.Tensor, params: RowParams, out
     torch.where(params.greedy_R, out.values_R, total_R.to(out.values_R.dtype), out=out.values_R)
 
 
-CHOOSERS: Mapping[Kind, Callable[[torch.Tensor, RowParams, Chosen], None]] = MappingProxyType(
-    {"greedy": choose_greedy, "drawn": choose_drawn, "filtered": choose_filtered}
+Chooser = Callable[[torch.Tensor, RowParams, Chosen], None]
+
+
+def _by_slices(choose: Chooser) -> Chooser:
+    """So many rows at a time as sizing.SAMPLED_VALUES allows."""
+
+    def choose_all(logits_RV: torch.Tensor, params: RowParams, out: Chosen) -> None:
+        at_once = sizing.sampled_rows(logits_RV.shape[1])
+        for first in range(0, logits_RV.shape[0], at_once):
+            rows = slice(first, first + at_once)
+            of_rows = RowParams(**{name: values[rows] for name, values in vars(params).items()})
+            choose(logits_RV[rows], of_rows, Chosen(out.ids_R[rows], out.values_R[rows]))
+
+    return choose_all
+
+
+CHOOSERS: Mapping[Kind, Chooser] = MappingProxyType(
+    {"greedy": choose_greedy, "drawn": _by_slices(choose_drawn), "filtered": _by_slices(choose_filtered)}
 )
 KINDS: tuple[Kind, ...] = tuple(CHOOSERS)  # each serves the rows of those before it
