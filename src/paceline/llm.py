@@ -327,7 +327,8 @@ class LLM:
         refusal = graph_refusal(model, mode=engine.config.mode, streamed=self.model.stream is not None)
         if refusal is None and rows > min(MOST_ROWS, engine.config.scheduler.max_num_seqs):
             refusal = f"graphs are for {min(MOST_ROWS, engine.config.scheduler.max_num_seqs)} requests and fewer"
-        yield Choice("sampling", "torch" if refusal else "torch, in the graph", refusal or "")
+        # That of a step which does not wait for its tokens; any other chooses through torch.
+        yield Choice("greedy choice", *either(refusal, "Triton argmax, in the graph", "torch"))
         yield Choice("launches", *either(refusal, "one CUDA graph", "kernel by kernel"))
 
     def stats(self) -> Stats:

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from paceline.benchmark.shapes import read_shape
-from paceline.benchmark.tune import Linear, check_device, linears, tune
+from paceline.benchmark.tune import Linear, check_device, linears, time_on, tune
 from paceline.errors import EngineError, UsageError
 from paceline.kernels.gemv_launch import Product, candidates
+from paceline.kernels.gpu import gpu
 from paceline.models.registry import read_decoder_config
 
 LLAMA = read_decoder_config(read_shape("llama-3.1-8b"))
@@ -77,3 +78,12 @@ def test_where_all_fail_the_first_reason_is_told():
 def test_without_a_gpu_there_is_nothing_to_tune():
     with pytest.raises(UsageError, match=r"do not run here \(device is cpu\)"):
         check_device(torch.device("cpu"), torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_rule_is_at_best_beaten():
+    device = torch.device("cuda")
+    wanted = [Linear(Product("int8", (3072, 576), 1), gated=True)]
+    (found,) = tune(wanted, gpu(device).processors, time_on(device, torch.bfloat16))
+    assert found.rule_seconds is not None
+    assert 3072 * 576 / 10e12 < found.seconds <= found.rule_seconds < 1e-3

@@ -71,13 +71,28 @@ class Linear(nn.Module):
     def choices(self, rows: int, dtype: torch.dtype, device: torch.device, name: str) -> list[Choice]:
         """The product of the linear that its model calls `name`."""
         N, K = self.weight.shape
-        planes, (kernel, reason) = self.weight.planes, self.weight.route(rows)
-        if device.type == "cuda" and planes is not None:
-            x_TK = torch.empty(rows, K, dtype=dtype, device="meta")
-            refusal = device_refusal(device, dtype, planes) or shape_refusal(x_TK, planes)
+        kernel, reason = self.weight.route(rows)
+        if device.type == "cuda" and self.weight.planes is not None:
+            refusal = self._refusal(rows, dtype, device)
             kernel, reason = either(refusal, "Triton GEMV, what follows included", kernel)
         bits = 8 * self.weight.nbytes / max(N * K, 1)
         return [Choice(f"{name} {N} x {K}, {bits:.3g} bits a value", kernel, reason)]
+
+    def takes(self, norm: Norm, rows: int, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether `norm` before it is part of the same kernel, as `forward` decides it."""
+        planes = self.weight.planes
+        if planes is None or self._refusal(rows, dtype, device) is not None:
+            return False
+        return norm.kind == "rms" and norm.bias_C is None and fuses_norm(self._like_x(rows, dtype), planes)
+
+    def _refusal(self, rows: int, dtype: torch.dtype, device: torch.device) -> str | None:
+        """gemv_refusal, also of a GPU that is not here."""
+        planes = self.weight.planes
+        assert planes is not None
+        return device_refusal(device, dtype, planes) or shape_refusal(self._like_x(rows, dtype), planes)
+
+    def _like_x(self, rows: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(rows, self.weight.shape[1], dtype=dtype, device="meta")
 
     def extra_repr(self) -> str:
         rows, columns = self.weight.shape

@@ -14,8 +14,9 @@ from torch import nn
 from paceline.config import DecoderConfig, KVGroup, MoeConfig
 from paceline.formats.streamed import StreamedTable
 from paceline.inputs import AttentionMetadata, KVLayer, ModelInputs
-from paceline.kernels.choices import Choice
+from paceline.kernels.choices import Choice, either
 from paceline.kernels.embed import embed, embed_refusal
+from paceline.kernels.gpu import triton_refusal
 from paceline.layers.attention import Attention
 from paceline.layers.embedding import Embedding
 from paceline.layers.linear import Linear
@@ -132,6 +133,16 @@ class Block(nn.Module):
         mixed_TD = self.mlp(inner_TD, norm=norm, residual_TD=joined_TD if adds else None)
         return mixed_TD if adds else self._join(joined_TD, mixed_TD, self.post_mlp_norm)
 
+    def norms_inside(self, rows: int, dtype: torch.dtype, device: torch.device) -> Iterator[Norm]:
+        """The norms that are part of the kernel of the projection after them."""
+        after = self.mlp.up if isinstance(self.mlp, PlainMLP) else getattr(self.mlp, "gate_up", None)
+        pairs = [(self.mlp_norm, after)]
+        if not self.residual.shared_norm:
+            pairs.insert(0, (self.attention_norm, self.attention.qkv))
+        for norm, linear in pairs:
+            if norm is not None and linear is not None and linear.takes(norm, rows, dtype, device):
+                yield norm
+
     def _join(self, x_TD: torch.Tensor, half_TD: torch.Tensor, norm: Norm | None) -> torch.Tensor:
         """The residual stream with one half's answer, which may have a norm of its own."""
         return torch.add(x_TD, half_TD if norm is None else norm(half_TD), alpha=self.residual.multiplier)
@@ -178,10 +189,17 @@ class Decoder(nn.Module):
 
     def choices(self, rows: int) -> Iterator[Choice]:
         """What each part runs in a decode of so many requests, and why nothing better."""
+        where = (rows, self.dtype, self.device)
+        streamed = isinstance(self.embedding.table_VD, StreamedTable)
+        refusal = "the table is offloaded" if streamed else triton_refusal(self.device, self.dtype)
+        yield Choice("embedding, rotary angles", *either(refusal, "Triton, one kernel", "torch, an operation each"))
+        inside = {norm for block in self.blocks if isinstance(block, Block) for norm in block.norms_inside(*where)}
         for name, module in self.named_modules():
             if ".attention." in name:  # told by the attention itself
                 continue
-            if isinstance(module, (Norm, Attention)):
+            if module in inside:
+                yield Choice("norm", "in the product after it")
+            elif isinstance(module, (Norm, Attention)):
                 yield from module.choices(rows, self.dtype, self.device)
             elif isinstance(module, Linear):
                 yield from module.choices(rows, self.dtype, self.device, name.rpartition(".")[2])
