@@ -24,8 +24,8 @@ MAX_ROWS = 16
 FORMATS = ("dense", "int8", "fp8", "int4")
 GROUPS = (32, 64, 128)
 # Values of a weight up to which one row's norm belongs into the product, where each program norms all of x. On an H100
-# that costs 0.15 us and 0.1 us a million values more, a kernel of its own 0.8 us: SmolLM2-135M's layers take 0.40 ms so,
-# 0.45 with 60 such kernels.
+# that costs 0.15 us and 0.1 us a million values more, a kernel of its own 0.8 us: SmolLM2-135M's layers take 0.40 ms
+# so and 0.45 with 60 such kernels.
 FUSED_NORM = 6_000_000
 BYTES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
