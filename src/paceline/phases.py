@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class Phases:
-    """Seconds of named parts, in order."""
+    """Seconds of named parts, in the order in which they began; a part that comes again is added to."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -17,4 +17,4 @@ class Phases:
     def time(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.seconds[name] = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

@@ -19,6 +19,7 @@ from paceline.loading.safetensors_checkpoint import DTYPES, INDEX
 
 SHARD_BYTES = 5 * 10**9  # as transformers cuts them
 WRITERS = 8
+PIECE_BYTES = 64 << 20
 
 
 def write_directory(config: Mapping[str, Any], directory: Path, *, device: torch.device | str = "cpu") -> int:
@@ -67,11 +68,13 @@ def _write_shard(checkpoint: RandomCheckpoint, names: Sequence[str], dtype: torc
     text += b" " * (-len(text) % 8)
 
     def write(name: str) -> None:
-        rest = checkpoint.read(name).cpu().view(-1).view(torch.uint8).numpy().data
         offset = 8 + len(text) + spans[name][0]
-        while rest:
-            count = os.pwrite(file.fileno(), rest, offset)
-            rest, offset = rest[count:], offset + count
+        for piece in torch.split(checkpoint.read(name).view(-1).view(torch.uint8), PIECE_BYTES):
+            # Pinned memory is kept and used again; fresh memory for each tensor, 16 GB in all, took 19 s instead of 7.
+            rest = torch.empty_like(piece, device="cpu", pin_memory=piece.is_cuda).copy_(piece).numpy().data
+            while rest:
+                count = os.pwrite(file.fileno(), rest, offset)
+                rest, offset = rest[count:], offset + count
 
     with path.open("wb") as file, ThreadPoolExecutor(WRITERS) as executor:
         file.write(len(text).to_bytes(8, "little") + text)

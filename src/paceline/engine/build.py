@@ -31,7 +31,7 @@ from paceline.formats import stored_bytes
 from paceline.formats.streamed import WeightStream
 from paceline.kernels.choices import fallbacks
 from paceline.kernels.gemv_launch import load_table
-from paceline.kernels.gpu import gpu
+from paceline.kernels.gpu import gpu, untried_gpu
 from paceline.loading.checkpoint import Checkpoint, open_checkpoint
 from paceline.loading.description import describe
 from paceline.loading.progress import Progress
@@ -128,6 +128,9 @@ def _load(options: LoadOptions, progress: Progress | None) -> LoadedModel:
     if options.mode == "compile":
         with phases.time("compile"):
             _compile(weights.model)
+    if device.type == "cuda":
+        with phases.time("kernels"):
+            gpu(device)  # imports Triton and tries it
     _tell_fallbacks(weights, options)
     with phases.time("cache"):
         engine = _engine_in_memory(weights, options)
@@ -295,7 +298,7 @@ def _sizes(
 
 
 def _workspace(device: torch.device) -> int:
-    return workspace_bytes(gpu(device).capability) if device.type == "cuda" else 0
+    return workspace_bytes(untried_gpu(device).capability) if device.type == "cuda" else 0
 
 
 def _room(

@@ -19,7 +19,6 @@ from paceline import formats
 from paceline.config import DecoderConfig
 from paceline.errors import CheckpointError, OutOfMemoryError, is_out_of_memory
 from paceline.formats.streamed import PIECE_ROWS, StreamedTable, WeightStream, stream_matrix, stream_table
-from paceline.kernels.gpu import triton_refusal
 from paceline.kernels.linear import TOO_SMALL, onednn_refusal
 from paceline.kernels.linear_int4 import int4_refusal
 from paceline.layers.linear import Linear
@@ -320,10 +319,7 @@ def _build(
         if parts.stream is not None or upload_refusal(parts.device) is not None:
             return Decoder(config, parts, block)
         with Upload(parts.device, parts.progress) as parts.upload:
-            decoder = Decoder(config, parts, block)
-            # Asked now for its 0.5 s, which pass while the rest of the values are on their way.
-            triton_refusal(parts.device, parts.dtype)
-            return decoder
+            return Decoder(config, parts, block)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
