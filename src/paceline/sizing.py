@@ -14,6 +14,7 @@ from paceline.config import DecoderConfig, KVGroup
 GIB = 1 << 30
 SAMPLING_BYTES = 60  # of one logit while a token is chosen, every filter on and a flat distribution
 CUDA_SAMPLING_BYTES = 100  # there, where sorting takes more: 96 were held of 64 rows of 128,256 logits
+STATIC_SAMPLING_BYTES = 72  # by the sampler of captured decodes, which sorts once: 53 were held
 KEPT_LOGIT_BYTES = 16  # of those while none of the row is filtered or drawn: the logits, and as penalties left them
 SAMPLED_VALUES = 1 << 22  # logits that are filtered and drawn from at once: 32 rows of 128,256, 400 MB of a GPU
 PENALTY_BYTES = 40  # of one token of a request's history where every penalty is on
@@ -314,13 +315,37 @@ def sampled_rows(vocab_size: int) -> int:
     return max(1, SAMPLED_VALUES // vocab_size)
 
 
-def loading_bytes(config: DecoderConfig, read_bytes: int, packing: FormatBytes) -> int:
-    """The most that loading holds beside the weights: a matrix before it is packed, and what packing takes. A fused
-    matrix is read part by part; `read_bytes`: of a part's value that is read onto the device itself, before it has
-    its place and its dtype there."""
+def loading_bytes(
+    config: DecoderConfig,
+    bytes_per_value: int,
+    read_bytes: int,
+    *,
+    packing: FormatBytes,
+    packed: FormatBytes,
+    kept: bool,
+) -> int:
+    """The most that loading holds beside the weights, embedding first, then the layers, the output head last: a
+    matrix before it is packed, and what packing takes beside. `kept`: it is stored as it is, without that; a tied
+    head's values are the embedding's. `read_bytes`: of a value that is read onto the device itself, before it has its
+    place and its dtype there.
+    """
     hidden, table = config.hidden_size, config.vocab_size * config.hidden_size
-    most = max(packing.layers(m.rows, m.columns) + read_bytes * m.num_values // m.count for m in layer_matrices(config))
-    return max(most, packing.head(config.vocab_size, hidden) + read_bytes * table)
+
+    def beside(values: int, size: int, packs: int) -> int:
+        if kept:
+            return read_bytes * values
+        return values * bytes_per_value + max(packs, read_bytes * values - size)
+
+    layers = max(
+        beside(m.rows * m.columns, packed.layers(m.rows, m.columns), packing.layers(m.rows, m.columns))
+        for m in layer_matrices(config)
+    )
+    head, packs = packed.head(config.vocab_size, hidden), packing.head(config.vocab_size, hidden)
+    if not config.tie_embeddings:
+        last = beside(table, head, packs)
+    else:
+        head, last = (0, 0) if kept else (head, packs)
+    return max(layers - head, last)
 
 
 def logprob_rows(vocab_size: int, num_top: int) -> int:

@@ -4,6 +4,8 @@ keep: the buffers that they read and write, and the pool of memory that their gr
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from paceline import sizing
 from paceline.config import DecoderConfig
 
@@ -40,7 +42,7 @@ def graph_step_bytes(
 ) -> int:
     """What one captured decode of `rows` requests computes in. More rows than the GEMV kernel takes, and float32, go
     through cuBLAS, and its `workspace` for the stream that captures lies in the pool."""
-    backend = sizing.cuda_backend(bytes_per_value)
+    backend = replace(sizing.cuda_backend(bytes_per_value), sampling_bytes=sizing.STATIC_SAMPLING_BYTES)
     step = _decode(rows)
     held = sizing.activation_bytes(config, step, bytes_per_value, unpacked=unpacked, backend=backend)
     return held + (workspace if rows > backend.packed_rows else 0)
@@ -57,9 +59,9 @@ def reserved_bytes(config: DecoderConfig, rows: int, step_bytes: int) -> int:
 
 def graph_pool_bytes(config: DecoderConfig, rows: int, step_bytes: int) -> int:
     """The pool of the graphs of up to `rows` requests, in whole segments: what is reserved, and the small tensors of
-    the largest graph that has no other."""
-    small = min(step_bytes, SMALL_TENSOR // 8 * sizing.CUDA_SAMPLING_BYTES)
-    return reserved_bytes(config, rows, step_bytes) + -(-small // SEGMENT) * SEGMENT
+    the largest graph that has no other, one segment of them filled in part."""
+    small = min(step_bytes, SMALL_TENSOR // 8 * sizing.STATIC_SAMPLING_BYTES)
+    return reserved_bytes(config, rows, step_bytes) + (-(-small // SEGMENT) + 1) * SEGMENT
 
 
 def _decode(rows: int) -> sizing.StepShape:

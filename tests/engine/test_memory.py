@@ -97,8 +97,24 @@ def test_loading_holds_what_is_planned(tiny_directory, live_bytes):
             assert held <= max(sizes.loading, cache)
 
 
+@pytest.mark.parametrize(
+    ("format", "tied", "read", "expected"),
+    [
+        ("dense", False, 0, 0),  # read into their places
+        ("dense", False, 2, 2 * 128256 * 4096),  # the head as it is read
+        ("dense", True, 2, 2 * 28672 * 4096),  # the widest of a layer
+        ("int8", False, 0, 2 * 128256 * 4096 + 4 * 1024 * (8 + 8 * 4096)),  # the head, and 4 chunks of 4 M values
+        ("int8", True, 2, 4 * 1024 * (8 + 8 * 4096)),  # the embedding stays
+    ],
+)
+def test_what_loading_holds_beside_the_weights(format, tied, read, expected):
+    sizes = sizes_on_cuda(1, format=format)
+    config = replace(sizes.config, tie_embeddings=tied)
+    assert replace(sizes, config=config, read_bytes=read).loading == expected
+
+
 def test_loading_that_needs_more_than_there_is_is_told(tiny_directory, monkeypatch):
-    monkeypatch.setattr(sizing, "loading_bytes", lambda *_: 1 << 40)
+    monkeypatch.setattr(sizing, "loading_bytes", lambda *_, **__: 1 << 40)
     with pytest.raises(OutOfMemoryError, match=r"1024\.00 GiB more while they are loaded"):
         LLM(str(tiny_directory), device="cpu")
 
@@ -150,7 +166,7 @@ def test_the_graphs_pool_is_one_segment_and_small_tensors():
     assert one.graph_reserve % (2 << 20) == 0
     assert one.graph_reserve <= one.graph_pool <= one.graph_reserve + (14 << 20)
     # 64 rows go through cuBLAS, whose workspace lies in the pool, in float32 one does.
-    assert sizes_on_cuda(64).graph_reserve > 32 * 128256 * sizing.CUDA_SAMPLING_BYTES + (33 << 20)
+    assert sizes_on_cuda(64).graph_reserve > 32 * 128256 * sizing.STATIC_SAMPLING_BYTES + (33 << 20)
     assert sizes_on_cuda(1, dtype=torch.float32).graph_reserve > one.graph_reserve + (31 << 20)
     without = replace(one, graphs=False)
     assert (without.graph_pool, without.buffers(4096), one.buffers(4096)) == (0, 0, 8 * 11 + 16 + 4 * 256)

@@ -19,6 +19,7 @@ class CudaMemory:
 
         self._cuda, self._device = torch.cuda, device
         self._before = torch.cuda.memory_allocated(device)
+        self._pools_before = self._graph_pools()
         self._loaded = self._peak = 0
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -29,15 +30,15 @@ class CudaMemory:
         self._cuda.reset_peak_memory_stats(self._device)
 
     def counted(self, subject: Subject) -> Memory:
-        """Every allocated byte since the start is in one part. What loading held beside the weights is known where it
-        was more than what came after it. Graphs keep their pool's segments whole, the allocator counts as allocated
-        only what they still use of them: nothing, or cuBLAS's workspace. What stays after a step is cuBLAS's too."""
-        used, pools = self._graph_pools()
+        """Every allocated byte since the start is in one part. Graphs keep their pool's segments whole, of which the
+        allocator counts as allocated only what they still use: nothing, or cuBLAS's workspace. What else stays after a
+        step is cuBLAS's workspace too."""
+        used, pools = (now - before for now, before in zip(self._graph_pools(), self._pools_before, strict=True))
         now = self._cuda.memory_allocated(self._device) - self._before - used
         peak = self._cuda.max_memory_allocated(self._device) - self._before - used
         weights = self._loaded - sum(subject.held.values())
         measured = {
-            "loading": self._peak - weights if self._peak > self._loaded else 0,
+            "loading": max(0, subject.load_peak - self._before - weights),
             "weights": weights,
             **subject.held,
             "graphs": pools,

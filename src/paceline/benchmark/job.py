@@ -77,7 +77,8 @@ class Result:
 @dataclass(frozen=True)
 class Subject:
     """A loaded engine, ready to be measured. `version` as in Result, `planned` as in Memory; `held`: bytes on the
-    device that are no weights, by their part of Memory."""
+    device that are no weights, by their part of Memory; `load_peak`: the most that torch had allocated there until the
+    weights were loaded."""
 
     generate: Generate
     version: str | None
@@ -87,6 +88,7 @@ class Subject:
     head_bits: float
     planned: Mapping[str, int] | None = None
     held: Mapping[str, int] = field(default_factory=dict)
+    load_peak: int = 0
 
 
 def read_job(data: Mapping[str, Any]) -> Job:

@@ -69,6 +69,7 @@ class LoadedModel:
     phases: Mapping[str, float]
     stream: WeightStream | None  # that the weights come through, where they are offloaded
     sizes: Sizes | None  # what it was planned to take; None for transformers' modules
+    load_peak: int  # bytes that were allocated on a CUDA device at most, until the weights were there
 
     @property
     def implementation(self) -> Implementation:
@@ -97,6 +98,8 @@ def load_model(options: LoadOptions, progress: Progress | None = None) -> Loaded
         if not is_out_of_memory(error) and not isinstance(error, OutOfMemoryError):
             raise
         message = str(error).partition("\n")[0]
+        if not isinstance(error, OutOfMemoryError):
+            message = f"{options.model} was not loaded: {message}; set kv_cache_gib, or a smaller max_num_seqs"
     # Out here the error is gone, and with its traceback all that was loaded: a smaller setting can be tried at once.
     gc.collect()
     torch.cuda.empty_cache()
@@ -123,7 +126,9 @@ def _load(options: LoadOptions, progress: Progress | None) -> LoadedModel:
             else:
                 weights = _load_decoder(config, checkpoint, options, dtype, device, progress)
         generation_config = _read_generation_config(options, checkpoint)
+    load_peak = 0
     if device.type == "cuda":
+        load_peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.empty_cache()  # what casting and quantising held
     if options.mode == "compile":
         with phases.time("compile"):
@@ -151,6 +156,7 @@ def _load(options: LoadOptions, progress: Progress | None) -> LoadedModel:
         phases=phases.seconds,
         stream=weights.stream,
         sizes=weights.sizes,
+        load_peak=load_peak,
     )
 
 

@@ -41,19 +41,19 @@ class Sizes:
 
     @cached_property
     def weights(self) -> sizing.WeightBytes:
-        return sizing.weight_bytes(
-            self.config,
-            self.dtype.itemsize,
-            resident_bytes(self.format, self.dtype, self.device),
-            tied_head_shares=keeps_memory(
-                self.format, (self.config.vocab_size, self.config.hidden_size), self.dtype, self.device
-            ),
-        )
+        return sizing.weight_bytes(self.config, self.dtype.itemsize, self._resident, tied_head_shares=self._kept)
 
     @property
     def loading(self) -> int:
         """Beside the weights while they are loaded; given back before there is a cache."""
-        return sizing.loading_bytes(self.config, self.read_bytes, packing_bytes(self.format, self.dtype, self.device))
+        return sizing.loading_bytes(
+            self.config,
+            self.dtype.itemsize,
+            self.read_bytes,
+            packing=packing_bytes(self.format, self.dtype, self.device),
+            packed=self._resident,
+            kept=self._kept,
+        )
 
     def step(self, context: int) -> int:
         """The largest step, for contexts of so many tokens."""
@@ -95,6 +95,14 @@ class Sizes:
     @property
     def _rows(self) -> int:
         return graph_rows(min(self.scheduler.max_num_seqs, MOST_ROWS))
+
+    @property
+    def _resident(self) -> sizing.FormatBytes:
+        return resident_bytes(self.format, self.dtype, self.device)
+
+    @property
+    def _kept(self) -> bool:
+        return keeps_memory(self.format, (self.config.vocab_size, self.config.hidden_size), self.dtype, self.device)
 
     @property
     def _unpacked(self) -> sizing.FormatBytes:

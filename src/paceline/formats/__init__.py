@@ -109,16 +109,9 @@ def unpack_bytes(format: str, dtype: torch.dtype) -> FormatBytes:
 
 
 def packing_bytes(format: str, dtype: torch.dtype, device: torch.device) -> FormatBytes:
-    """What one of them holds while it is packed: its values, where they do not stay as they are, and what packing
-    takes."""
-
-    def size(chosen: Format, rows: int, columns: int) -> int:
-        if keeps_memory(format, (rows, columns), dtype, device):
-            return 0
-        chunks = 1 if device.type == "cpu" else CUDA_CHUNKS
-        return rows * columns * dtype.itemsize + chunks * chosen.packing_bytes(rows, columns, dtype)
-
-    return _format_bytes(format, size)
+    """What packing one of them holds beside its values and what they are packed into."""
+    chunks = 1 if device.type == "cpu" else CUDA_CHUNKS
+    return _format_bytes(format, lambda chosen, rows, columns: chunks * chosen.packing_bytes(rows, columns, dtype))
 
 
 def _format_bytes(format: str, size: Callable[[Format, int, int], int]) -> FormatBytes:

@@ -66,6 +66,7 @@ def build(job: Job, device: torch.device, phases: Phases) -> Subject:
         head_bits=8 * head.nbytes / (head.shape[0] * head.shape[1]),
         planned=_planned(sizes, job, cache),
         held={"cache": cache, "decode buffers": 0 if decode is None else decode.nbytes},
+        load_peak=llm.model.load_peak,
     )
 
 
