@@ -215,7 +215,7 @@ def test_a_cache_that_finds_no_memory_says_what_to_do(tiny_directory, monkeypatc
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize(("dtype", "level"), [(torch.bfloat16, "WARNING"), (torch.float32, "INFO")])
+@pytest.mark.parametrize(("dtype", "level"), [(torch.bfloat16, logging.WARNING), (torch.float32, logging.INFO)])
 def test_what_runs_without_our_kernels_on_a_gpu_is_told(dtype, level, caplog, monkeypatch):
     """Of a GPU that is not here. In float32 that is what the user asked for."""
 
@@ -230,7 +230,7 @@ def test_what_runs_without_our_kernels_on_a_gpu_is_told(dtype, level, caplog, mo
     weights = build._Weights(None, OnGPU(), 16, (1,), 0)
     with caplog.at_level("INFO", "paceline"):
         build._tell_fallbacks(weights, build.LoadOptions("model"))
-    assert [(record.levelname, record.message) for record in caplog.records] == [
+    assert [(record.levelno, record.message) for record in caplog.records] == [
         (level, "qkv: torch, since Triton is not installed")
     ]
 
