@@ -35,7 +35,11 @@ def test_an_unknown_mode_names_the_known():
         LLM("nowhere", mode="grahp")
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "eager"])
+# Compiling takes half a minute.
+OTHERS = [pytest.param(mode, marks=[pytest.mark.slow] * (mode == "compile")) for mode in MODES if mode != "eager"]
+
+
+@pytest.mark.parametrize("mode", OTHERS)
 def test_every_mode_has_the_same_tokens(mode, tiny_directory, plain):
     assert answers(tiny_directory, mode) == plain
 
