@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from paceline.kernels.gpu import gpu, triton_refusal
+from paceline.kernels.gpu import gpu, launch_options, triton_refusal
 
 PART = 2048  # logits a program: 63 programs for a vocabulary of 128,256
 LARGEST = PART * 4096  # parts of a row, which one program compares
@@ -48,7 +48,7 @@ def argmax(
     parts = triton.cdiv(V, PART)
     keys_RP = logits_RV.new_empty((R, parts), dtype=torch.int64)
     dependent = gpu(logits_RV.device).dependent
-    options = {"DEPENDENT": dependent, **({"launch_pdl": True} if dependent else {})}
+    options = {"DEPENDENT": dependent, **launch_options(dependent)}
     largest_of_part[(parts, R)](logits_RV, keys_RP, V, logits_RV.stride(0), PART=PART, num_warps=4, **options)
     largest_of_row[(R,)](
         keys_RP,

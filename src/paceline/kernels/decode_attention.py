@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from paceline.inputs import KVLayer
-from paceline.kernels.gpu import gpu, triton_refusal
+from paceline.kernels.gpu import gpu, launch_options, triton_refusal
 from paceline.kernels.rope_kv import QKNorm
 
 LARGEST_HEAD = 256
@@ -257,7 +257,7 @@ def _attend(
         DEPENDENT=launch.dependent,
         num_warps=launch.warps,
         **options,
-        **({"launch_pdl": True} if launch.dependent else {}),
+        **launch_options(launch.dependent),
     )
     return out_THD
 

@@ -14,18 +14,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from paceline.kernels.prefetch_triton import LINE_BYTES, prefetch_l2
 from paceline.kernels.rope_kv_triton import load_turned
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LINE_BYTES = tl.constexpr(128)  # what one prefetch brings into the L2
-
-
-@triton.jit
-def prefetch_l2(pointers):
-    """Asks for the lines behind a block of pointers and does not wait."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers.to(tl.int64)], tl.int32, is_pure=False, pack=1
-    )
 
 
 @triton.jit

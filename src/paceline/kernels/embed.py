@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from paceline.kernels.gpu import gpu, triton_refusal
+from paceline.kernels.gpu import gpu, launch_options, triton_refusal
 
 BLOCK = 1024  # elements of a row that a program copies
 
@@ -77,6 +77,6 @@ def embed(
             F_TILE=triton.next_power_of_2(max(F, 1)),
             DEPENDENT=dependent,
             num_warps=4,
-            **({"launch_pdl": True} if dependent else {}),
+            **launch_options(dependent),
         )
     return x_TM, None if angles is None else (cos_TF, sin_TF)

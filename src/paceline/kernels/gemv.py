@@ -16,7 +16,7 @@ import torch
 
 from paceline.kernels.activation import activate, gated
 from paceline.kernels.gemv_launch import Launch, Product, choose_launch, launch_rows
-from paceline.kernels.gpu import GPU, gpu, triton_refusal
+from paceline.kernels.gpu import GPU, gpu, launch_options, triton_refusal
 from paceline.kernels.linear import linear_ref
 from paceline.kernels.norm import norm_rows, norm_shape_refusal, rms_norm
 
@@ -259,7 +259,7 @@ def _after(planes: Planes, epilogue: Epilogue, device: GPU, y_TN: torch.Tensor) 
         "y_ptr": y_TN,
         "N": planes.shape[0],
         "PDL": device.dependent,
-        **({"launch_pdl": True} if device.dependent else {}),
+        **launch_options(device.dependent),
     }
 
 

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from paceline.kernels.gemv_triton import LINE_BYTES, block_rows, finish, load_x, prefetch_l2, weight_rows
+from paceline.kernels.gemv_triton import block_rows, finish, load_x, weight_rows
+from paceline.kernels.prefetch_triton import LINE_BYTES, prefetch_l2
 
 # On two halves of a word at once; the bits under the nibbles are OFFSET, twice.
 NIBBLES = "{ .reg .b32 t; and.b32 t, $2, 15; shr.u32 t, $1, t; lop3.b32 $0, t, 0x000F000F, %s, 0xEA; }"

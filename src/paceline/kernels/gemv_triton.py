@@ -13,15 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-LINE_BYTES = tl.constexpr(128)  # what one L2 prefetch brings
-
-
-@triton.jit
-def prefetch_l2(pointers):
-    """Asks for the lines behind a block of pointers and does not wait."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers.to(tl.int64)], tl.int32, is_pure=False, pack=1
-    )
+from paceline.kernels.prefetch_triton import LINE_BYTES, prefetch_l2
 
 
 @triton.jit

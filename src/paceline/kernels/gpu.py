@@ -75,6 +75,12 @@ def untried_gpu(device: torch.device) -> GPU:
     return GPU(found.name, found.multi_processor_count, capability)
 
 
+def launch_options(dependent: bool) -> dict[str, bool]:
+    """What Triton must be told of a launch that may start while its predecessor runs; of others it knows no such
+    option everywhere."""
+    return {"launch_pdl": True} if dependent else {}
+
+
 def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why no Triton kernel runs there in `dtype`; None when one can."""
     return f"device is {device.type}" if device.type != "cuda" else gpu(device).refusal(dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from paceline.kernels.gpu import gpu, triton_refusal
+from paceline.kernels.gpu import gpu, launch_options, triton_refusal
 
 # A program holds a row in registers: 32 values a thread in 16 warps.
 MOST_CHANNELS = 16384
@@ -88,6 +88,6 @@ def norm_rows(
         CENTRED=centred,
         DEPENDENT=dependent,
         num_warps=max(1, min(16, tile // 512)),
-        **({"launch_pdl": True} if dependent else {}),
+        **launch_options(dependent),
     )
     return y_TC

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from paceline.inputs import KVLayer
-from paceline.kernels.gpu import gpu, triton_refusal
+from paceline.kernels.gpu import gpu, launch_options, triton_refusal
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,6 @@ def rope_and_write_kv(
         H_TILE=triton.next_power_of_2(heads),
         DEPENDENT=dependent,
         num_warps=4 if together else 1,
-        **({"launch_pdl": True} if dependent else {}),
+        **launch_options(dependent),
     )
     return q_THD
