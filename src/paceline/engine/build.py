@@ -14,11 +14,7 @@ from typing import Any
 import torch
 
 from paceline import sizing
-from paceline.config import (
-    DecoderConfig,
-    EngineConfig,
-    KVGroup,
-)
+from paceline.config import DecoderConfig, EngineConfig, KVGroup
 from paceline.engine.device import DTYPES, available_bytes, pick_device, pick_dtype
 from paceline.engine.engine import Engine
 from paceline.engine.graphs import captured_decode, config_refusal, graph_refusal
@@ -196,12 +192,14 @@ def _load_decoder(
 ) -> _Weights:
     config = settle_tied_head(checkpoint, config)
     sizes = _sizes(config, checkpoint, options, dtype, device)
-    resident, loading = sizes.weights.total, sizes.loading
-    if options.offload is not None:  # read a piece at a time
-        resident, loading = offloaded_weights(config, sizes.format, dtype).resident, 0
-    room = _room(resident, sizes.beside, options, dtype, device, loading=loading)
-    stream = _open_stream(config, options, dtype, device, room.free(_shortest(options)))
-    if stream is not None:
+    stream = None
+    if options.offload is None:
+        room = _room(sizes.weights.total, sizes.beside, options, dtype, device, loading=sizes.loading)
+    else:  # read a piece at a time
+        weights = offloaded_weights(config, sizes.format, dtype)
+        room = _room(weights.resident, sizes.beside, options, dtype, device)
+        free = room.free(_shortest(options))
+        stream = open_stream(weights.streamed, options.offload, options.offload_dir, device=device, free=free)
         room = replace(room, nbytes=room.nbytes - stream.buffer_bytes)
     max_model_len, num_blocks = _plan_cache(config.kv_groups, config.max_position, options, room, dtype)
     config = config.with_context(max_model_len)
@@ -219,7 +217,7 @@ def _load_decoder(
         if stream is not None:
             stream.close()  # its file and its thread
         raise
-    step_bytes = sizing.step_weight_bytes(config, dtype.itemsize, stored_bytes(options.quantization or "dense", dtype))
+    step_bytes = sizing.step_weight_bytes(config, dtype.itemsize, stored_bytes(sizes.format, dtype))
     return _Weights(config, decoder, max_model_len, num_blocks, step_bytes, stream, replace(sizes, config=config))
 
 
@@ -345,15 +343,6 @@ def _room(
 def _shortest(options: LoadOptions) -> int:
     """The shortest context that would do: what the user asks for, else a block."""
     return options.max_model_len or options.cache.block_size
-
-
-def _open_stream(
-    config: DecoderConfig, options: LoadOptions, dtype: torch.dtype, device: torch.device, free: int
-) -> WeightStream | None:
-    if options.offload is None:
-        return None
-    weights = offloaded_weights(config, options.quantization or "dense", dtype)
-    return open_stream(weights.streamed, options.offload, options.offload_dir, device=device, free=free)
 
 
 def _plan_cache(

@@ -12,7 +12,7 @@ from paceline.formats import Weight
 from paceline.kernels.activation import activate
 from paceline.kernels.choices import Choice, either
 from paceline.kernels.elementwise import PLAIN
-from paceline.kernels.gemv import Epilogue, device_refusal, fuses_norm, gemv, gemv_refusal, shape_refusal
+from paceline.kernels.gemv import Epilogue, Planes, device_refusal, fuses_norm, gemv, gemv_refusal, shape_refusal
 from paceline.kernels.gemv import Norm as RMSNorm
 from paceline.layers.norm import Norm
 
@@ -45,7 +45,7 @@ class Linear(nn.Module):
         if planes is None or gemv_refusal(x_TK, planes) is not None:
             return self.plain(x_TK, norm=norm, activation=activation, gated=gated, residual_TN=residual_TN)
         inside = None
-        if norm is not None and norm.kind == "rms" and norm.bias_C is None and fuses_norm(x_TK, planes):
+        if norm is not None and _fits_inside(norm, x_TK, planes):
             inside = RMSNorm(norm.weight_C, norm.eps)
         elif norm is not None:
             x_TK = norm(x_TK)
@@ -83,7 +83,7 @@ class Linear(nn.Module):
         planes = self.weight.planes
         if planes is None or self._refusal(rows, dtype, device) is not None:
             return False
-        return norm.kind == "rms" and norm.bias_C is None and fuses_norm(self._like_x(rows, dtype), planes)
+        return _fits_inside(norm, self._like_x(rows, dtype), planes)
 
     def _refusal(self, rows: int, dtype: torch.dtype, device: torch.device) -> str | None:
         """gemv_refusal, also of a GPU that is not here."""
@@ -97,3 +97,8 @@ class Linear(nn.Module):
     def extra_repr(self) -> str:
         rows, columns = self.weight.shape
         return f"{columns} -> {rows}, {type(self.weight).__name__}, bias={self.bias_N is not None}"
+
+
+def _fits_inside(norm: Norm, x_TK: torch.Tensor, planes: Planes) -> bool:
+    """Whether the product's kernel has such a norm, and is quicker with it inside."""
+    return norm.kind == "rms" and norm.bias_C is None and fuses_norm(x_TK, planes)
