@@ -1,6 +1,7 @@
 """fp8 weights (e4m3, Micikevicius et al., 2022), one scale an output channel: w = q * scale, |q| at most 448.
 
-Unpacked before each product, on every device so far: it saves memory, not time.
+Few rows on a GPU are multiplied as stored (kernels/gemv.py). Everything else unpacks before each product, a CPU always:
+there it saves memory, not time.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from functools import cached_property
 import torch
 
 from paceline.formats.chunks import chunk_values, linear_unpacked, packing_chunks, quotient_bytes, unpacked_rows
+from paceline.formats.row_scaled import RowScaledWeight
 from paceline.kernels.gemv import Planes, byte_planes
 from paceline.kernels.linear import UNPACKED
 
@@ -18,19 +20,7 @@ MOST = torch.finfo(torch.float8_e4m3fn).max  # 448
 
 
 @dataclass(frozen=True)
-class FP8Weight:
-    q_NK: torch.Tensor  # float8_e4m3fn
-    scale_N: torch.Tensor  # float32
-    dtype: torch.dtype
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return (self.q_NK.shape[0], self.q_NK.shape[1])
-
-    @property
-    def nbytes(self) -> int:
-        return self.q_NK.nbytes + self.scale_N.nbytes
-
+class FP8Weight(RowScaledWeight):
     @cached_property
     def planes(self) -> Planes | None:
         return byte_planes("fp8", self.q_NK, self.scale_N)

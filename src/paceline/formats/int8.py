@@ -1,6 +1,7 @@
 """int8 weights, one scale an output channel, symmetric: w = q * scale, q in -127..127. Round to nearest.
 
-Multiplied through torch's packed int8 op (weight-only: activations stay floating point).
+Few rows are multiplied as stored, on a GPU by kernels/gemv.py, on a CPU through torch's packed int8 op; more are
+unpacked. Weight-only: activations stay floating point.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from functools import cached_property
 import torch
 
 from paceline.formats.chunks import linear_unpacked, packing_chunks, quotient_bytes, unpacked_rows
+from paceline.formats.row_scaled import RowScaledWeight
 from paceline.kernels.choices import either
 from paceline.kernels.gemv import Planes, byte_planes
 from paceline.kernels.linear import UNPACKED
@@ -22,19 +24,7 @@ PACKED_COLUMNS = 16
 
 
 @dataclass(frozen=True)
-class Int8Weight:
-    q_NK: torch.Tensor  # int8
-    scale_N: torch.Tensor  # float32
-    dtype: torch.dtype
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return (self.q_NK.shape[0], self.q_NK.shape[1])
-
-    @property
-    def nbytes(self) -> int:
-        return self.q_NK.nbytes + self.scale_N.nbytes
-
+class Int8Weight(RowScaledWeight):
     @cached_property
     def planes(self) -> Planes | None:
         return byte_planes("int8", self.q_NK, self.scale_N)
