@@ -159,7 +159,7 @@ def test_int4_groups_blocks_and_warps(group: int, block_n: int, warps: int, toke
     columns = 10 * warps * group
     planes, weight = random_planes("int4", 50, columns, dtype, offset=True, group=group)
     x = torch.randn(tokens, columns, device=DEVICE).to(dtype)
-    launch = Launch(block_n, 0, warps=warps, stages=2)
+    launch = Launch(block_n, 128, warps=warps, stages=2)
     assert_as_exact(run(x, on_device(planes), launch), x, weight, None, Epilogue())
 
 
@@ -192,7 +192,7 @@ def test_no_rows_give_no_rows() -> None:
 @pytest.mark.parametrize(
     ("x", "kind", "columns", "reason"),
     [
-        (torch.zeros(17, 64).half(), "dense", 64, "17 rows, and the kernel takes 16"),
+        (torch.zeros(129, 64).half(), "dense", 64, "129 rows, and the kernel takes 128"),
         (torch.zeros(1, 64), "dense", 64, "dtype is torch.float32"),
         (torch.zeros(1, 66).half(), "int8", 66, "66 columns are no whole words"),
         (torch.zeros(1, 64).bfloat16(), "dense", 64, "weight is torch.float16, x torch.bfloat16"),

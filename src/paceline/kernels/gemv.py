@@ -1,8 +1,8 @@
 """y = norm(x) w^T for a few rows, with what follows it, reading the weight once in the form it is stored in.
 
-`gemv_ref` composes plain torch ops and takes anything; `gemv` runs Triton's kernels, for up to 16 rows on CUDA where
-`gemv_refusal` finds nothing against it: kernels/gemv_row_triton.py for one row, kernels/gemv_triton.py for several,
-kernels/gemv_int4_triton.py for int4. kernels/gemv_launch.py says how they are launched.
+`gemv_ref` composes plain torch ops and takes anything; `gemv` runs Triton's kernels, for up to MAX_ROWS rows on CUDA
+where `gemv_refusal` finds nothing against it: kernels/gemv_row_triton.py for one row, kernels/gemv_int4_triton.py for up
+to 8 over int4, kernels/gemm_triton.py for the rest. kernels/gemv_launch.py says how they are launched.
 
 Shapes: T rows of x, N rows of the weight, K columns; outputs are N, or N / 2 where gate and up make one.
 """
@@ -20,13 +20,17 @@ from paceline.kernels.gpu import GPU, gpu, launch_options, triton_refusal
 from paceline.kernels.linear import linear_ref
 from paceline.kernels.norm import norm_rows, norm_shape_refusal, rms_norm
 
-MAX_ROWS = 16
+MAX_ROWS = 128
+# Rows up to which int4 has a kernel of its own. It reads all of x for 16 rows of the weight, 4 bytes of the L2 cache for
+# a weight's byte at 16 rows; the general one reads it for 128.
+INT4_ROWS = 8
 FORMATS = ("dense", "int8", "fp8", "int4")
 GROUPS = (32, 64, 128)
 # Values of a weight up to which one row's norm belongs into the product, where each program norms all of x. On an H100
 # that costs 0.15 us and 0.1 us a million values more, a kernel of its own 0.8 us: SmolLM2-135M's layers take 0.40 ms
 # so and 0.45 with 60 such kernels.
 FUSED_NORM = 6_000_000
+PARTS_BLOCK = 256  # outputs that a program adds the parts of
 BYTES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
@@ -152,7 +156,7 @@ def gemv(
         tuned_rows = launch_rows(T) if planes.format == "int4" else rows
         product = Product(planes.format, planes.shape, tuned_rows, planes.group)
         launch = choose_launch(product, device.name, device.processors)
-    if planes.format == "int4":
+    if planes.format == "int4" and rows <= INT4_ROWS:
         _int4(x_TK, planes, epilogue, launch, device, y_TN)
     elif rows == 1:
         _one_row(x_TK, planes, norm, epilogue, launch, device, y_TN)
@@ -185,6 +189,8 @@ def _one_row(
         K=planes.shape[1],
         norm_ptr=None if norm is None else norm.weight_K,
         eps=0.0 if norm is None else norm.eps,
+        expert_ptr=None,
+        SHARE=1,
         **_after(planes, epilogue, device, y_TN),
     )
 
@@ -197,30 +203,42 @@ def _several_rows(
     device: GPU,
     y_TN: torch.Tensor,
 ) -> None:
-    from paceline.kernels.gemv_triton import add_parts_kernel, gemv_kernel
+    from paceline.kernels.gemm_triton import add_parts_kernel, gemm_kernel
 
-    N = planes.shape[0]
-    columns = max(8, launch_rows(x_TK.shape[0]))
+    T, N = x_TK.shape[0], planes.shape[0]
     # Allocated here: in a captured graph all layers then share one piece of the graph's pool.
-    parts = None if launch.split == 1 else x_TK.new_empty((launch.split, N, columns), dtype=torch.float32)
-    after = _after(planes, epilogue, device, y_TN) | {
-        "parts_ptr": parts,
-        "scale_ptr": planes.scale,
-        "FORMAT": planes.format,
-        "SPLIT": launch.split,
-        **_strides(epilogue, y_TN),
-    }
-    gemv_kernel[(-(-N // launch.block_n), launch.split)](
-        w_ptr=planes.values,
-        w_stride=planes.values.stride(0),
-        BLOCK_K=launch.block_k,
-        ASM=device.ptx and x_TK.dtype == torch.bfloat16,
+    parts = None if launch.split == 1 else x_TK.new_empty((launch.split, T, N), dtype=torch.float32)
+    after = _after(planes, epilogue, device, y_TN) | _strides(epilogue, y_TN) | {"parts_ptr": parts}
+    gemm_kernel[(1, -(-N // launch.block_n), launch.split)](
+        **weight_arguments(planes, launch, device, x_TK.dtype),
         **_matrix(x_TK, launch),
+        expert_ptr=None,
+        row_ptr=None,
+        SHARE=1,
         **after,
     )
     if parts is not None:
-        block = 128 // columns
-        add_parts_kernel[(-(-N // block),)](M=columns, BLOCK_N=block, num_warps=1, **after)
+        add_parts_kernel[(T, -(-y_TN.shape[1] // PARTS_BLOCK))](
+            BLOCK=PARTS_BLOCK, SPLIT=launch.split, num_warps=PARTS_BLOCK // 128, **after
+        )
+
+
+def weight_arguments(planes: Planes, launch: Launch, device: GPU, dtype: torch.dtype) -> dict[str, Any]:
+    """gemm_kernel's for a weight, or for experts' weights one after the other."""
+    scale = planes.scale
+    if planes.format == "int4":
+        assert scale is not None
+        scale = scale.view(torch.int32)
+    return {
+        "w_ptr": planes.values,
+        "w_stride": planes.values.stride(-2),
+        "scale_ptr": scale,
+        "FORMAT": planes.format,
+        "GROUP": planes.group,
+        "BLOCK_K": min(launch.block_k, 4 * planes.group) if planes.format == "int4" else launch.block_k,
+        "SPLIT": launch.split,
+        "ASM": device.ptx and dtype == torch.bfloat16,
+    }
 
 
 def _int4(

@@ -43,7 +43,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Product:
-    """What a launch is tuned for. `rows`: 1, 8 or 16, as launch_rows makes it of the rows of x."""
+    """What a launch is tuned for. `rows`: 1, 8, 16, 32, 64 or 128, as launch_rows makes it of the rows of x."""
 
     format: str
     shape: tuple[int, int]
@@ -55,8 +55,8 @@ Table = Mapping[Product, Launch]
 
 
 def launch_rows(rows: int) -> int:
-    """The rows of x as kernels are compiled for them: 1, 8 or 16."""
-    return 1 if rows == 1 else 8 if rows <= 8 else 16
+    """The rows of x as kernels are compiled for them: 1, or a power of two from 8 on."""
+    return 1 if rows == 1 else max(8, 1 << (rows - 1).bit_length())
 
 
 def choose_launch(product: Product, device_name: str, processors: int) -> Launch:
@@ -131,24 +131,37 @@ def launch_by_rule(product: Product, processors: int) -> Launch:
     H100 this is within 2% of the best at each of Llama-3.1-8B's shapes, dense, int8 and fp8. Short rows make blocks of
     four: 3,072 x 576 takes 2.3 us so and 2.7 in twos.
 
-    On the matrix unit K is split until every multiprocessor has two programs, since one waits for x at every step: the
-    8B's down projection takes 62 us in 64 programs and 28 in 256.
+    On the matrix unit K is split until every multiprocessor has two programs, since one waits for x at every step: of 8
+    rows the 8B's down projection takes 62 us in 64 programs and 28 in 256.
     """
     columns = product.shape[1]
-    if product.format == "int4":
-        # 16 rows of x take 82 KB of shared memory in 4 warps, more than some GPUs have.
-        warps = min(4 if product.rows <= 8 else 2, _int4_warps(product))
-        return Launch(16, 512, warps, stages=3 if product.rows == 1 else 2)
+    if product.format == "int4" and product.rows <= 8:
+        return Launch(16, 512, min(4, _int4_warps(product)), stages=3 if product.rows == 1 else 2)
     if product.rows == 1:
         row_bytes = columns * (2 if product.format == "dense" else 1)
         block_n = 2 if row_bytes >= 2048 else 4
         warps = block_n * row_bytes // (32 * 64)
         return one_row_launch(block_n, min(8, 1 << max(warps, 1).bit_length() - 1), columns)
-    launch = Launch(32 if product.format == "dense" else 64, 256, warps=4, stages=4)
-    programs, split = -(-product.shape[0] // launch.block_n), 1
-    while programs * split < 2 * processors and columns >= 4 * split * launch.block_k:
-        split *= 2
-    return replace(launch, split=split)
+    return _many_rows(product, processors)
+
+
+def _many_rows(product: Product, processors: int, weights: int = 1) -> Launch:
+    """Blocks of 128 rows of the weight, so that x is not read from the L2 cache more often than the weight from memory;
+    of 64 for 8 rows of x, of few columns for many: the stages stay below 96 KB of shared memory, and two programs share
+    a multiprocessor's 227. K is split until each has its two. `weights`: as many products in one launch."""
+    block_n = 64 if product.rows == 8 else 128
+    widest, value_bytes = {"dense": (64, 2), "int4": (256, 0.5)}.get(product.format, (128, 1))
+    block_k = max(128 if product.format == "int4" else 64, min(widest, 8192 // product.rows))
+    stage_bytes = block_k * (block_n * value_bytes + product.rows * 2)
+    stages = int(max(2, min(4, 96 * 1024 // stage_bytes)))
+    programs, steps = weights * -(-product.shape[0] // block_n), -(-product.shape[1] // block_k)
+    split = max(1, min(2 * processors // programs, steps // 4))
+    return Launch(block_n, block_k, warps=8 if product.rows >= 128 else 4, stages=stages, split=split)
+
+
+def experts_launch(product: Product, weights: int, processors: int) -> Launch:
+    """For a product of `rows` pairs with each of so many experts, in one launch."""
+    return _many_rows(product, processors, weights)
 
 
 def _int4_warps(product: Product) -> int:

@@ -6,6 +6,8 @@ has ended; nothing goes through shared memory, and threads meet only in the sums
 neighbouring columns of a step, as much of x as one load brings: with 16 of int8, x would change threads at every step.
 The RMS norm's factor is applied to the result: x * g goes in, and each program squares the x it loads anyway.
 
+Of a mixture of experts it is one row's products with the weights of its experts, one after the other in memory.
+
 Shapes: N rows of the weight, K columns.
 """
 
@@ -46,8 +48,10 @@ def gemv_row_kernel(
     bias_ptr,  # [N]; None: no bias
     residual_ptr,  # [outputs]; None: no residual
     y_ptr,  # [outputs]
+    expert_ptr,  # None: there is one weight; else whose it takes: [pairs], for as many rows of y
     N,
     eps,
+    SHARE: tl.constexpr,  # rows of y that have one row of x, with experts
     K: tl.constexpr,  # a model has a handful of them, and whole steps need no masks
     FORMAT: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -64,11 +68,21 @@ def gemv_row_kernel(
     STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     if PDL:
         gdc_launch_dependents()
+    if expert_ptr is not None:
+        if PDL:
+            gdc_wait()
+        pair = tl.program_id(1)
+        expert = tl.load(expert_ptr + pair)
+        w_rows += expert.to(tl.int64) * N * K
+        x_ptr += pair // SHARE * K
+        y_ptr += pair * (N // 2 if GATED else N)
+        if scale_ptr is not None:
+            scale_ptr += expert * N
     w = ()
     for step in tl.static_range(STEPS):
         at = step * BLOCK_K + cols
         w += (load(w_rows + at, at, K, BLOCK_K, "evict_first"),)
-    if PDL:
+    if PDL and expert_ptr is None:
         gdc_wait()
     sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     squares = tl.zeros([1, BLOCK_K], tl.float32)
