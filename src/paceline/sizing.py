@@ -18,7 +18,8 @@ STATIC_SAMPLING_BYTES = 72  # by the sampler of captured decodes, which sorts on
 KEPT_LOGIT_BYTES = 16  # of those while none of the row is filtered or drawn: the logits, and as penalties left them
 SAMPLED_VALUES = 1 << 22  # logits that are filtered and drawn from at once: 32 rows of 128,256, 400 MB of a GPU
 PENALTY_BYTES = 40  # of one token of a request's history where every penalty is on
-PACKED_ROWS = 16  # multiplied by a matrix as it is packed, by the GEMV kernel
+PACKED_ROWS = 128  # multiplied by a matrix as it is packed, by the GEMV kernels
+PARTS_BYTES = 4 * 128 * 2 * 160  # of one row of those: two programs of 128 outputs each for 160 multiprocessors
 MOST_SPLITS = 32  # parts of a context that the decode attention kernel reads side by side
 BATCHED_QUERIES = 8  # up to here a request's queries cost less in a batch than the calls of a segment of its own
 BATCHED_KEYS = 1 << 17  # keys that one batch of decodes gathers: 512 MiB a layer of 8 heads of 128 in 16 bits
@@ -193,12 +194,13 @@ class StepShape:
 @dataclass(frozen=True)
 class Backend:
     """What a step's memory depends on besides its shape. `sampling_bytes`: of a logit, every filter on; `packed_rows`:
-    up to so many rows are multiplied without unpacking a matrix; `splits`: of each query of a decode, as many answers
-    in float32 wait to be merged."""
+    up to so many rows are multiplied without unpacking a matrix, each in parts of `parts_bytes`; `splits`: of each query
+    of a decode, as many answers in float32 wait to be merged."""
 
     sampling_bytes: int = SAMPLING_BYTES
     packed_rows: int = 0
     splits: int = 0
+    parts_bytes: int = 0
 
 
 PLAIN = Backend()
@@ -206,7 +208,9 @@ PLAIN = Backend()
 
 def cuda_backend(bytes_per_value: int) -> Backend:
     """The GEMV kernel is one of 16 bits."""
-    return Backend(CUDA_SAMPLING_BYTES, PACKED_ROWS if bytes_per_value == 2 else 0, MOST_SPLITS)
+    if bytes_per_value != 2:
+        return Backend(CUDA_SAMPLING_BYTES, splits=MOST_SPLITS)
+    return Backend(CUDA_SAMPLING_BYTES, PACKED_ROWS, MOST_SPLITS, PARTS_BYTES)
 
 
 def activation_bytes(
@@ -235,6 +239,7 @@ def activation_bytes(
     workspace = max(_attention_workspace(config, step, bytes_per_value), split_bytes(config, step, backend.splits))
     attention = int(step.num_tokens * max(rotary, attended) * bytes_per_value) + workspace
     mlp = step.num_tokens * _mlp_values(config) * bytes_per_value
+    parts = min(step.num_tokens, backend.packed_rows) * backend.parts_bytes
     # Beside either: the residual stream before and after attention, what was normalised, and the half's own output.
     stream = step.num_tokens * (4 * hidden + turns) * bytes_per_value
     rows = min(step.num_seqs, step.num_tokens)
@@ -250,7 +255,7 @@ def activation_bytes(
         edited = 8 if config.logit_scale != 1.0 or config.logit_soft_cap is not None else 0
         sampling = rows * config.vocab_size * (bytes_per_value + 4 + edited)
     last = step.num_tokens * hidden * bytes_per_value + sampling + head
-    return max(stream + max(attention, mlp) + copies, last) + _mask_bytes(config, step)
+    return max(stream + max(attention, mlp) + parts + copies, last) + _mask_bytes(config, step)
 
 
 def _mlp_values(config: DecoderConfig) -> int:

@@ -157,7 +157,7 @@ def sizes_on_cuda(seqs: int, *, format: str = "dense", dtype: torch.dtype = torc
 def test_one_stream_unpacks_nothing_where_a_kernel_multiplies_what_is_packed():
     shape = sizing.StepShape(1, 1, 4096, 1, greedy=True, scores=False)
     assert sizes_on_cuda(1, format="int8").step_of(shape) == sizes_on_cuda(1).step_of(shape) < 30 << 20
-    many = replace(shape, num_tokens=17, chunk=17)
+    many = replace(shape, num_tokens=129, chunk=129)
     assert sizes_on_cuda(1, format="int8").step_of(many) - sizes_on_cuda(1).step_of(many) == 128 << 20
 
 

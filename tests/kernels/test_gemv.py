@@ -163,6 +163,32 @@ def test_int4_groups_blocks_and_warps(group: int, block_n: int, warps: int, toke
     assert_as_exact(run(x, on_device(planes), launch), x, weight, None, Epilogue())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "split"), [(17, 1), (33, 3), (70, 2)])
+@pytest.mark.parametrize("kind", ["dense", "int8", "fp8", "int4"])
+def test_many_rows_of_every_format_with_all_that_follows(
+    kind: str, tokens: int, split: int, dtype: torch.dtype
+) -> None:
+    """Five steps and a bit of K, in one, two or three parts."""
+    columns = 5 * 128 + 12
+    planes, weight = random_planes(kind, 70, columns, dtype, offset=True)
+    x = torch.randn(tokens, columns + 6, device=DEVICE).to(dtype)[:, 4:-2]
+    residual = torch.randn(tokens, 40, device=DEVICE).to(dtype)[:, :35]
+    epilogue = Epilogue(torch.randn(70, device=DEVICE).to(dtype), "silu", True, residual)
+    launch = Launch(64, 128, warps=4, stages=2, split=split)
+    first = run(x, on_device(planes), launch, None, epilogue)
+    assert_as_exact(first, x, weight, None, epilogue)
+    assert torch.equal(first, run(x, on_device(planes), launch, None, epilogue))
+
+
+@pytest.mark.parametrize("tokens", [9, 20, 40])
+@pytest.mark.parametrize("kind", ["dense", "int8", "fp8", "int4"])
+def test_the_launch_by_rule_of_many_rows_is_right(kind: str, tokens: int) -> None:
+    planes, weight = random_planes(kind, 40, 1100, torch.float16, group=128)
+    x = torch.randn(tokens, 1100, device=DEVICE).half()
+    assert_as_exact(gemv(x, on_device(planes)), x, weight, None, PLAIN)
+
+
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
 def test_activations(activation: str, gated: bool) -> None:

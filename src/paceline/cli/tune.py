@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 @click.option(
     "--rows",
     multiple=True,
-    type=click.Choice(["1", "8", "16"]),
-    help="Requests a step, up to 1, 8 or 16; several [default: 1].",
+    type=click.Choice(["1", "8", "16", "32", "64", "128"]),
+    help="Requests a step, up to so many; several [default: 1].",
 )
 @click.option(
     "--dtype",

@@ -295,7 +295,7 @@ def _sizes(
         device,
         options.scheduler,
         options.cache.block_size,
-        graphs=on_cuda and config_refusal(config, mode=options.mode, streamed=streamed) is None,
+        graphs=on_cuda and config_refusal(mode=options.mode, streamed=streamed) is None,
         workspace=_workspace(device),
         read_bytes=stored.itemsize if read_here and not streamed else 0,
     )

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from paceline.config import DecoderConfig, EngineConfig
+from paceline.config import EngineConfig
 from paceline.engine.decode_step import DecodeStep
 from paceline.inputs import KVLayer
 from paceline.kernels.decode_attention import decode_refusal
+from paceline.layers.moe import MoE
 from paceline.log import get_logger
 from paceline.models.decoder import Decoder
 from paceline.models.model import Model
@@ -33,14 +34,12 @@ def graph_rows(num_requests: int) -> int:
     return -(-num_requests // 8) * 8
 
 
-def config_refusal(config: DecoderConfig, *, mode: str = "auto", streamed: bool = False) -> str | None:
-    """Why no CUDA device could run the decodes of such a model as graphs; None where one could."""
+def config_refusal(*, mode: str = "auto", streamed: bool = False) -> str | None:
+    """Why no CUDA device could run the decodes of any model as graphs; None where one could."""
     if mode == "eager":
         return "mode is 'eager'"
     if streamed:
         return "the weights are streamed"
-    if config.moe is not None:
-        return "the host must know how many tokens each expert has"
     return None
 
 
@@ -53,7 +52,8 @@ def graph_refusal(model: Model, *, mode: str = "auto", streamed: bool = False) -
     if not isinstance(model, Decoder):
         return "transformers' modules run the model"
     refusals = [decode_refusal(group.head_dim, model.dtype, model.device) for group in model.kv_groups]
-    return next(filter(None, [config_refusal(model.config, mode=mode, streamed=streamed), *refusals]), None)
+    refusals += [moe.refusal(model.dtype, model.device) for moe in model.modules() if isinstance(moe, MoE)]
+    return next(filter(None, [config_refusal(mode=mode, streamed=streamed), *refusals]), None)
 
 
 def captured_decode(model: Model, config: EngineConfig, reserve: int, kv: Sequence[KVLayer]) -> DecodeStep:

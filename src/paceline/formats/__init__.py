@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Protocol
 
@@ -121,6 +122,20 @@ def _format_bytes(format: str, size: Callable[[Format, int, int], int]) -> Forma
         return lambda rows, columns: size(FORMATS[matrix_format(format, rows, columns)], rows, columns)
 
     return FormatBytes(layers=matrix_bytes(format), head=matrix_bytes(head_format(format)))
+
+
+def over(weight: Weight, planes: Planes) -> Weight:
+    """The same weight whose memory is that of `planes`, as its own are. Raises TypeError for one without planes."""
+    if isinstance(weight, dense.DenseWeight):
+        return replace(weight, values_NK=planes.values)
+    assert planes.scale is not None
+    if isinstance(weight, int8.Int8Weight):
+        return replace(weight, q_NK=planes.values.view(torch.int8), scale_N=planes.scale)
+    if isinstance(weight, fp8.FP8Weight):
+        return replace(weight, q_NK=planes.values.view(torch.float8_e4m3fn), scale_N=planes.scale)
+    if isinstance(weight, int4.Int4Weight):
+        return replace(weight, words_NW=planes.values, scale_offset_NG2=planes.scale)
+    raise TypeError(f"{type(weight).__name__} has no planes")
 
 
 def keeps_memory(format: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> bool:

@@ -59,9 +59,13 @@ def stack_planes(planes: Sequence[Planes]) -> Planes:
 
 def experts_refusal(x_TD: torch.Tensor, experts: Experts) -> str | None:
     """Why the kernels cannot take such a mixture; None when they can."""
-    device, dtype = x_TD.device, x_TD.dtype
+    return experts_device_refusal(x_TD.device, x_TD.dtype, experts) or experts_shape_refusal(x_TD, experts)
+
+
+def experts_device_refusal(device: torch.device, dtype: torch.dtype, experts: Experts) -> str | None:
+    """experts_refusal without the shape of x."""
     refusals = (device_refusal(device, dtype, planes) for planes in (experts.gate_up, experts.down))
-    return next(filter(None, refusals), None) or experts_shape_refusal(x_TD, experts)
+    return next(filter(None, refusals), None)
 
 
 def experts_shape_refusal(x_TD: torch.Tensor, experts: Experts) -> str | None:

@@ -1,8 +1,8 @@
 """y = norm(x) w^T for a few rows, with what follows it, reading the weight once in the form it is stored in.
 
 `gemv_ref` composes plain torch ops and takes anything; `gemv` runs Triton's kernels, for up to MAX_ROWS rows on CUDA
-where `gemv_refusal` finds nothing against it: kernels/gemv_row_triton.py for one row, kernels/gemv_int4_triton.py for up
-to 8 over int4, kernels/gemm_triton.py for the rest. kernels/gemv_launch.py says how they are launched.
+where `gemv_refusal` finds nothing against it: kernels/gemv_row_triton.py for one row, kernels/gemv_int4_triton.py for
+up to 8 over int4, kernels/gemm_triton.py for the rest. kernels/gemv_launch.py says how they are launched.
 
 Shapes: T rows of x, N rows of the weight, K columns; outputs are N, or N / 2 where gate and up make one.
 """
@@ -21,8 +21,8 @@ from paceline.kernels.linear import linear_ref
 from paceline.kernels.norm import norm_rows, norm_shape_refusal, rms_norm
 
 MAX_ROWS = 128
-# Rows up to which int4 has a kernel of its own. It reads all of x for 16 rows of the weight, 4 bytes of the L2 cache for
-# a weight's byte at 16 rows; the general one reads it for 128.
+# Rows up to which int4 has a kernel of its own. It reads all of x for 16 rows of the weight: of 16 rows of x, 4 bytes
+# from the L2 cache for each of the weight's. The general one reads it for 128.
 INT4_ROWS = 8
 FORMATS = ("dense", "int8", "fp8", "int4")
 GROUPS = (32, 64, 128)

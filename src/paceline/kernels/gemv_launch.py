@@ -27,7 +27,8 @@ VARIABLE = "PACELINE_TUNED"
 @dataclass(frozen=True)
 class Launch:
     """block_n: rows of the weight a program (even where gate and up make one, 16 and up on the matrix unit); block_k:
-    columns a step (int4: four groups a warp, whatever it says).
+    columns a step (int4: of up to 8 rows four groups a warp, whatever it says; of more at least 128, and at most four
+    groups).
 
     For several rows of x, and int4: stages of the loop over K; split: programs that share a row's columns; prefetch:
     steps of the weight that a dependent launch asks for before x is awaited. One row has its whole block in registers.
@@ -146,12 +147,16 @@ def launch_by_rule(product: Product, processors: int) -> Launch:
 
 
 def _many_rows(product: Product, processors: int, weights: int = 1) -> Launch:
-    """Blocks of 128 rows of the weight, so that x is not read from the L2 cache more often than the weight from memory;
-    of 64 for 8 rows of x, of few columns for many: the stages stay below 96 KB of shared memory, and two programs share
-    a multiprocessor's 227. K is split until each has its two. `weights`: as many products in one launch."""
-    block_n = 64 if product.rows == 8 else 128
-    widest, value_bytes = {"dense": (64, 2), "int4": (256, 0.5)}.get(product.format, (128, 1))
-    block_k = max(128 if product.format == "int4" else 64, min(widest, 8192 // product.rows))
+    """Blocks of 128 rows of the weight, so that x is not read from the L2 cache more often than the weight from memory,
+    and of few columns: the stages stay within 96 KB of shared memory, and two programs share a multiprocessor's 227. 8
+    rows of x leave room for more columns. K is split until each has its two. `weights`: as many products in one launch.
+    """
+    value_bytes = {"dense": 2.0, "int4": 0.5}.get(product.format, 1.0)
+    if product.rows == 8:
+        block_n, block_k = 32 if product.format == "dense" else 64, 256
+    else:
+        block_n, block_k = 128, min(8192 // product.rows, int(128 / value_bytes))
+        block_k = max(128 if product.format == "int4" else 64, block_k)
     stage_bytes = block_k * (block_n * value_bytes + product.rows * 2)
     stages = int(max(2, min(4, 96 * 1024 // stage_bytes)))
     programs, steps = weights * -(-product.shape[0] // block_n), -(-product.shape[1] // block_k)
@@ -182,7 +187,7 @@ def candidates(product: Product, processors: int) -> tuple[Launch, ...]:
 
 def _variants(product: Product, rule: Launch) -> Iterator[Launch]:
     columns = product.shape[1]
-    if product.format == "int4":
+    if product.format == "int4" and product.rows <= 8:
         for block_n in (16, 32):
             for warps in (1, 2, 4, 8):
                 if warps <= _int4_warps(product):
@@ -195,6 +200,8 @@ def _variants(product: Product, rule: Launch) -> Iterator[Launch]:
                 if 32 <= block_n * row_bytes / (32 * warps) <= 256:
                     yield one_row_launch(block_n, warps, columns)
     else:
-        for block_n in (32, 64, 128):
-            for block_k in (128, 256):
-                yield from (replace(rule, block_n=block_n, block_k=block_k, split=split) for split in (1, 2, 4, 8))
+        splits = dict.fromkeys((rule.split, 1, 2, 4, 8))
+        for block_n in (32, 64, 128) if product.rows <= 16 else (64, 128, 256):
+            for block_k in (128, 256) if product.rows <= 16 else (64, 128):
+                if product.format != "int4" or 128 <= block_k <= 4 * product.group:
+                    yield from (replace(rule, block_n=block_n, block_k=block_k, split=split) for split in splits)

@@ -2,8 +2,8 @@
 """What the Triton kernels of kernels/gemv.py have in common: which rows of a weight a program has, and what follows the
 product.
 
-Shapes: T rows of x, N outputs, K inputs; M columns of the product: the T rows, padded as the matrix unit takes them, the
-weight as its left operand. A program owns BLOCK_N rows of the weight.
+Shapes: T rows of x, N outputs, K inputs; M columns of the product: the T rows, padded as the matrix unit takes them,
+the weight as its left operand. A program owns BLOCK_N rows of the weight.
 """
 
 from __future__ import annotations

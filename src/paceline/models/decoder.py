@@ -195,9 +195,11 @@ class Decoder(nn.Module):
         yield Choice("embedding, rotary angles", *either(refusal, "Triton, one kernel", "torch, an operation each"))
         inside = {norm for block in self.blocks if isinstance(block, Block) for norm in block.norms_inside(*where)}
         for name, module in self.named_modules():
-            if ".attention." in name:  # told by the attention itself
+            if ".attention." in name or ".mlp.experts" in name:  # told by the attention and the mixture themselves
                 continue
-            if module in inside:
+            if isinstance(module, MoE):
+                yield from module.choices(self.dtype, self.device)
+            elif module in inside:
                 yield Choice("norm", "in the product after it")
             elif isinstance(module, (Norm, Attention)):
                 yield from module.choices(rows, self.dtype, self.device)

@@ -22,6 +22,7 @@ from paceline.formats.streamed import PIECE_ROWS, StreamedTable, WeightStream, s
 from paceline.kernels.linear import TOO_SMALL, onednn_refusal
 from paceline.kernels.linear_int4 import int4_refusal
 from paceline.layers.linear import Linear
+from paceline.layers.moe import MoE
 from paceline.loading.progress import Progress, Silent
 from paceline.loading.rules import PLAIN, Layout, Stored, stored_names
 from paceline.loading.upload import FEWEST_BYTES, FileSpan, Upload, upload_refusal
@@ -317,9 +318,15 @@ def _build(
     parts.progress.start("loading", parts.num_bytes())
     try:
         if parts.stream is not None or upload_refusal(parts.device) is not None:
-            return Decoder(config, parts, block)
-        with Upload(parts.device, parts.progress) as parts.upload:
-            return Decoder(config, parts, block)
+            decoder = Decoder(config, parts, block)
+        else:
+            with Upload(parts.device, parts.progress) as parts.upload:
+                decoder = Decoder(config, parts, block)
+        if parts.device.type == "cuda":
+            for module in decoder.modules():
+                if isinstance(module, MoE):
+                    module.stack()
+        return decoder
     except Exception as error:
         if not is_out_of_memory(error):
             raise

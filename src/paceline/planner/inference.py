@@ -296,7 +296,7 @@ def _sizes(
         device,
         SchedulerConfig(options.max_num_seqs, options.max_num_batched_tokens),
         options.block_size,
-        graphs=on_cuda and config_refusal(config) is None,
+        graphs=on_cuda and config_refusal() is None,
         workspace=workspace_bytes(_capability(options, device)) if on_cuda else 0,
         read_bytes=stored.itemsize if on_cuda and stored != dtype else 0,
     )
