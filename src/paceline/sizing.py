@@ -194,8 +194,8 @@ class StepShape:
 @dataclass(frozen=True)
 class Backend:
     """What a step's memory depends on besides its shape. `sampling_bytes`: of a logit, every filter on; `packed_rows`:
-    up to so many rows are multiplied without unpacking a matrix, each in parts of `parts_bytes`; `splits`: of each query
-    of a decode, as many answers in float32 wait to be merged."""
+    up to so many rows are multiplied without unpacking a matrix, each in parts of `parts_bytes`; `splits`: of each
+    query of a decode, as many answers in float32 wait to be merged."""
 
     sampling_bytes: int = SAMPLING_BYTES
     packed_rows: int = 0

@@ -50,7 +50,7 @@ Time = Callable[[Linear, Launch], float]
 
 
 def linears(config: DecoderConfig, formats: Sequence[str], rows: Sequence[int]) -> list[Linear]:
-    """The distinct ones of a model whose weights are in any of `formats`, for so many rows of x (1, 8, 16, 32, 64 or 128)."""
+    """The distinct ones of a model whose weights are in any of `formats`, for so many rows of x (launch_rows')."""
     found: dict[Linear, None] = {}
     for format in formats:
         shapes = [(m.rows, m.columns, matrix_format(format, m.rows, m.columns)) for m in layer_matrices(config)]

@@ -15,6 +15,7 @@ from paceline.formats.chunks import chunk_values, linear_unpacked, packing_chunk
 from paceline.formats.row_scaled import RowScaledWeight
 from paceline.kernels.gemv import Planes, byte_planes
 from paceline.kernels.linear import UNPACKED
+from paceline.kernels.unpack import unpack_planes, unpack_refusal
 
 MOST = torch.finfo(torch.float8_e4m3fn).max  # 448
 
@@ -35,6 +36,8 @@ class FP8Weight(RowScaledWeight):
         return self._values(slice(None))
 
     def _values(self, rows: slice) -> torch.Tensor:
+        if self.planes is not None and unpack_refusal(self.planes, self.dtype, self.q_NK.device) is None:
+            return unpack_planes(self.planes, rows, self.dtype)
         q_NK = self.q_NK[rows]
         # Through q * 2^-8: the scale of a row that ends at 0.027 is 6e-5, the smallest of float16's normal numbers.
         values_NK = _shifted(q_NK).to(self.dtype) if q_NK.is_cpu else q_NK.to(self.dtype).mul_(2**-8)

@@ -25,6 +25,7 @@ from paceline.formats.chunks import chunk_values, linear_unpacked, packing_chunk
 from paceline.kernels.gemv import Planes
 from paceline.kernels.linear import UNPACKED
 from paceline.kernels.linear_int4 import int4_refusal, linear_int4, pack_plane, plane_block, unpack_plane
+from paceline.kernels.unpack import unpack_planes, unpack_refusal
 
 GROUP_SIZES = (128, 64, 32)
 TILE_GROUPS = 4
@@ -77,6 +78,8 @@ class Int4Weight:
         return self._values(slice(0, self.shape[0]))
 
     def _values(self, rows: slice) -> torch.Tensor:
+        if unpack_refusal(self.planes, self.dtype, self.words_NW.device) is None:
+            return unpack_planes(self.planes, rows, self.dtype)
         words_NW = self.words_NW[rows]
         return _unpack(
             lambda chunk: unpack_words(words_NW[chunk], self.group_size),

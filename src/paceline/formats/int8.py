@@ -16,6 +16,7 @@ from paceline.formats.row_scaled import RowScaledWeight
 from paceline.kernels.choices import either
 from paceline.kernels.gemv import Planes, byte_planes
 from paceline.kernels.linear import UNPACKED
+from paceline.kernels.unpack import unpack_planes, unpack_refusal
 
 # Above this many rows torch's int8 op loses to unpacking the weight and a dense product.
 MAX_PACKED_ROWS = 8
@@ -54,6 +55,8 @@ class Int8Weight(RowScaledWeight):
         return self._values(slice(None))
 
     def _values(self, rows: slice) -> torch.Tensor:
+        if self.planes is not None and unpack_refusal(self.planes, self.dtype, self.q_NK.device) is None:
+            return unpack_planes(self.planes, rows, self.dtype)
         return self.q_NK[rows].to(self.dtype).mul_(self.scale_N[rows, None].to(self.dtype))  # one copy, not two
 
 

@@ -6,7 +6,7 @@ group goes through kernels/gemm_triton.py once: an expert with up to M tokens is
 launched as there could be, of which those without an expert end at once. One token's pairs need no groups: each reads
 its expert's weight through kernels/gemv_row_triton.py.
 
-Shapes: T tokens, D hidden size, I inner size, E experts, A active experts a token, P = T * A pairs, G groups of M pairs.
+Shapes: T tokens, D hidden size, I inner size, E experts, A active ones a token, P = T * A pairs, G groups of M pairs.
 """
 
 from __future__ import annotations

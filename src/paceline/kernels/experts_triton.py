@@ -46,7 +46,6 @@ def route_kernel(
     probs = tl.exp(scores - tl.max(scores, 0))
     probs = probs / tl.sum(probs, 0)
     left = tl.where(experts < E, probs, -1.0)
-    chosen = tl.zeros([BLOCK_E], tl.float32)
     total = 1.0
     if NORMALIZE:
         total = 0.0

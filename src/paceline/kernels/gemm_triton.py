@@ -93,6 +93,17 @@ def int4_pair(words, scales, PLANE: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.c
 
 
 @triton.jit
+def int4_values(words, scales, PLANE: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """The same in the order of the columns, [rows, 2 * words]."""
+    rows: tl.constexpr = words.shape[0]
+    WORDS: tl.constexpr = words.shape[1]
+    low, high = int4_pair(words, scales, PLANE, DTYPE, ASM)
+    # [32 columns, thread of the matrix unit's four, pair of its columns, 2]: pairs lie threads apart
+    w = tl.reshape(tl.join(low, high), [rows, WORDS // 16, 4, 4, 2])
+    return tl.reshape(tl.permute(w, [0, 1, 3, 2, 4]), [rows, 2 * WORDS])
+
+
+@triton.jit
 def load_x(x_rows, live, cols, K, EVEN: tl.constexpr):
     """x of [columns, 1] places and the rows behind [1, M] pointers; 0 where there is none."""
     return tl.load(x_rows + cols, mask=((cols < K) | EVEN) & live, other=0.0, eviction_policy="evict_last")
@@ -158,10 +169,7 @@ def int4_product(
         for plane in tl.static_range(4):
             group = tile * 4 + plane
             scales = load_w(scale_rows + group, group + tl.zeros([1, 1], tl.int32), WIDTH * 8 // GROUP, EVEN)
-            low, high = int4_pair(words, scales, plane, DTYPE, ASM)
-            # [32 columns, thread of the matrix unit's four, pair of its columns, 2]: pairs lie threads apart
-            w = tl.reshape(tl.join(low, high), [rows, WORDS // 16, 4, 4, 2])
-            w = tl.reshape(tl.permute(w, [0, 1, 3, 2, 4]), [rows, COLUMNS])
+            w = int4_values(words, scales, plane, DTYPE, ASM)
             cols = group * GROUP + place % TILE_STEPS * COLUMNS + tl.arange(0, COLUMNS)
             acc = tl.dot(w, load_x(x_rows, live, cols[:, None], K, EVEN), acc)
     return acc
