@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment"
-"""y = w x over int4 weights for up to 16 rows of x: the Triton side of kernels/gemv.py for this format.
+"""y = w x over int4 weights for up to 8 rows of x: the Triton side of kernels/gemv.py for this format.
 
 What lets half a byte a value keep up with the memory:
 - One LOP3 makes two numbers OFFSET + q of two nibbles, and the matrix unit multiplies them: the fewest instructions
@@ -9,7 +9,7 @@ What lets half a byte a value keep up with the memory:
 - Each warp has tiles of 4 groups of columns of its own, so that no warp waits for another's weights: a batched product
   of 4 * WARPS batches (group of the tile, warp), added at the end.
 
-Shapes: T rows of x, N rows of the weight, K columns; M columns of the product: the T rows, padded to 8 or 16.
+Shapes: T rows of x, N rows of the weight, K columns; M columns of the product: the T rows, padded to 8.
 """
 
 from __future__ import annotations
