@@ -40,13 +40,23 @@ class GroupMetadata:
 
 
 @dataclass(frozen=True)
+class Ragged:
+    """Where each request's queries lie, and how much it attends over, for kernels that look on the device
+    (kernels/varlen_attention.py)."""
+
+    starts_R: torch.Tensor  # int32, R + 1 of them: rows of T
+    lens_R: torch.Tensor  # int32
+
+
+@dataclass(frozen=True)
 class AttentionMetadata:
     """The ragged batch: request r owns tokens query_starts[r]:query_starts[r+1], which are its last ones, and
     attends over its `seq_lens[r]` tokens (those of this step included). Host ints, so that no device is asked.
 
     `lens_R`: those lengths on the device, where every request has equally many queries and a kernel reads lengths and
     block tables there (kernels/decode_attention.py). Groups then have no segments, and a captured step, whose tensors
-    hold other requests at every replay, has no `seq_lens`.
+    hold other requests at every replay, has no `seq_lens`. `ragged`: likewise, where all requests go through the kernel
+    for any number of queries.
     """
 
     query_starts: Sequence[int]  # R + 1
@@ -55,6 +65,7 @@ class AttentionMetadata:
     groups: tuple[GroupMetadata, ...]
     lens_R: torch.Tensor | None = None  # int32
     counts: torch.Tensor | None = None  # int32, that kernel's: see make_counts there
+    ragged: Ragged | None = None
 
 
 @dataclass(frozen=True)

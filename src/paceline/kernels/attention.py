@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from paceline.inputs import AttentionMetadata, KVLayer, Segment
 from paceline.kernels.decode_attention import decode_attention, decode_attention_plain
+from paceline.kernels.varlen_attention import varlen_attention, varlen_attention_plain
 from paceline.sizing import SCORE_BYTES
 
 # On CUDA, without cuDNN's attention: it builds a plan for every new number of keys, 50 ms each on an H100, and a
@@ -54,6 +55,19 @@ def paged_attention(
     The keys of the step's own tokens must have been written (kernels/kv_write.py). `soft_cap` c bounds scores to
     c * tanh(score / c) before the mask; `slopes_H` (float32, kernels/alibi.py) times the distance is taken from them.
     """
+    if metadata.ragged is not None:
+        attend_ragged = varlen_attention if q_THD.is_cuda else varlen_attention_plain
+        return attend_ragged(
+            q_THD,
+            kv,
+            metadata.groups[kv.group].block_tables_RB,
+            metadata.ragged,
+            block_size=metadata.block_size,
+            scale=scale,
+            window=metadata.groups[kv.group].window,
+            soft_cap=soft_cap,
+            slopes_H=slopes_H,
+        )
     if metadata.lens_R is not None:
         attend = partial(decode_attention, counts=metadata.counts) if q_THD.is_cuda else decode_attention_plain
         return attend(

@@ -17,7 +17,7 @@ from itertools import pairwise
 
 import torch
 
-from paceline.inputs import AttentionMetadata, GroupMetadata, Segment
+from paceline.inputs import AttentionMetadata, GroupMetadata, Ragged, Segment
 from paceline.kernels.decode_attention import make_counts
 from paceline.sizing import BATCHED_KEYS, BATCHED_QUERIES
 
@@ -62,15 +62,17 @@ def build_attention(
     device: torch.device | str = "cpu",
     padded: bool = True,
     on_device: bool = False,
+    ragged: bool = False,
 ) -> AttentionMetadata:
     """The step's AttentionMetadata with its plan. `block_tables[g][r]` lists the blocks of request r in group g.
 
     `padded=False` gives every request a segment of its own: slower, and no request then reads a slot that is not
     its own, not even under a mask. `on_device`: a kernel is there that reads lengths and tables on the device, so a
-    step whose requests have equally few queries needs no segments.
+    step whose requests have equally few queries needs no segments. `ragged`: any step goes through the kernel for any
+    number of queries (kernels/varlen_attention.py), or its plain twin.
     """
     queries = {end - start for start, end in pairwise(query_starts)}
-    on_device = on_device and len(queries) == 1 and 1 <= max(queries) <= BATCHED_QUERIES
+    on_device = on_device and not ragged and len(queries) == 1 and 1 <= max(queries) <= BATCHED_QUERIES
     groups = []
     for tables, window in zip(block_tables, windows, strict=True):
         requests = [
@@ -89,10 +91,14 @@ def build_attention(
                 block_tables_RB=_pad_tables(tables, device),
                 slot_mapping_T=_slot_mapping(requests, device),
                 window=window,
-                segments=() if on_device else tuple(_segments(requests, torch.device(device), padded)),
+                segments=() if on_device or ragged else tuple(_segments(requests, torch.device(device), padded)),
             )
         )
-    lens_R = torch.tensor(seq_lens, dtype=torch.int32, device=device) if on_device else None
+    lens_R = torch.tensor(seq_lens, dtype=torch.int32, device=device) if on_device or ragged else None
+    if ragged:
+        assert lens_R is not None
+        where = Ragged(torch.tensor(query_starts, dtype=torch.int32, device=device), lens_R)
+        return AttentionMetadata(tuple(query_starts), tuple(seq_lens), block_size, tuple(groups), ragged=where)
     counts = make_counts(len(seq_lens), device) if on_device else None
     return AttentionMetadata(tuple(query_starts), tuple(seq_lens), block_size, tuple(groups), lens_R, counts)
 
