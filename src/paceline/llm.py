@@ -60,7 +60,9 @@ class LLM:
     captures decode steps in CUDA graphs where it can, "eager" never, "auto" is "graph"; "compile" is "graph" with
     torch.compile for what no kernel of ours covers. `async_depth`: steps that the host runs ahead of the device (0 to
     2); None is 1 with graphs, 0 without or with speculation. `load_format`: "dummy" reads no weights but makes random
-    ones of the model's shape, to measure with; `model` may then be a config.json. `threads` sets torch's CPU threads,
+    ones of the model's shape, to measure with; `model` may then be a config.json. `deterministic`: a request's tokens
+    and log probabilities are the same to the bit alone or among others, however its prompt is cut, from a prefix hit or
+    not, preempted or not; on one machine, at one number of threads, and slower. `threads` sets torch's CPU threads,
     for the whole process. `trust_remote_code` is refused: no code of a checkpoint is ever run.
 
     Raises UsageError for an unknown or impossible option, and the errors of loading (ModelNotFoundError,
@@ -100,6 +102,7 @@ class LLM:
         model_impl: str = "auto",
         mode: str = "auto",
         load_format: str = "auto",
+        deterministic: bool = False,
         threads: int | None = None,
         progress: Progress | None = None,
         **unknown: Any,
@@ -141,6 +144,7 @@ class LLM:
             model_impl=model_impl,
             mode=mode,  # type: ignore[arg-type]  # checked there
             load_format=load_format,
+            deterministic=deterministic,
         )
         self._model: LoadedModel | None = load_model(options, progress)
         self._ids = itertools.count()

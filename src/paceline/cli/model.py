@@ -37,6 +37,7 @@ _ENGINE = (
     "chat_template",
     "model_impl",
     "mode",
+    "deterministic",
 )
 
 

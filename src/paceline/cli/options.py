@@ -77,6 +77,7 @@ def engine_options(command: Callable[..., None]) -> Callable[..., None]:
             help="Whose definition of the model runs; auto takes paceline's where it has one.",
         ),
         mode_option,
+        click.option("--deterministic", is_flag=True, help="The same numbers to the bit, whatever else runs; slower."),
         click.option("--max-model-len", type=int, metavar="N", help="Longest context [default: the model's own]."),
         click.option("--memory-gib", type=float, metavar="GIB", help="Take no more memory [default: what is free]."),
         click.option("--offload", is_flag=True, help="Stream the weights, for a model larger than the device."),

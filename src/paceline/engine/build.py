@@ -36,6 +36,7 @@ from paceline.loading.resolve import ModelSource, resolve
 from paceline.log import get_logger
 from paceline.models.compile import compile_model
 from paceline.models.decoder import Decoder
+from paceline.models.deterministic import make_deterministic
 from paceline.models.fallback import FallbackConfig, load_fallback, measure
 from paceline.models.implementation import Implementation, choose_config, implementation_of
 from paceline.models.load import load_decoder, settle_tied_head
@@ -132,6 +133,8 @@ def _load(options: LoadOptions, progress: Progress | None) -> LoadedModel:
     if device.type == "cuda":
         with phases.time("kernels"):
             gpu(device)  # imports Triton and tries it
+    if options.deterministic:
+        make_deterministic(weights.model)
     _tell_fallbacks(weights, options)
     with phases.time("cache"):
         engine = _engine_in_memory(weights, options)
@@ -295,7 +298,7 @@ def _sizes(
         device,
         options.scheduler,
         options.cache.block_size,
-        graphs=on_cuda and config_refusal(mode=options.mode, streamed=streamed) is None,
+        graphs=on_cuda and config_refusal(mode=options.step_mode, streamed=streamed) is None,
         workspace=_workspace(device),
         read_bytes=stored.itemsize if read_here and not streamed else 0,
     )
@@ -425,9 +428,9 @@ def _engine_in_memory(weights: _Weights, options: LoadOptions) -> Engine:
 
 def _build_engine(weights: _Weights, options: LoadOptions) -> Engine:
     model = weights.model
-    refusal = graph_refusal(model, mode=options.mode, streamed=weights.stream is not None)
+    refusal = graph_refusal(model, mode=options.step_mode, streamed=weights.stream is not None)
     if refusal is not None:
-        expected = options.mode == "eager" or (options.mode != "graph" and model.device.type == "cpu")
+        expected = options.step_mode == "eager" or (options.mode != "graph" and model.device.type == "cpu")
         log.log(INFO if expected else WARNING, "decodes run without CUDA graphs: %s", refusal)
     depth = options.async_depth
     if depth is None:
@@ -439,9 +442,11 @@ def _build_engine(weights: _Weights, options: LoadOptions) -> Engine:
         scheduler=options.scheduler,
         speculative=options.speculative,
         async_depth=depth,
-        mode=options.mode,
+        mode=options.step_mode,
     )
     reserve = 0 if weights.sizes is None else weights.sizes.graph_reserve
     decode = None if refusal is not None else partial(captured_decode, model, engine_config, reserve)
-    runner = ModelRunner(model, weights.num_blocks, options.cache.block_size, decode)
+    runner = ModelRunner(
+        model, weights.num_blocks, options.cache.block_size, decode, deterministic=options.deterministic
+    )
     return Engine(engine_config, model.kv_groups, weights.num_blocks, runner)

@@ -27,7 +27,8 @@ class LoadOptions:
     `model_impl`: "paceline", "transformers", or "auto", the first of them that runs the model.
     `mode`: as in EngineConfig. `async_depth`: steps that the host runs ahead; None is 1 with graphs, unless drafts wait
     for tokens, else 0. `load_format`: "dummy" makes random weights of the model's shape instead of reading any; `seed`
-    is theirs too."""
+    is theirs too. `deterministic`: a request's numbers are the same to the bit, whatever else runs and however it is
+    cut into steps (models/deterministic.py)."""
 
     model: str
     tokenizer: str | None = None
@@ -53,6 +54,7 @@ class LoadOptions:
     download_dir: str | None = None
     model_impl: str = "auto"
     load_format: str = "auto"
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         check_model_impl(self.model_impl)
@@ -78,5 +80,23 @@ class LoadOptions:
                 f"offload cannot stream {self.quantization} weights, whose scales are too many to stay on the device: "
                 "use quantization='int8'"
             )
+        if self.deterministic:
+            self._check_deterministic()
         if self.offload_dir is not None and self.offload is None:
             raise UsageError("offload_dir is given and offload is not: set offload='disk'")
+
+    @property
+    def step_mode(self) -> Mode:
+        """The mode that the steps have: deterministic ones are not captured, since no graph holds such kernels yet."""
+        return "eager" if self.deterministic else self.mode
+
+    def _check_deterministic(self) -> None:
+        if self.mode in ("graph", "compile"):
+            raise UsageError(
+                f"deterministic runs plainly, without graphs and torch.compile: leave out mode={self.mode!r}"
+            )
+        if self.offload is not None:
+            raise UsageError(
+                "deterministic multiplies a few rows at a time, and would stream the weights for each: "
+                "leave out offload"
+            )

@@ -53,7 +53,8 @@ class Launched:
 
 class ModelRunner:
     """`num_blocks`: blocks of each KV group, the null block not counted. `decode`, given the cache, makes what runs
-    plain decodes on buffers of its own; None: every step is built anew."""
+    plain decodes on buffers of its own; None: every step is built anew. `deterministic`: attention adds up as if each
+    request were alone (models/deterministic.py does the rest)."""
 
     def __init__(
         self,
@@ -61,9 +62,12 @@ class ModelRunner:
         num_blocks: Sequence[int],
         block_size: int,
         decode: Callable[[Sequence[KVLayer]], DecodeStep] | None = None,
+        *,
+        deterministic: bool = False,
     ) -> None:
         self.model = model
         self.block_size = block_size
+        self.deterministic = deterministic
         self.windows = tuple(group.window for group in model.kv_groups)
         self.kv = allocate_kv(model.kv_groups, num_blocks, block_size, dtype=model.dtype, device=model.device)
         self.decode = None if decode is None else decode(self.kv)
@@ -204,6 +208,7 @@ class ModelRunner:
             device=self.model.device,
             padded=self._padded,
             on_device=self.decode_refusal is None,
+            ragged=self.deterministic,
         )
         device = self.model.device
         return ModelInputs(torch.tensor(token_ids, device=device), torch.tensor(positions, device=device), attention)

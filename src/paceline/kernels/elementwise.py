@@ -16,7 +16,7 @@ from typing import Concatenate, ParamSpec
 
 import torch
 
-from paceline.kernels.activation import gated
+from paceline.kernels.activation import activate, gated
 from paceline.kernels.norm import layer_norm, rms_norm
 
 COMPILED_ROWS = 256
@@ -31,6 +31,7 @@ class Elementwise:
     rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] = rms_norm
     layer_norm: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, float], torch.Tensor] = layer_norm
     gated: Callable[[torch.Tensor, str], torch.Tensor] = gated
+    activate: Callable[[torch.Tensor, str], torch.Tensor] = activate
 
 
 PLAIN = Elementwise()

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from paceline.formats import Weight
-from paceline.kernels.activation import activate
 from paceline.kernels.choices import Choice, either
 from paceline.kernels.elementwise import PLAIN
 from paceline.kernels.gemv import Epilogue, Planes, device_refusal, fuses_norm, gemv, gemv_refusal, shape_refusal
@@ -65,7 +64,7 @@ class Linear(nn.Module):
             x_TK = norm(x_TK)
         y_TN = self.weight.matmul(x_TK, self.bias_N)
         if activation is not None:
-            y_TN = self.ops.gated(y_TN, activation) if gated else activate(y_TN, activation)
+            y_TN = self.ops.gated(y_TN, activation) if gated else self.ops.activate(y_TN, activation)
         return y_TN if residual_TN is None else residual_TN + y_TN
 
     def choices(self, rows: int, dtype: torch.dtype, device: torch.device, name: str) -> list[Choice]:

@@ -1,0 +1,56 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+"""The kernel of kernels/invariant.py, which has the shapes and launches it. This module imports Triton: import it where
+Triton is.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Tiles of rows that share the tiles of the weight they read through the L2, before the next tiles of it are taken.
+T_TILES_TOGETHER = tl.constexpr(16)
+
+
+@triton.jit
+def multiply(
+    x_ptr,  # [T, K], rows x_stride apart
+    weight_ptr,  # [N, K], contiguous
+    bias_ptr,  # [N]; None: none
+    y_ptr,  # [T, N], contiguous
+    tokens,
+    x_stride,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    T_TILE: tl.constexpr,
+    N_TILE: tl.constexpr,
+    K_TILE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """T_TILE x N_TILE of y."""
+    program, n_tiles = tl.program_id(0), tl.cdiv(N, N_TILE)
+    t_tiles = tl.cdiv(tokens, T_TILE)
+    first = program // (T_TILES_TOGETHER * n_tiles) * T_TILES_TOGETHER
+    together = tl.minimum(t_tiles - first, T_TILES_TOGETHER)
+    inside = program % (T_TILES_TOGETHER * n_tiles)
+    t = (first + inside % together) * T_TILE + tl.arange(0, T_TILE)
+    n = inside // together * N_TILE + tl.arange(0, N_TILE)
+    # Rows past the end are read as others', and not stored: a mask would cost every load, and mix nothing.
+    x_ptrs = x_ptr + tl.minimum(t, tokens - 1).to(tl.int64)[:, None] * x_stride
+    w_ptrs = weight_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    sums = tl.zeros([T_TILE, N_TILE], tl.float32)
+    for k_first in tl.range(0, K, K_TILE):
+        k = k_first + tl.arange(0, K_TILE)
+        if K % K_TILE == 0:
+            x, w = tl.load(x_ptrs + k[None, :]), tl.load(w_ptrs + k[None, :])
+        else:
+            x = tl.load(x_ptrs + k[None, :], mask=(k < K)[None, :], other=0.0)
+            w = tl.load(w_ptrs + k[None, :], mask=(k < K)[None, :], other=0.0)
+        sums = tl.dot(x, tl.trans(w), sums, input_precision="ieee")
+    if bias_ptr is not None:
+        sums += tl.load(bias_ptr + tl.minimum(n, N - 1)).to(tl.float32)[None, :]
+    y_ptrs = y_ptr + t.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(y_ptrs, sums.to(y_ptr.dtype.element_ty), mask=(t < tokens)[:, None] & (n < N)[None, :])
