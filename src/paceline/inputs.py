@@ -42,10 +42,12 @@ class GroupMetadata:
 @dataclass(frozen=True)
 class Ragged:
     """Where each request's queries lie, and how much it attends over, for kernels that look on the device
-    (kernels/varlen_attention.py)."""
+    (kernels/varlen_attention.py). The first `decodes` requests have one query each, and may be split over their
+    contexts; 0: none is, and every query is treated alike."""
 
     starts_R: torch.Tensor  # int32, R + 1 of them: rows of T
     lens_R: torch.Tensor  # int32
+    decodes: int = 0
 
 
 @dataclass(frozen=True)

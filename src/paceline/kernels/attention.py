@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from paceline.inputs import AttentionMetadata, KVLayer, Segment
 from paceline.kernels.decode_attention import decode_attention, decode_attention_plain
-from paceline.kernels.varlen_attention import varlen_attention, varlen_attention_plain
+from paceline.kernels.varlen_attention import mixed_attention, varlen_attention_plain
 from paceline.sizing import SCORE_BYTES
 
 # On CUDA, without cuDNN's attention: it builds a plan for every new number of keys, 50 ms each on an H100, and a
@@ -56,7 +56,7 @@ def paged_attention(
     c * tanh(score / c) before the mask; `slopes_H` (float32, kernels/alibi.py) times the distance is taken from them.
     """
     if metadata.ragged is not None:
-        attend_ragged = varlen_attention if q_THD.is_cuda else varlen_attention_plain
+        attend_ragged = partial(mixed_attention, counts=metadata.counts) if q_THD.is_cuda else varlen_attention_plain
         return attend_ragged(
             q_THD,
             kv,

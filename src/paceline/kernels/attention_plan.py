@@ -63,13 +63,15 @@ def build_attention(
     padded: bool = True,
     on_device: bool = False,
     ragged: bool = False,
+    decodes: int = 0,
 ) -> AttentionMetadata:
     """The step's AttentionMetadata with its plan. `block_tables[g][r]` lists the blocks of request r in group g.
 
     `padded=False` gives every request a segment of its own: slower, and no request then reads a slot that is not
     its own, not even under a mask. `on_device`: a kernel is there that reads lengths and tables on the device, so a
     step whose requests have equally few queries needs no segments. `ragged`: any step goes through the kernel for any
-    number of queries (kernels/varlen_attention.py), or its plain twin.
+    number of queries (kernels/varlen_attention.py), or its plain twin; but the first `decodes` requests, of one query
+    each, through the decode's.
     """
     queries = {end - start for start, end in pairwise(query_starts)}
     on_device = on_device and not ragged and len(queries) == 1 and 1 <= max(queries) <= BATCHED_QUERIES
@@ -97,8 +99,11 @@ def build_attention(
     lens_R = torch.tensor(seq_lens, dtype=torch.int32, device=device) if on_device or ragged else None
     if ragged:
         assert lens_R is not None
-        where = Ragged(torch.tensor(query_starts, dtype=torch.int32, device=device), lens_R)
-        return AttentionMetadata(tuple(query_starts), tuple(seq_lens), block_size, tuple(groups), ragged=where)
+        where = Ragged(torch.tensor(query_starts, dtype=torch.int32, device=device), lens_R, decodes)
+        counts = make_counts(decodes, device) if decodes else None
+        return AttentionMetadata(
+            tuple(query_starts), tuple(seq_lens), block_size, tuple(groups), counts=counts, ragged=where
+        )
     counts = make_counts(len(seq_lens), device) if on_device else None
     return AttentionMetadata(tuple(query_starts), tuple(seq_lens), block_size, tuple(groups), lens_R, counts)
 

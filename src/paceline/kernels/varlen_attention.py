@@ -15,11 +15,12 @@ The kernel is in kernels/varlen_attention_triton.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from paceline.inputs import KVLayer, Ragged
-from paceline.kernels.decode_attention import decode_refusal
+from paceline.kernels.decode_attention import decode_attention, decode_refusal
 from paceline.kernels.gpu import gpu
 
 # Of the plain twin: 16 rows are what a decode of a group of 4 fills a quarter of, and its products are fast enough.
@@ -69,7 +70,7 @@ def varlen_attention(
     launch: VarlenLaunch | None = None,
 ) -> torch.Tensor:
     """Attention of each request's queries, its last tokens, over its cached keys, their own included; [T, H, D],
-    contiguous. A request may have no queries.
+    contiguous. A request may have no queries; tokens before the first request's are not written.
 
     `block_tables_RB` is int32; `q_THD` may be a slice of a wider projection, its last dimension contiguous. `window`,
     `soft_cap` and `slopes_H` are those of `paged_attention`. Products and sums are taken in float32.
@@ -85,7 +86,7 @@ def varlen_attention(
     tokens, heads, dim = q_THD.shape
     kv_heads, requests = kv.k_HSD.shape[0], ragged.lens_R.shape[0]
     out_THD = q_THD.new_empty((tokens, heads, dim))
-    if tokens == 0:
+    if tokens == 0 or requests == 0:
         return out_THD
     group = heads // kv_heads
     launch = launch or default_launch(dim, q_THD.element_size(), q_THD.device)
@@ -122,6 +123,32 @@ def varlen_attention(
         num_warps=launch.warps,
         **({"launch_pdl": True} if launch.dependent else {}),
     )
+    return out_THD
+
+
+def mixed_attention(
+    q_THD: torch.Tensor,
+    kv: KVLayer,
+    block_tables_RB: torch.Tensor,
+    ragged: Ragged,
+    *,
+    counts: torch.Tensor | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """varlen_attention with the first `ragged.decodes` requests through decode_attention: one program would read all of
+    a decode's context, 64 KiB a microsecond. Options and the shape of the result as there; `counts` as here."""
+    decodes = ragged.decodes
+    out_THD = varlen_attention(
+        q_THD,
+        kv,
+        block_tables_RB[decodes:],
+        Ragged(ragged.starts_R[decodes:], ragged.lens_R[decodes:]),
+        **options,
+    )
+    if decodes:
+        out_THD[:decodes] = decode_attention(
+            q_THD[:decodes], kv, block_tables_RB[:decodes], ragged.lens_R[:decodes], counts=counts, **options
+        )
     return out_THD
 
 

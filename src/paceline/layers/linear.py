@@ -11,6 +11,7 @@ from torch import nn
 from paceline.formats import Weight
 from paceline.kernels.choices import Choice, either
 from paceline.kernels.elementwise import PLAIN
+from paceline.kernels.gated import gated_refusal, gated_rows
 from paceline.kernels.gemv import Epilogue, Planes, device_refusal, fuses_norm, gemv, gemv_refusal, shape_refusal
 from paceline.kernels.gemv import Norm as RMSNorm
 from paceline.layers.norm import Norm
@@ -59,12 +60,16 @@ class Linear(nn.Module):
         gated: bool = False,
         residual_TN: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The same, one operation after the other, each rounded to x's dtype."""
+        """The same, one operation after the other, each rounded to x's dtype; a gated activation is one operation on
+        CUDA."""
         if norm is not None:
             x_TK = norm(x_TK)
         y_TN = self.weight.matmul(x_TK, self.bias_N)
-        if activation is not None:
-            y_TN = self.ops.gated(y_TN, activation) if gated else self.ops.activate(y_TN, activation)
+        if activation is not None and gated:
+            plainly = gated_refusal(y_TN) is not None
+            y_TN = self.ops.gated(y_TN, activation) if plainly else gated_rows(y_TN, activation)
+        elif activation is not None:
+            y_TN = self.ops.activate(y_TN, activation)
         return y_TN if residual_TN is None else residual_TN + y_TN
 
     def choices(self, rows: int, dtype: torch.dtype, device: torch.device, name: str) -> list[Choice]:
