@@ -339,8 +339,8 @@ class TinyModel:
             logits_TV: torch.Tensor = self.hf(torch.tensor([list(token_ids)]), use_cache=False).logits[0]
         return logits_TV.clone()
 
-    def decoder(self, dtype: torch.dtype = torch.float32, quantize: str | None = None) -> Decoder:
-        return load_decoder(self.checkpoint, self.config, dtype=dtype, quantize=quantize)
+    def decoder(self, dtype: torch.dtype = torch.float32, quantize: str | None = None, device: str = "cpu") -> Decoder:
+        return load_decoder(self.checkpoint, self.config, dtype=dtype, quantize=quantize, device=device)
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from paceline.config import CacheConfig, EngineConfig, SchedulerConfig
 from paceline.engine.engine import Engine, EngineRequest
 from paceline.engine.model_runner import ModelRunner
 from paceline.errors import UsageError
-from paceline.models.deterministic import make_deterministic
+from paceline.models.deterministic import make_deterministic, vocabulary_refusal
 from paceline.sampling.params import SamplingParams
 
 VOCAB, MAX_TOKENS = 96, 6
@@ -123,3 +123,23 @@ def test_without_it_bits_differ(tiny_model):
 def test_experts_are_refused(tiny_model, name):
     with pytest.raises(UsageError, match="deterministic: the router of a mixture of experts"):
         make_deterministic(tiny_model(name).decoder())
+
+
+def test_a_vocabulary_that_cuda_sums_by_its_alignment_is_refused():
+    assert vocabulary_refusal(50257, torch.device("cpu")) is None
+    assert vocabulary_refusal(50256, torch.device("cuda")) is None
+    refusal = "a vocabulary of 50257 is no multiple of 8, and CUDA's softmax sums rows by how they are aligned"
+    assert vocabulary_refusal(50257, torch.device("cuda")) == refusal
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama-llama3", "llama-gelu", "qwen3", "gemma2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_on_a_gpu(deterministic, name, dtype, quantize):
+    decoder, alone = deterministic(name, dtype=dtype, quantize=quantize, device="cuda")
+    for count, options in ((64, {}), (5, {"chunk": 7}), (5, {"chunk": 1}), (6, {"blocks": 14, "chunk": 16})):
+        assert run(decoder, make_prompts()[:count], **options)[0][:2] == alone
+    prompt = make_prompts()[1]
+    (cold,), _ = run(decoder, [prompt], params=UNSCORED)
+    assert run(decoder, [prompt], prefix_cache=True, warm=[prompt], params=UNSCORED)[0] == [cold]

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from paceline.errors import UsageError
 from paceline.formats.invariant import InvariantWeight
 from paceline.kernels.elementwise import PLAIN
@@ -17,6 +19,9 @@ from paceline.kernels.invariant import row_by_row
 from paceline.layers.linear import Linear
 from paceline.models.decoder import Decoder
 from paceline.models.model import Model
+
+# Float32 values in what CUDA aligns its reads to: 16 bytes, and twice that on the newest.
+ALIGNED = 8
 
 OPS = replace(PLAIN, gated=row_by_row(PLAIN.gated), activate=row_by_row(PLAIN.activate))
 
@@ -27,6 +32,9 @@ def make_deterministic(model: Model) -> None:
         raise UsageError("deterministic: transformers' own modules run this model, and add up as their step is large")
     if model.config.moe is not None:
         raise UsageError("deterministic: the router of a mixture of experts multiplies all of a step's tokens at once")
+    refusal = vocabulary_refusal(model.vocab_size, model.device)
+    if refusal is not None:
+        raise UsageError(f"deterministic: {refusal}")
     tried: set[tuple[object, ...]] = set()
     for name, module in model.named_modules():
         if not isinstance(module, Linear):
@@ -38,3 +46,12 @@ def make_deterministic(model: Model) -> None:
             raise UsageError(f"deterministic: {name} on {model.device}: {refusal}; try another dtype or quantization")
         tried.add(kind)
         module.weight, module.ops = weight, OPS
+
+
+def vocabulary_refusal(size: int, device: torch.device) -> str | None:
+    """Why log probabilities over so many tokens would depend on the row they are in; None where they do not."""
+    if device.type == "cuda" and size % ALIGNED:
+        return (
+            f"a vocabulary of {size} is no multiple of {ALIGNED}, and CUDA's softmax sums rows by how they are aligned"
+        )
+    return None
