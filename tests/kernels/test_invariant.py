@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from paceline.kernels import invariant as module
 from paceline.kernels.activation import activate, gated
+from paceline.kernels.gpu import GPU
 from paceline.kernels.invariant import (
     PRODUCT_ROWS,
+    InvariantLaunch,
     by_rows,
+    default_launch,
     invariant_linear,
     invariant_refusal,
     positions_refusal,
@@ -19,6 +25,8 @@ from paceline.kernels.invariant import (
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []  # so that `make test-gpu` has them
 # The interpreter's products of bfloat16 are none.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_available() else [])
+
+SMALL = InvariantLaunch(t_tile=32, n_tile=32, k_tile=16, pieces=4, stages=2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -37,10 +45,28 @@ def test_the_kernel_errs_no_more_than_twice_plain_torch(triton_device, dtype, to
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_of_the_kernel_is_the_same_in_any_company(triton_device, dtype):
     torch.manual_seed(0)
-    x, w = torch.randn(150, 200).to(triton_device, dtype), torch.randn(90, 200).to(triton_device, dtype)
-    together = invariant_linear(x, w)
-    for first, end in ((0, 1), (7, 71), (149, 150), (60, 150)):
-        assert torch.equal(invariant_linear(x[first:end], w), together[first:end])
+    x, w, bias = (torch.randn(shape).to(triton_device, dtype) for shape in ((150, 100), (90, 100), (90,)))
+    together = invariant_linear(x, w, bias, SMALL)
+    for first, end in ((0, 1), (7, 39), (149, 150), (20, 150)):
+        assert torch.equal(invariant_linear(x[first:end], w, bias, SMALL), together[first:end])
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 4])
+def test_pieces_of_k_in_few_programs_and_in_many(triton_device, pieces):
+    """7 tiles of K: 4 pieces of 2, the last of them half empty. 1 row takes a program a piece, 90 rows do not."""
+    torch.manual_seed(0)
+    x, w, bias = (torch.randn(shape, device=triton_device) for shape in ((90, 100), (90, 100), (90,)))
+    for some in (x[:1], x):
+        found = invariant_linear(some, w, bias, replace(SMALL, pieces=pieces))
+        torch.testing.assert_close(found, F.linear(some, w, bias), rtol=1e-5, atol=1e-5)
+
+
+def test_launches_follow_the_weight(monkeypatch):
+    monkeypatch.setattr(module, "gpu", lambda device: GPU("NVIDIA H100", 132, (9, 0)))
+    cuda = torch.device("cuda")
+    pieces = [default_launch(N, K, 2, cuda).pieces for N, K in ((6144, 4096), (4096, 4096), (28672, 4096), (64, 576))]
+    assert pieces == [4, 8, 1, 2]
+    assert default_launch(4096, 4096, 4, cuda) == InvariantLaunch(32, 32, 32, 2, 4)
 
 
 def test_rows_lie_a_stride_apart_and_none_are_none(triton_device):

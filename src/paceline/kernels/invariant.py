@@ -11,6 +11,7 @@ Shapes: T tokens, K inputs, N outputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
@@ -19,6 +20,8 @@ from paceline.kernels.gpu import gpu, triton_refusal
 
 # Rows of a product. CPU: as many as torch's int8 op takes; on a GPU 64 cost what 1 does, the reading of the weight.
 PRODUCT_ROWS: Mapping[str, int] = MappingProxyType({"cpu": 8, "cuda": 64})
+MOST_PIECES = 8
+ADDED = 1024  # columns of one program that adds pieces
 
 
 def by_rows(product: Callable[[torch.Tensor], torch.Tensor], x_TK: torch.Tensor) -> torch.Tensor:
@@ -60,39 +63,88 @@ def invariant_refusal(dtype: torch.dtype, device: torch.device) -> str | None:
     return triton_refusal(device, dtype)
 
 
-def invariant_linear(x_TK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
+@dataclass(frozen=True)
+class InvariantLaunch:
+    """How a product is cut. A function of the weight and the device, never of the number of rows."""
+
+    t_tile: int
+    n_tile: int
+    k_tile: int
+    pieces: int  # of K: each is summed by itself, and then they are added in order
+    stages: int
+
+
+def default_launch(rows: int, columns: int, itemsize: int, device: torch.device) -> InvariantLaunch:
+    """For a weight [rows, columns]: pieces until a tile of tokens makes two programs a multiprocessor, of 4 tiles each
+    at least."""
+    chip = gpu(device)
+    if itemsize == 4:  # not multiplied on the matrix unit, and twice the registers
+        t_tile, n_tile, k_tile = 32, 32, 32
+    else:
+        t_tile, n_tile, k_tile = 64, 128, 64
+    most = min(MOST_PIECES, 2 * chip.processors // -(-rows // n_tile), columns // (4 * k_tile))
+    pieces = 1 << (max(1, most).bit_length() - 1)
+    return InvariantLaunch(t_tile, n_tile, k_tile, pieces, 4 if chip.dependent else 3)
+
+
+def invariant_linear(
+    x_TK: torch.Tensor,
+    weight_NK: torch.Tensor,
+    bias_N: torch.Tensor | None = None,
+    launch: InvariantLaunch | None = None,
+) -> torch.Tensor:
     """x w^T + b, [T, N] in x's dtype, rounded once: the sum over K, in float32, has one order, whatever T is.
 
-    `x_TK` may have any row stride; the weight is contiguous. On compute capability 9.0 and up it starts while the
-    kernel before it on the stream still runs, and waits for that one's end before it reads x or writes.
+    Few rows take a program a piece of K and a second kernel that adds the pieces, many rows one program for all of
+    them: the bits are the same. `x_TK` may have any row stride; the weight is contiguous. On compute capability 9.0 and
+    up a kernel starts while the one before it on the stream still runs, and waits for that one's end before it reads x
+    or writes.
     """
     # Triton is optional, and its interpreter is chosen by the environment when this is first imported.
-    from paceline.kernels.invariant_triton import multiply
+    from paceline.kernels.invariant_triton import add_pieces, multiply
 
-    tokens, columns = x_TK.shape
-    rows = weight_NK.shape[0]
+    (tokens, columns), rows = x_TK.shape, weight_NK.shape[0]
     y_TN = x_TK.new_empty(tokens, rows)
     if y_TN.numel() == 0:
         return y_TN
-    wide = x_TK.element_size() == 4  # float32 is not multiplied on the matrix unit, and takes twice the registers
-    t_tile, n_tile, k_tile = (32, 32, 32) if wide else (64, 128, 64)
-    t_tiles, n_tiles = -(-tokens // t_tile), -(-rows // n_tile)
-    dependent = gpu(x_TK.device).dependent
-    multiply[(t_tiles * n_tiles,)](
+    chip = gpu(x_TK.device)
+    launch = launch or default_launch(rows, columns, x_TK.element_size(), x_TK.device)
+    pieces, piece = launch.pieces, -(-columns // (launch.pieces * launch.k_tile)) * launch.k_tile
+    tiles = -(-tokens // launch.t_tile) * -(-rows // launch.n_tile)
+    apart = pieces > 1 and tiles < chip.processors
+    parts = x_TK.new_empty((pieces, tokens, rows), dtype=torch.float32) if apart else y_TN
+    dependent = {"launch_pdl": True} if chip.dependent else {}
+    multiply[(tiles, pieces if apart else 1)](
         x_TK,
         weight_NK,
         bias_N,
-        y_TN,
+        parts,
         tokens,
         x_TK.stride(0),
         N=rows,
         K=columns,
-        T_TILE=t_tile,
-        N_TILE=n_tile,
-        K_TILE=k_tile,
-        DEPENDENT=dependent,
+        PIECES=pieces,
+        PIECE=piece,
+        APART=apart,
+        T_TILE=launch.t_tile,
+        N_TILE=launch.n_tile,
+        K_TILE=launch.k_tile,
+        DEPENDENT=chip.dependent,
         num_warps=4,
-        num_stages=4 if dependent else 3,
-        **({"launch_pdl": True} if dependent else {}),
+        num_stages=launch.stages,
+        **dependent,
     )
+    if apart:
+        add_pieces[(tokens, -(-rows // ADDED))](
+            parts,
+            bias_N,
+            y_TN,
+            tokens,
+            N=rows,
+            PIECES=pieces,
+            BLOCK=ADDED,
+            DEPENDENT=chip.dependent,
+            num_warps=4,
+            **dependent,
+        )
     return y_TN

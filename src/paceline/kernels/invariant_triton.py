@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-"""The kernel of kernels/invariant.py, which has the shapes and launches it. This module imports Triton: import it where
-Triton is.
+"""The kernels of kernels/invariant.py, which has the shapes and launches them. This module imports Triton: import it
+where Triton is.
 """
 
 from __future__ import annotations
@@ -13,15 +13,34 @@ T_TILES_TOGETHER = tl.constexpr(16)
 
 
 @triton.jit
+def _sum_piece(x_ptrs, w_ptrs, piece, T_TILE: tl.constexpr, N_TILE: tl.constexpr, K_TILE: tl.constexpr,
+               K: tl.constexpr, PIECE: tl.constexpr):  # fmt: skip
+    """The products over K of piece * PIECE .. (piece + 1) * PIECE - 1, in order."""
+    sums = tl.zeros([T_TILE, N_TILE], tl.float32)
+    for k_first in tl.range(piece * PIECE, tl.minimum(piece * PIECE + PIECE, K), K_TILE):
+        k = k_first + tl.arange(0, K_TILE)
+        if K % K_TILE == 0:
+            x, w = tl.load(x_ptrs + k[None, :]), tl.load(w_ptrs + k[None, :])
+        else:
+            x = tl.load(x_ptrs + k[None, :], mask=(k < K)[None, :], other=0.0)
+            w = tl.load(w_ptrs + k[None, :], mask=(k < K)[None, :], other=0.0)
+        sums = tl.dot(x, tl.trans(w), sums, input_precision="ieee")
+    return sums
+
+
+@triton.jit
 def multiply(
     x_ptr,  # [T, K], rows x_stride apart
     weight_ptr,  # [N, K], contiguous
     bias_ptr,  # [N]; None: none
-    y_ptr,  # [T, N], contiguous
+    y_ptr,  # [T, N], contiguous; APART: float32 [PIECES, T, N]
     tokens,
     x_stride,
     N: tl.constexpr,
     K: tl.constexpr,
+    PIECES: tl.constexpr,
+    PIECE: tl.constexpr,  # of K
+    APART: tl.constexpr,  # a piece a program, for add_pieces; else all of them here, added in the same order
     T_TILE: tl.constexpr,
     N_TILE: tl.constexpr,
     K_TILE: tl.constexpr,
@@ -41,16 +60,38 @@ def multiply(
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    sums = tl.zeros([T_TILE, N_TILE], tl.float32)
-    for k_first in tl.range(0, K, K_TILE):
-        k = k_first + tl.arange(0, K_TILE)
-        if K % K_TILE == 0:
-            x, w = tl.load(x_ptrs + k[None, :]), tl.load(w_ptrs + k[None, :])
-        else:
-            x = tl.load(x_ptrs + k[None, :], mask=(k < K)[None, :], other=0.0)
-            w = tl.load(w_ptrs + k[None, :], mask=(k < K)[None, :], other=0.0)
-        sums = tl.dot(x, tl.trans(w), sums, input_precision="ieee")
-    if bias_ptr is not None:
-        sums += tl.load(bias_ptr + tl.minimum(n, N - 1)).to(tl.float32)[None, :]
     y_ptrs = y_ptr + t.to(tl.int64)[:, None] * N + n[None, :]
+    if APART:
+        piece = tl.program_id(1)
+        sums = _sum_piece(x_ptrs, w_ptrs, piece, T_TILE, N_TILE, K_TILE, K, PIECE)
+        y_ptrs += piece.to(tl.int64) * tokens * N
+    else:
+        sums = tl.zeros([T_TILE, N_TILE], tl.float32)
+        for piece in tl.range(0, PIECES):
+            sums += _sum_piece(x_ptrs, w_ptrs, piece, T_TILE, N_TILE, K_TILE, K, PIECE)
+        if bias_ptr is not None:
+            sums += tl.load(bias_ptr + tl.minimum(n, N - 1)).to(tl.float32)[None, :]
     tl.store(y_ptrs, sums.to(y_ptr.dtype.element_ty), mask=(t < tokens)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def add_pieces(
+    parts_ptr,  # float32 [PIECES, T, N]
+    bias_ptr,
+    y_ptr,
+    tokens,
+    N: tl.constexpr,
+    PIECES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row, n = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], tl.float32)
+    for piece in tl.static_range(PIECES):
+        sums += tl.load(parts_ptr + (piece * tokens + row) * N + n, mask=n < N, other=0.0)
+    if bias_ptr is not None:
+        sums += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * N + n, sums.to(y_ptr.dtype.element_ty), mask=n < N)
