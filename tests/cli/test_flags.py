@@ -15,18 +15,20 @@ FLAGS = {
         --against --context --debug --device --dtype --help --json --mode --plot --quantize --quiet --rounds --threads
     """,
     "chat": """
-        --chat-template --debug --device --dtype --help --ignore-eos --max-model-len --max-tokens --memory-gib
-        --min-p --min-tokens --mode --model --model-impl --no-history --offload --offload-dir --offload-to --quantize
+        --chat-template --debug --deterministic --device --dtype --help --ignore-eos --max-model-len --max-tokens
+        --memory-gib --min-p --min-tokens --mode --model --model-impl --no-history --offload --offload-dir --offload-to
+        --quantize
         --quiet --raw --repetition-penalty --revision --seed --speculative --stop --system --temperature --threads
         --top-k --top-p
     """,
     "env": "--debug --help --json --measure",
     "explain": """
-        --chat-template --debug --device --dtype --help --json --max-model-len --memory-gib --mode --model --model-impl
-        --offload --offload-dir --offload-to --quantize --quiet --revision --rows --speculative --threads
+        --chat-template --debug --deterministic --device --dtype --help --json --max-model-len --memory-gib --mode
+        --model --model-impl --offload --offload-dir --offload-to --quantize --quiet --revision --rows --speculative
+        --threads
     """,
     "generate": """
-        --chat-template --debug --device --dtype --help --ignore-eos --json --max-model-len --max-tokens
+        --chat-template --debug --deterministic --device --dtype --help --ignore-eos --json --max-model-len --max-tokens
         --memory-gib --min-p --min-tokens --mode --model --model-impl --offload --offload-dir --offload-to --quantize
         --quiet --raw --repetition-penalty --revision --seed --speculative --stop --system --temperature --threads
         --top-k --top-p

@@ -21,6 +21,7 @@ def test_an_llm_answers_alike_alone_and_among_others(tiny_directory, quantizatio
         for prompt, expected in zip(PROMPTS, together, strict=True):
             (found,) = llm.generate(prompt, PARAMS)[0].outputs
             assert (found.token_ids, found.logprobs) == (expected.token_ids, expected.logprobs)
+        assert "torch, keys in one order" in {one.kernel for one in explain(llm)}
         assert all("8 rows at a time" in one.kernel for one in explain(llm) if one.operation.startswith("down"))
 
 

@@ -42,7 +42,8 @@ def default_launch(head_dim: int, itemsize: int, device: torch.device) -> Varlen
     """Tiles that the registers hold: a program of 8 warps has 128 x 128 sums, 64 float32 registers a thread."""
     chip = gpu(device)
     if itemsize == 4:  # not on the matrix unit
-        return VarlenLaunch(32, 32 if head_dim <= 128 else 16, 4, 2, chip.dependent)
+        tile = 32 if head_dim <= 64 else 16
+        return VarlenLaunch(tile, tile, 4, 2, chip.dependent)
     stages = 3 if chip.dependent else 2  # older GPUs have 100 KiB of shared memory or less
     if head_dim <= 64:
         return VarlenLaunch(128, 64, 4, stages, chip.dependent)

@@ -48,6 +48,7 @@ class Attention(nn.Module):
         self.qk_norm: QKNorm | None = None
         if q_norm is not None and k_norm is not None:
             self.qk_norm = QKNorm(q_norm.kind, q_norm.eps, q_norm.weight_C, k_norm.weight_C)
+        self.deterministic = False  # whether every step's attention is the one for any number of queries
         self.slopes_H: torch.Tensor | None = None
         if config.alibi is not None:
             self.slopes_H = torch.tensor(alibi_slopes(config.num_heads), device=device) * config.alibi
@@ -142,20 +143,22 @@ class Attention(nn.Module):
 
     def choices(self, rows: int, dtype: torch.dtype, device: torch.device) -> list[Choice]:
         """Of a decode, in the order of `forward`."""
-        dim = self.config.head_dim
+        refusal = decode_refusal(self.config.head_dim, dtype, device)
+        attend = either(refusal, "Triton split-KV decode", "torch, planned on the host")
+        if self.deterministic:
+            attend = either(refusal, "Triton, keys in one order", "torch, keys in one order")
         return [
             *self.qkv.choices(rows, dtype, device, "qkv"),
             self._turning(dtype, device),
-            Choice(
-                f"attention, {self.extra_repr()}",
-                *either(decode_refusal(dim, dtype, device), "Triton split-KV decode", "torch, planned on the host"),
-            ),
+            Choice(f"attention, {self.extra_repr()}", *attend),
             *self.out.choices(rows, dtype, device, "out"),
         ]
 
     def _turning(self, dtype: torch.dtype, device: torch.device) -> Choice:
         name = "norm of q and k, rotary, KV write" if self.qk_norm else "rotary, KV write"
         refusal = fused_refusal(self.config.head_dim, dtype, device, norm=self.qk_norm)
+        if self.deterministic:
+            refusal = "the run is deterministic"
         if rope_refusal(dtype, device) is None:
             return Choice(name, *either(refusal, "in the attention's kernel", "Triton, one kernel"))
         return Choice(name, *either(rope_refusal(dtype, device), "", "torch, an operation each"))

@@ -16,6 +16,7 @@ from paceline.errors import UsageError
 from paceline.formats.invariant import InvariantWeight
 from paceline.kernels.elementwise import PLAIN
 from paceline.kernels.invariant import row_by_row
+from paceline.layers.attention import Attention
 from paceline.layers.linear import Linear
 from paceline.models.decoder import Decoder
 from paceline.models.model import Model
@@ -37,6 +38,8 @@ def make_deterministic(model: Model) -> None:
         raise UsageError(f"deterministic: {refusal}")
     tried: set[tuple[object, ...]] = set()
     for name, module in model.named_modules():
+        if isinstance(module, Attention):
+            module.deterministic = True
         if not isinstance(module, Linear):
             continue
         weight = InvariantWeight(module.weight, model.dtype, model.device)
