@@ -233,9 +233,13 @@ class LLM:
                 states.append(self._add(prompt, one, rank, chat=chat))
             with ProgressBar(disable=not show) as bar:
                 task = bar.add_task("generating", total=count)
-                while not all(state.finished for state in states):
-                    self._step()
-                    bar.update(task, completed=sum(state.finished for state in states))
+                completed = 0
+                while completed < count:
+                    changed = self._step()
+                    # 0.3 ms of 256 requests' step would go into asking each whether it ended.
+                    if not changed or any(state.finished for state in changed):
+                        completed = sum(state.finished for state in states)
+                        bar.update(task, completed=completed)
             return [state.output() for state in states]
         finally:
             for state in states:

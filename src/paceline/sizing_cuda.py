@@ -31,10 +31,11 @@ def workspace_bytes(capability: tuple[int, int] | None) -> int:
 
 
 def decode_buffer_bytes(num_groups: int, rows: int, context: int, block_size: int) -> int:
-    """The device's buffers of captured decodes of up to `rows` requests (engine/decode_step.py): the fields and a slot
-    of each KV group, a token and what shows whether it may be trusted, and a block table of each group."""
+    """The device's buffers of captured decodes of up to `rows` requests (engine/decode_step.py): the fields, of
+    each KV group a slot and a change of its block tables, a token and what shows whether it may be trusted, and a block
+    table of each group."""
     blocks = -(-context // block_size)
-    return rows * (8 * (DECODE_FIELDS + num_groups) + 16 + 4 * num_groups * blocks)
+    return rows * (8 * (DECODE_FIELDS + 3 * num_groups) + 16 + 4 * num_groups * blocks)
 
 
 def graph_step_bytes(

@@ -400,8 +400,9 @@ def test_a_steady_step_sends_only_what_changes(monkeypatch: pytest.MonkeyPatch) 
     """Tokens go to the device when rows move, block tables when a block is added: not at every step."""
     engine = make_engine(decoder(), static=True, depth=1)
     decode = engine.runner.decode
-    write, moves = decode._write, []
-    monkeypatch.setattr(decode, "_write", lambda *given: moves.append(write(*given)) or moves[-1])
+    placed = []
+    place = decode._place
+    monkeypatch.setattr(decode, "_place", lambda states: placed.append(len(states)) or place(states))
     ask(engine, "a", PROMPTS[2], temperature=0, max_tokens=10)
     ask(engine, "b", PROMPTS[3], temperature=0, max_tokens=6)
     answers = Answers(engine)
@@ -409,7 +410,7 @@ def test_a_steady_step_sends_only_what_changes(monkeypatch: pytest.MonkeyPatch) 
     while engine.has_work:
         answers.step()
         tables.append(decode._row_tables[0])
-    assert moves == [True] + [False] * 4 + [True] + [False] * 3  # b ends
+    assert placed == [2, 1]  # b ends
     assert len({id(table) for table in tables if table is not None}) < 6
 
 
@@ -436,10 +437,61 @@ def test_unused_rows_have_no_length_and_no_slot() -> None:
         engine.step()
     fields = runner.decode._fields
     assert set(ran) == {(4, "filtered")}
-    assert fields.length[:4].tolist() == [10 + 1, 9 + 1, 16 + 1, 0]
-    assert fields.position[:4].tolist() == [10, 9, 16, 0]
-    for slots in fields.slots:
+    assert fields.length_M[:4].tolist() == [10 + 1, 9 + 1, 16 + 1, 0]
+    assert fields.position_M[:4].tolist() == [10, 9, 16, 0]
+    for slots in fields.slots_GM:
         assert min(slots[:3].tolist()) >= BLOCK
         assert slots[3] == -1
     assert fields.params.greedy_R[3]
     assert fields.params.top_k_R[:4].tolist() == [3, 3, 3, VOCAB]
+
+
+def test_a_request_keeps_its_row_while_others_go() -> None:
+    """The last row moves into the one that is free, and no other: nothing is sent again of those that stay."""
+    engine = make_engine(decoder(), static=True)
+    decode = engine.runner.decode
+    for name, prompt, length in (("a", 2, 12), ("b", 3, 3), ("c", 5, 12), ("d", 0, 12)):
+        ask(engine, name, PROMPTS[prompt], seed=1, max_tokens=length, temperature=0.7, top_k=7, top_p=0.9)
+    answers = Answers(engine)
+    seen: list[list[str]] = []
+    while engine.has_work:
+        answers.step()
+        names = sorted((row, state.new.request_id) for state, row in decode._row_of.items())
+        if not seen or [name for _, name in names] != seen[-1]:
+            assert [row for row, _ in names] == list(range(len(names)))
+            seen.append([name for _, name in names])
+    assert seen == [[], ["a", "b", "c", "d"], ["a", "d", "c"], ["d"]]
+
+
+def test_tables_that_grow_are_sent_as_edits_and_hold_what_was_scheduled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the device's tables say of each request is what the scheduler gave, at every step, with windows that pass,
+    blocks that are copied, and rows that others had before."""
+    engine = make_engine(decoder(), static=True, depth=1)
+    decode = engine.runner.decode
+    launch, counts = decode.launch, []
+    write = decode._write_tables
+
+    def count_edits(staging: Any, scheduled: Any) -> list[int]:
+        counts.append(write(staging, scheduled))
+        return counts[-1]
+
+    def check(scheduled: Any, states: Any) -> Any:
+        pending = launch(scheduled, states)
+        for request, row in zip(scheduled, pending.rows_N.tolist(), strict=True):
+            for group, table in enumerate(request.block_tables):
+                assert tuple(decode._tables_GMB[group, row, : len(table)].tolist()) == table
+                slot = table[request.start // BLOCK] * BLOCK + request.start % BLOCK
+                assert decode._fields.slots_GM[group, row] == slot
+        return pending
+
+    monkeypatch.setattr(decode, "launch", check)
+    monkeypatch.setattr(decode, "_write_tables", count_edits)
+    for p in (0, 1, 3):
+        ask(engine, str(p), PROMPTS[p], temperature=1.0, seed=p, n=2, max_tokens=6 + 4 * p)
+    answers = Answers(engine)
+    for _ in range(4):
+        answers.step()
+    ask(engine, "again", PROMPTS[4], temperature=0, max_tokens=12)
+    answers.finish()
+    assert sum(map(sum, counts)) > 10
+    assert set(map(sum, counts)) >= {0}

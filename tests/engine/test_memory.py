@@ -23,7 +23,8 @@ from paceline.config import (
     SchedulerConfig,
 )
 from paceline.engine import build
-from paceline.engine.decode_step import FIELDS, DecodeStep
+from paceline.engine.decode_buffers import FIELDS
+from paceline.engine.decode_step import DecodeStep
 from paceline.engine.memory import Room, Sizes, divide
 from paceline.errors import OutOfMemoryError
 from paceline.kernels import decode_attention, gemv

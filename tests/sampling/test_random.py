@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from paceline.sampling.random import bits64, mix64, uniform
+from paceline.sampling.random import MASK, bits64, mix64, uniform, uniforms
 
 N = 4096
 
@@ -68,3 +68,11 @@ def test_the_mixer_is_splitmix64() -> None:
 def test_every_64_bit_seed_counts_and_negative_seeds_wrap() -> None:
     assert uniform(2**63, 1) != uniform(0, 1)
     assert uniform(-1, 1) == uniform(2**64 - 1, 1)
+
+
+@pytest.mark.parametrize("stream", [0, 1, 2])
+def test_arrays_of_numbers_are_the_numbers_one_by_one(stream: int) -> None:
+    pairs = [(seed, position) for seed in (0, 1, 7, 2**63, 2**64 - 1, -1, 2**70 + 5) for position in (0, 1, 9, 2**40)]
+    seeds = np.array([seed & MASK for seed, _ in pairs], dtype=np.uint64)
+    positions = np.array([position for _, position in pairs])
+    assert uniforms(seeds, positions, stream).tolist() == [uniform(*pair, stream) for pair in pairs]

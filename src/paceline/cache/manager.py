@@ -192,6 +192,12 @@ class CacheManager:
             table.tuples = tuple(tuple(blocks) for blocks in table.blocks)
         return table.tuples
 
+    def writable_tables(self, request_id: str, stop: int) -> BlockTables | None:
+        """`block_tables`, where positions from the last allocated `start` up to `stop` may be written as they are; None
+        where `allocate` has something to do."""
+        table = self._tables[request_id]
+        return table.tuples if stop <= table.safe_end else None
+
     def has_room_for_all(self, request_id: str, num_tokens: int) -> bool:
         """Whether every group that sees the whole context could hold `num_tokens` of the request now."""
         blocks_needed = -(-num_tokens // self.block_size)

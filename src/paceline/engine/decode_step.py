@@ -1,11 +1,12 @@
 """A decode of one token a request on device buffers that never move, so that a CUDA graph can hold it.
 
-The host writes one staging buffer and copies it; block tables follow where one changed. Chosen tokens stay on the
-device as the next step's inputs, and come to the host beside, whenever it looks: it never has to wait for a step before
-it launches the next.
+A request keeps its row while it decodes, whoever else comes and goes, so that a step writes only what changes: on the
+host the numbers that count on, all rows at once, and what a new request asks; block by block what tables gain. One
+copy sends it. Chosen tokens stay on the device as the next step's inputs, and come to the host beside, whenever it
+looks: it never has to wait for a step before it launches the next.
 
 Shapes: R rows of the step (requests, then unused rows up to a size that is captured), M rows of the buffers, B blocks
-of the longest context, G groups of the cache, F fields.
+of the longest context, G groups of the cache, N requests in the scheduler's order.
 """
 
 from __future__ import annotations
@@ -13,26 +14,27 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from paceline.engine.decode_buffers import Staging, make_fields
 from paceline.engine.request_tokens import RequestTokens
 from paceline.engine.step import PLACEHOLDER, ScheduledRequest
 from paceline.inputs import AttentionMetadata, GroupMetadata, KVLayer, ModelInputs
 from paceline.kernels.decode_attention import make_counts
 from paceline.models.model import Model
 from paceline.phases import Phases
-from paceline.sampling.random import uniform
+from paceline.sampling.random import MASK, uniforms
 from paceline.sampling.static import CHOOSERS, KINDS, TOP_P_OFF, Chosen, Kind, RowParams
 
 # Steps whose staging buffers may be in use at once: one that the host writes, and two that it has not collected.
 RING = 3
 
-# Fields of a staging buffer, 8 bytes a row each; the slots of the G groups follow.
-FIELDS = ("position", "length", "token", "previous", "greedy", "uniform", "temperature", "min_p", "top_k", "top_p")
-
 Capture = Callable[[tuple[int, Kind], Callable[[], None]], None]
+Ints = npt.NDArray[np.int64]
 
 
 def run_plainly(key: tuple[int, Kind], compute: Callable[[], None]) -> None:
@@ -40,76 +42,31 @@ def run_plainly(key: tuple[int, Kind], compute: Callable[[], None]) -> None:
     compute()
 
 
-def fits(scheduled: ScheduledRequest, state: RequestTokens) -> bool:
-    """Whether the request's share of a step is a plain decode: one token, chosen from its logits alone."""
-    return (
-        len(scheduled.token_ids) == 1
-        and scheduled.samples
-        and not scheduled.scored
-        and state.plain_from is not None
-        and scheduled.start >= state.plain_from
+def fits(scheduled: Sequence[ScheduledRequest], states: Sequence[RequestTokens]) -> bool:
+    """Whether all shares of a step are plain decodes: one token each, chosen from its logits alone."""
+    return not any(
+        len(request.token_ids) != 1
+        or not request.samples
+        or request.scored
+        or state.plain_from is None
+        or request.start < state.plain_from
+        for request, state in zip(scheduled, states, strict=True)
     )
-
-
-@dataclass(frozen=True)
-class _Fields:
-    """One staging buffer, or the device's copy of it: [F + G, M] of 8 bytes, and each field as what it is."""
-
-    all: torch.Tensor
-    position: torch.Tensor  # int64
-    length: torch.Tensor  # int32
-    token: torch.Tensor  # int64: known to the host, or PLACEHOLDER
-    previous: torch.Tensor  # int64: the row of the last step that chose the token
-    slots: tuple[torch.Tensor, ...]  # int64, one a group; -1 where there is no request
-    params: RowParams
-
-
-def _fields(num_groups: int, rows: int, device: torch.device, *, pin: bool = False) -> _Fields:
-    table = torch.zeros((len(FIELDS) + num_groups, rows), dtype=torch.int64, device=device, pin_memory=pin)
-    of = dict(zip(FIELDS, table, strict=False))
-    params = RowParams(
-        greedy_R=of["greedy"].view(torch.bool)[:rows],
-        uniform_R=of["uniform"].view(torch.float64),
-        temperature_R=of["temperature"].view(torch.float32)[:rows],
-        min_p_R=of["min_p"].view(torch.float32)[:rows],
-        top_k_R=of["top_k"],
-        top_p_R=of["top_p"].view(torch.float64),
-    )
-    length = of["length"].view(torch.int32)[:rows]
-    slots = tuple(table[len(FIELDS) :])
-    return _Fields(table, of["position"], length, of["token"], of["previous"], slots, params)
-
-
-class _Staging:
-    """What one step sends and gets back, in host memory that the device copies by itself."""
-
-    def __init__(self, num_groups: int, rows: int, blocks: int, device: torch.device) -> None:
-        on_cuda = device.type == "cuda"
-        host = torch.device("cpu")
-        self.fields = _fields(num_groups, rows, host, pin=on_cuda)
-        self.tables_GMB = torch.zeros((num_groups, rows, blocks), dtype=torch.int32, pin_memory=on_cuda)
-        self.result = torch.zeros((2, rows), dtype=torch.int64, pin_memory=on_cuda)
-        self.event = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
-
-    def wait(self) -> None:
-        """Until the device has done all that this buffer was last used for."""
-        if self.event is not None:
-            self.event.synchronize()
 
 
 @dataclass(frozen=True)
 class PendingDecode:
-    """A decode on its way."""
+    """A decode on its way. `rows_N`: each request's."""
 
-    staging: _Staging
-    num_rows: int
+    staging: Staging
+    rows_N: Ints
 
     def result(self) -> tuple[list[int], list[bool]]:
         """Each request's token, and whether its logits were finite. Waits for the step."""
         self.staging.wait()
         ids, values = self.staging.result.numpy()
-        count = self.num_rows
-        return ids[:count].tolist(), np.isfinite(values.view(np.float32)[:count]).tolist()
+        fine = np.isfinite(values.view(np.float32)[: len(values)])
+        return ids[self.rows_N].tolist(), fine[self.rows_N].tolist()
 
 
 class DecodeStep:
@@ -134,14 +91,23 @@ class DecodeStep:
         self._run, self._round_up = run, round_up
         groups, device = len(model.kv_groups), model.device
         blocks = -(-max_model_len // block_size)
-        self._fields = _fields(groups, max_rows, device)
+        self._host = make_fields(groups, max_rows, torch.device("cpu"))
+        self._edits_GM, self._blocks_GM = self._host.edits_GM.numpy(), self._host.blocks_GM.numpy()
+        self._host_tables_GMB = np.zeros((groups, max_rows, blocks), dtype=np.int32)
+        self._seeds_M = np.zeros(max_rows, dtype=np.uint64)
+        self._fields = make_fields(groups, max_rows, device)
         self._tables_GMB = torch.zeros((groups, max_rows, blocks), dtype=torch.int32, device=device)
         # The chosen tokens, which are also the next step's, and beside them what is finite where they can be trusted.
         self._result = torch.zeros((2, max_rows), dtype=torch.int64, device=device)
         self._token_ids, self._values = self._result[0], self._result[1].view(torch.float32)[:max_rows]
-        self._ring = cycle([_Staging(groups, max_rows, blocks, device) for _ in range(RING)])
-        self._row_of: dict[RequestTokens, int] = {}  # of the requests in the last step
-        self._states: list[RequestTokens] | None = None  # whose next tokens the device has, row by row
+        self._ring = cycle([Staging(groups, max_rows, blocks, device) for _ in range(RING)])
+        # The last step: its requests in the scheduler's order and their rows, None where their next tokens are not the
+        # device's; rows that were computed; the kind that served them all.
+        self._states: list[RequestTokens] | None = None
+        self._rows_N: Ints = np.zeros(0, dtype=np.int64)
+        self._row_of: dict[RequestTokens, int] = {}
+        self._num_rows, self._kind = 0, KINDS[0]
+        self._row_states: list[RequestTokens | None] = [None] * max_rows  # whose parameters the host's fields have
         self._row_tables: list[tuple[tuple[int, ...], ...] | None] = [None] * max_rows  # what the device has
         self._steps: dict[tuple[int, Kind], Callable[[], None]] = {}
 
@@ -155,32 +121,39 @@ class DecodeStep:
         been chosen by the launch before this one."""
         staging = next(self._ring)
         staging.wait()  # three steps ago: long since done
-        rows = self._round_up(len(scheduled))
-        moved = self._write(staging.fields, scheduled, states, rows)
-        kind = max((state.kind for state in states), key=KINDS.index)
-        if kind != "greedy":
-            self._write_params(staging.fields.params, scheduled, states, rows)
-        self._fields.all.copy_(staging.fields.all, non_blocking=True)
-        self._copy_tables(staging, scheduled)
+        starts_N = np.array([request.start for request in scheduled], dtype=np.int64)
+        moved = states != self._states
         if moved:
-            given, fed = self._fields.token[:rows], self._token_ids[self._fields.previous[:rows]]
+            self._place(states)
+            self._write_tokens(starts_N, states)
+            self._write_params(states)
+        edits = self._write_tables(staging, scheduled)
+        self._write_positions(starts_N)
+        rows, kind = self._num_rows, self._kind
+        staging.fields.all.copy_(self._host.all)
+        self._fields.all.copy_(staging.fields.all, non_blocking=True)
+        for group, count in enumerate(edits):
+            if count:
+                places, blocks = self._fields.edits_GM[group, :count], self._fields.blocks_GM[group, :count]
+                self._tables_GMB[group].view(-1).scatter_(0, places, blocks)
+        if moved:
+            given, fed = self._fields.token_M[:rows], self._token_ids[self._fields.previous_M[:rows]]
             self._token_ids[:rows] = torch.where(given != PLACEHOLDER, given, fed)
         self._run((rows, kind), self._step_of(rows, kind))
         staging.result.copy_(self._result, non_blocking=True)
         if staging.event is not None:
             staging.event.record()
-        return PendingDecode(staging, len(scheduled))
+        return PendingDecode(staging, self._rows_N)
 
     @torch.inference_mode()
     def prepare(self, phases: Phases, num_requests: int = 1, kind: Kind = "greedy") -> None:
         """Run a step of so many unused rows, so that its kernels are loaded, and its graph captured, before a request
         waits for them; `phases` gets the seconds of each. For a runner without requests: what the device holds of
         their tokens is lost."""
+        self.forget_rows()
         rows = self._round_up(num_requests)
-        fields = next(self._ring).fields
-        self._write(fields, [], [], rows)
-        self._write_params(fields.params, [], [], rows)
-        self._fields.all.copy_(fields.all)
+        self._clear(0, rows)
+        self._fields.all.copy_(self._host.all)
         compute = self._step_of(rows, kind)
         with phases.time("kernels"):
             compute()
@@ -191,53 +164,106 @@ class DecodeStep:
         """Tokens were chosen elsewhere since the last launch: the next one sends what it needs."""
         self._states = None
 
-    def _write(
-        self, fields: _Fields, scheduled: Sequence[ScheduledRequest], states: list[RequestTokens], rows: int
-    ) -> bool:
-        """Fill the staging buffer; whether the tokens on the device are not those of these rows."""
-        count, size = len(scheduled), self.block_size
-        positions = [request.start for request in scheduled]
-        _put(fields.position, positions, rows, 0)
-        _put(fields.length, [position + 1 for position in positions], rows, 0)
-        for group, slots in enumerate(fields.slots):
-            found = [r.block_tables[group][r.start // size] * size + r.start % size for r in scheduled]
-            _put(slots, found, rows, -1)
-        if states == self._states:
-            return False
-        pairs = [(state, p, p < state.num_known) for state, p in zip(states, positions, strict=True)]
-        _put(fields.token, [state.known(p) if known else PLACEHOLDER for state, p, known in pairs], rows, 0)
-        _put(fields.previous, [0 if known else self._row_of[state] for state, _, known in pairs], rows, 0)
-        self._row_of = dict(zip(states, range(count), strict=True))
+    # ------------------------------------------------------------------------------------ when requests come and go
+
+    def _place(self, states: list[RequestTokens]) -> None:
+        """Give each request a row of the first ones: its own where it has one among them."""
+        count = len(states)
+        had = [self._row_of.get(state, count) for state in states]
+        taken = {row for row in had if row < count}
+        free = (row for row in range(count) if row not in taken)
+        rows = [row if row < count else next(free) for row in had]
+        self._rows_N = np.array(rows, dtype=np.int64)
+        self._num_rows = self._round_up(count)
+        self._kind = max({state.kind for state in states}, key=KINDS.index)
+        self._clear(count, self._num_rows)
+
+    def _clear(self, first: int, end: int) -> None:
+        """Make rows `first` to `end` ones without a request, which ask for nothing."""
+        if first == end:
+            return
+        host, vocab = self._host, self.model.vocab_size
+        for field in (host.position_M, host.length_M, host.token_M):
+            field[first:end] = 0
+        host.slots_GM[:, first:end] = -1
+        self._row_states[first:end] = [None] * (end - first)
+        off = RowParams(*(torch.tensor([value]) for value in (True, 0.0, 1.0, 0.0, vocab, TOP_P_OFF)))
+        for name, value in vars(off).items():
+            vars(host.params)[name][first:end] = value
+
+    def _write_tokens(self, starts_N: Ints, states: list[RequestTokens]) -> None:
+        """Where each row's token comes from: the host, or a row of the last step."""
+        rows, token, previous = self._rows_N.tolist(), self._host.token_M.numpy(), self._host.previous_M.numpy()
+        for row, state, position in zip(rows, states, starts_N.tolist(), strict=True):
+            if position < state.num_known:
+                token[row], previous[row] = state.known(position), 0
+            else:
+                token[row], previous[row] = PLACEHOLDER, self._row_of[state]
+        previous[len(rows) : self._num_rows] = 0
+        self._row_of = dict(zip(states, rows, strict=True))
         self._states = states
-        return True
 
-    def _write_params(
-        self, params: RowParams, scheduled: Sequence[ScheduledRequest], states: Sequence[RequestTokens], rows: int
-    ) -> None:
-        asked = [state.new.params for state in states]
-        vocab = self.model.vocab_size
-        numbers = [
-            0.0 if state.kind == "greedy" else uniform(state.new.seed, request.start + 1)
-            for request, state in zip(scheduled, states, strict=True)
-        ]
-        _put(params.uniform_R, numbers, rows, 0.0)
-        _put(params.greedy_R, [p.greedy for p in asked], rows, True)
-        _put(params.temperature_R, [1.0 if p.greedy else p.temperature for p in asked], rows, 1.0)
-        _put(params.min_p_R, [p.min_p for p in asked], rows, 0.0)
-        _put(params.top_k_R, [min(p.top_k, vocab) if p.top_k > 0 else vocab for p in asked], rows, vocab)
-        _put(params.top_p_R, [p.top_p if p.top_p < 1 else TOP_P_OFF for p in asked], rows, TOP_P_OFF)
-
-    def _copy_tables(self, staging: _Staging, scheduled: Sequence[ScheduledRequest]) -> None:
-        """The block tables that changed. Blocks behind a shorter table's end stay: no length reaches them."""
-        for row, request in enumerate(scheduled):
-            tables = request.block_tables
-            if tables is self._row_tables[row]:
+    def _write_params(self, states: list[RequestTokens]) -> None:
+        """What the requests ask that are new in their rows."""
+        fields, vocab = [field.numpy() for field in vars(self._host.params).values()], self.model.vocab_size
+        for row, state in zip(self._rows_N.tolist(), states, strict=True):
+            if self._row_states[row] is state:
                 continue
-            self._row_tables[row] = tables
+            self._row_states[row] = state
+            self._seeds_M[row] = state.new.seed & MASK
+            asked = state.new.params
+            values = (
+                asked.greedy,
+                0.0,  # _write_positions knows it
+                1.0 if asked.greedy else asked.temperature,
+                asked.min_p,
+                min(asked.top_k, vocab) if asked.top_k > 0 else vocab,
+                asked.top_p if asked.top_p < 1 else TOP_P_OFF,
+            )
+            for field, value in zip(fields, values, strict=True):
+                field[row] = value
+
+    # ------------------------------------------------------------------------------------------------- at every step
+
+    def _write_tables(self, staging: Staging, scheduled: Sequence[ScheduledRequest]) -> list[int]:
+        """Take in the block tables that changed: those that gained a block as edits, the others whole. Returns how many
+        edits each group has. Blocks behind a shorter table's end stay: no length reaches them."""
+        had, rows = self._row_tables, self._rows_N.tolist()
+        edits = [0] * len(self.model.kv_groups)
+        changed = [
+            (row, request.block_tables)
+            for row, request in zip(rows, scheduled, strict=True)
+            if request.block_tables is not had[row]
+        ]
+        for row, tables in changed:
             for group, table in enumerate(tables):
-                staged = staging.tables_GMB[group, row, : len(table)]
-                staged.numpy()[:] = table
-                self._tables_GMB[group, row, : len(table)].copy_(staged, non_blocking=True)
+                held = had[row]
+                count = 0 if held is None or table[: len(held[group])] != held[group] else len(held[group])
+                self._host_tables_GMB[group, row, count : len(table)] = table[count:]
+                if len(table) == count + 1:
+                    place = edits[group]
+                    edits[group] = place + 1
+                    self._edits_GM[group, place] = row * self._host_tables_GMB.shape[2] + count
+                    self._blocks_GM[group, place] = table[count]
+                elif len(table) > count:
+                    staged = staging.tables_GMB[group, row, : len(table)]
+                    staged.numpy()[:] = self._host_tables_GMB[group, row, : len(table)]
+                    self._tables_GMB[group, row, : len(table)].copy_(staged, non_blocking=True)
+            had[row] = tables
+        return edits
+
+    def _write_positions(self, starts_N: Ints) -> None:
+        """The position that each row computes, and what follows from it."""
+        rows, host = self._rows_N, self._host
+        host.position_M.numpy()[rows] = starts_N
+        host.length_M.numpy()[rows] = starts_N + 1
+        blocks_N, offsets_N = np.divmod(starts_N, self.block_size)
+        slots_GN = self._host_tables_GMB[:, rows, blocks_N].astype(np.int64) * self.block_size + offsets_N
+        host.slots_GM.numpy()[:, rows] = slots_GN
+        if self._kind != "greedy":
+            host.params.uniform_R.numpy()[rows] = uniforms(self._seeds_M[rows], starts_N + 1)
+
+    # --------------------------------------------------------------------------------------------- what computes it
 
     def _step_of(self, rows: int, kind: Kind) -> Callable[[], None]:
         if (rows, kind) not in self._steps:
@@ -248,13 +274,13 @@ class DecodeStep:
         """What computes a step of so many rows, from buffers to buffers."""
         fields = self._fields
         groups = tuple(
-            GroupMetadata(tables_MB[:rows], slots[:rows], group.window, ())
-            for tables_MB, slots, group in zip(self._tables_GMB, fields.slots, self.model.kv_groups, strict=True)
+            GroupMetadata(tables_MB[:rows], slots_M[:rows], group.window, ())
+            for tables_MB, slots_M, group in zip(self._tables_GMB, fields.slots_GM, self.model.kv_groups, strict=True)
         )
         counts = make_counts(rows, self.model.device)
-        attention = AttentionMetadata(range(rows + 1), (), self.block_size, groups, fields.length[:rows], counts)
+        attention = AttentionMetadata(range(rows + 1), (), self.block_size, groups, fields.length_M[:rows], counts)
         chosen = Chosen(self._token_ids[:rows], self._values[:rows])
-        inputs = ModelInputs(chosen.ids_R, fields.position[:rows], attention)
+        inputs = ModelInputs(chosen.ids_R, fields.position_M[:rows], attention)
         params = RowParams(**{name: tensor[:rows] for name, tensor in vars(fields.params).items()})
         choose = CHOOSERS[kind]
 
@@ -262,11 +288,3 @@ class DecodeStep:
             choose(self.model.logits(self.model(inputs, self.kv)), params, chosen)
 
         return compute
-
-
-def _put(field: torch.Tensor, values: Sequence[float], rows: int, unused: float) -> None:
-    """Write a host field: the requests' values, then one for the unused rows."""
-    array, count = field.numpy(), len(values)
-    array[:count] = values
-    if rows > count:
-        array[count:rows] = unused

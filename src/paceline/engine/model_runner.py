@@ -13,8 +13,9 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, islice
+from itertools import accumulate, chain, islice
 
+import numpy as np
 import torch
 
 from paceline.cache.kv_cache import allocate_kv, copy_block
@@ -114,7 +115,7 @@ class ModelRunner:
         if self.decode is None or output.branches or len(scheduled) > self.decode.max_rows:
             return None
         states = [self._requests[request.request_id] for request in scheduled]
-        if not all(map(fits, scheduled, states)):
+        if not fits(scheduled, states):
             return None
         self._copy(output.copies)  # a second time, where memory does not suffice, changes nothing
         try:
@@ -141,6 +142,13 @@ class ModelRunner:
         token_ids: dict[str, tuple[int, ...]] = {}
         errors: dict[str, str] = {}
         ids, fine = launched.pending.result()
+        if all(fine):
+            for state, token in zip(launched.states, ids, strict=True):
+                state.output.append(token)
+            # One of a request that ended meanwhile is there too: nobody looks for it.
+            launched.step = StepOutput(dict(zip(launched.request_ids, zip(ids, strict=True), strict=True)))
+            launched.pending, launched.states = None, ()
+            return
         for request_id, state, token, is_fine in zip(launched.request_ids, launched.states, ids, fine, strict=True):
             if self._requests.get(request_id) is not state:
                 continue  # it ended after this step was launched, and its id may be another's now
@@ -190,15 +198,16 @@ class ModelRunner:
             self._requests[branch.request_id] = replace(parent, output=output)
 
     def _inputs(self, scheduled: Sequence[ScheduledRequest]) -> ModelInputs:
-        token_ids: list[int] = []
-        positions: list[int] = []
-        query_starts = [0]
-        for request in scheduled:
-            known = self._requests[request.request_id].known
-            for position, token in enumerate(request.token_ids, start=request.start):
-                token_ids.append(known(position) if token == PLACEHOLDER else token)
-                positions.append(position)
-            query_starts.append(len(token_ids))
+        query_starts = list(accumulate((len(request.token_ids) for request in scheduled), initial=0))
+        tokens = chain.from_iterable(request.token_ids for request in scheduled)
+        token_ids_T = np.fromiter(tokens, dtype=np.int64, count=query_starts[-1])
+        # Each token's request, and its position there.
+        requests_T = np.repeat(np.arange(len(scheduled)), np.diff(query_starts))
+        offsets_R = np.array([request.start for request in scheduled]) - query_starts[:-1]
+        positions_T = np.arange(len(token_ids_T)) + offsets_R[requests_T]
+        for token in np.flatnonzero(token_ids_T == PLACEHOLDER).tolist():
+            state = self._requests[scheduled[requests_T[token]].request_id]
+            token_ids_T[token] = state.known(positions_T[token])
         attention = build_attention(
             query_starts,
             [request.start + len(request.token_ids) for request in scheduled],
@@ -211,7 +220,8 @@ class ModelRunner:
             ragged=self.deterministic,
         )
         device = self.model.device
-        return ModelInputs(torch.tensor(token_ids, device=device), torch.tensor(positions, device=device), attention)
+        token_ids, positions = torch.from_numpy(token_ids_T), torch.from_numpy(positions_T)
+        return ModelInputs(token_ids.to(device), positions.to(device), attention)
 
     def _score_prompts(
         self, scheduled: Sequence[ScheduledRequest], hidden_TD: torch.Tensor

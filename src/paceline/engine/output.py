@@ -67,7 +67,8 @@ class Answer:
             stop = delta.stop
             kept = kept if stop is None else delta.num_kept
         self.token_ids += token_ids[:kept]
-        self._add_logprobs(update.logprobs[:kept])
+        if update.logprobs:
+            self._add_logprobs(update.logprobs[:kept])
         if update.cumulative_logprob is not None:
             self.cumulative_logprob = update.cumulative_logprob
         if stop is not None:
@@ -146,7 +147,7 @@ class RequestState:
 
     @property
     def finished(self) -> bool:
-        return all(answer.finish_reason is not None for answer in self.answers)
+        return not any([answer.finish_reason is None for answer in self.answers])
 
     @property
     def can_show(self) -> bool:

@@ -50,6 +50,7 @@ class Request:
     `num_scored_tokens` counts positions of the prompt whose logits were, or are by a step in flight, turned into the
     log probability of the next prompt token; a recomputation does not score them again. `prompt_logprobs`: what came
     back of them, until all have and are reported; None where none are wanted. Of n answers only the first scores.
+    `stop_token_ids` end the output: the model's ends, unless ignored, and the user's.
     """
 
     __slots__ = (
@@ -70,12 +71,15 @@ class Request:
         "spec",
         "status",
         "stop_reason",
+        "stop_token_ids",
         "token_ids",
     )
 
     def __init__(self, spec: RequestSpec) -> None:
         self.spec = spec
         self.id = spec.request_id
+        eos = frozenset() if spec.params.ignore_eos else spec.eos_token_ids
+        self.stop_token_ids: frozenset[int] = eos | frozenset(spec.params.stop_token_ids)
         self.token_ids: list[int] = list(spec.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.num_computed_tokens = 0
@@ -162,12 +166,6 @@ class Request:
         self.num_computed_tokens = 0
         self.drafts = ()
 
-    @property
-    def stop_token_ids(self) -> frozenset[int]:
-        """Ids that end the output: the model's ends, unless ignored, and the user's."""
-        eos = frozenset() if self.spec.params.ignore_eos else self.spec.eos_token_ids
-        return eos | frozenset(self.spec.params.stop_token_ids)
-
     def announcement(self) -> NewRequest:
         """What the runner is told, once."""
         return self.announcement_as(self.id)
@@ -212,14 +210,11 @@ class Request:
 
         Stop ids do not stop among the first `min_tokens`. The stop reason is the user's stop id, None for the model's.
         """
-        params = self.spec.params
         for count, token in enumerate(new_token_ids, start=1):
             self.token_ids.append(token)
-            if self.num_output_tokens > params.min_tokens:
-                if token in self.spec.eos_token_ids and not params.ignore_eos:
-                    return count, "stop", None
-                if token in params.stop_token_ids:
-                    return count, "stop", token
+            if token in self.stop_token_ids and self.num_output_tokens > self.spec.params.min_tokens:
+                is_eos = token in self.spec.eos_token_ids and not self.spec.params.ignore_eos
+                return count, "stop", None if is_eos else token
             if len(self.token_ids) >= self.max_total_tokens:
                 return count, "length", None
         return len(new_token_ids), None, None

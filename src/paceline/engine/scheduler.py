@@ -184,21 +184,49 @@ class Scheduler:
         return output
 
     def _schedule_running(self, step: _Step) -> None:
-        index = rows = 0
-        while index < len(self._running):
-            request = self._running[index]
+        rows = 0
+        for request in self._running:  # preemption takes from its end, and nothing else changes it
+            if self._decode(step, request):
+                rows += 1
+                continue
+            rows += request.num_rows
             # One token is kept for each row further back, so that a long prompt never stops others' decoding.
-            budget = step.budget - (self._running.num_rows - rows - request.num_rows)
-            if request.can_step and request.num_uncomputed_tokens > 0 and not self._compute(step, request, budget):
+            while not self._advance(step, request, step.budget - (self._running.num_rows - rows)):
+                last = self._running.last()
                 if len(self._running) > 1:
-                    self._preempt(self._running.last())
+                    self._preempt(last)
                     step.preempted = True
-                    continue  # the same request again, or, if it is the one that went, the end of the list
-                if request.num_in_flight == 0:  # else what is in flight may yet end it
+                elif request.num_in_flight == 0:  # else what is in flight may yet end it
                     self._fail_for_room(request)
                     return
-            index += 1
-            rows += request.num_rows
+                if last is request:
+                    return
+
+    def _decode(self, step: _Step, request: Request) -> bool:
+        """The share of a request that computes its last token, in a block that it has: what nearly all of a large batch
+        does. False, and nothing done, where there is more to it, which `_compute` then does: this does the same."""
+        start, num_known = request.num_computed_tokens, len(request.token_ids)
+        stop = start + 1
+        if (
+            stop != num_known + request.num_placeholders
+            or stop >= request.max_total_tokens
+            or request.drafts
+            or request.drafts_in_flight
+            or isinstance(request, BeamRequest)
+        ):
+            return False
+        tables = self.cache.writable_tables(request.id, stop)
+        if tables is None:
+            return False
+        tokens = (request.token_ids[start],) if start < num_known else (PLACEHOLDER,)
+        step.put(request, ScheduledRequest(request.id, start, tokens, 0, True, tables))
+        request.num_computed_tokens = stop
+        request.num_placeholders += 1
+        return True
+
+    def _advance(self, step: _Step, request: Request, budget: int) -> bool:
+        """Whether the request has what it can get of this step, which may be nothing; False if it lacks blocks."""
+        return not request.can_step or request.num_uncomputed_tokens <= 0 or self._compute(step, request, budget)
 
     def _schedule_waiting(self, step: _Step) -> None:
         limit = self.config.scheduler.max_num_seqs
@@ -366,7 +394,9 @@ class Scheduler:
             elif isinstance(request, BeamRequest):
                 updates += self._update_beams(request, scheduled, step)
             else:
-                updates += self._update_request(request, scheduled, step)
+                update = self._update_request(request, scheduled, step)
+                if update is not None:
+                    updates.append(update)
         return updates
 
     def _update_beams(self, request: BeamRequest, scheduled: ScheduledRequest, step: StepOutput) -> list[RequestUpdate]:
@@ -379,11 +409,13 @@ class Scheduler:
         self._end(request, "stop")
         return request.answers()
 
-    def _update_request(self, request: Request, scheduled: ScheduledRequest, step: StepOutput) -> list[RequestUpdate]:
+    def _update_request(self, request: Request, scheduled: ScheduledRequest, step: StepOutput) -> RequestUpdate | None:
         new: tuple[int, ...] = ()
-        count, reason, stop_reason = 0, None, None
-        prompt_logprobs = request.add_prompt_logprobs(step.prompt_logprobs.get(request.id, ()))
-        num_computed = scheduled.start + len(scheduled.token_ids)
+        count, reason, stop_reason, prompt_logprobs = 0, None, None, None
+        if request.prompt_logprobs is not None:
+            prompt_logprobs = request.add_prompt_logprobs(step.prompt_logprobs.get(request.id, ()))
+        num_tokens = len(scheduled.token_ids)
+        num_computed = scheduled.start + num_tokens
         if scheduled.samples:
             new = step.token_ids.get(request.id, ())
             if not 1 <= len(new) <= 1 + scheduled.num_drafts:
@@ -397,22 +429,17 @@ class Scheduler:
             count, reason, stop_reason = request.append(new)
         elif not request.generates and num_computed == request.num_prompt_tokens:
             reason = "length"
-        if request.status is Status.RUNNING:
+        # A single token that fills no block commits none.
+        if request.status is Status.RUNNING and (num_tokens > 1 or num_computed % self.cache.block_size == 0):
             self.cache.commit(request.id, request.token_ids, min(num_computed, len(request.token_ids)))
         if reason is not None:
             self._end(request, reason, stop_reason)
         if not scheduled.samples and prompt_logprobs is None and reason is None:
-            return []
-        update = RequestUpdate(
-            request_id=request.id,
-            new_token_ids=new[:count],
-            logprobs=step.logprobs[request.id][:count] if request.id in step.logprobs else (),
-            finish_reason=reason,
-            stop_reason=stop_reason,
-            num_cached_tokens=request.num_cached_tokens,
-            prompt_logprobs=prompt_logprobs,
+            return None
+        logprobs = step.logprobs[request.id][:count] if request.id in step.logprobs else ()
+        return RequestUpdate(
+            request.id, new[:count], logprobs, reason, stop_reason, None, request.num_cached_tokens, prompt_logprobs
         )
-        return [update]
 
     # ------------------------------------------------------------------------------------------ questions
 

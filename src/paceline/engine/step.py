@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from paceline.sampling.logprobs import Candidates, TokenLogprobs
 from paceline.sampling.params import SamplingParams
@@ -29,8 +29,8 @@ class NewRequest:
     bad_words_token_ids: Sequence[Sequence[int]] = ()
 
 
-@dataclass(frozen=True)
-class ScheduledRequest:
+# Named tuples where a step has one a request: a frozen dataclass of seven fields takes 1.5 us to make, these 0.3.
+class ScheduledRequest(NamedTuple):
     """One request's share of a step: compute `token_ids` at positions start, start+1, ...
 
     `num_drafts` of them, the last ones, are proposed and not yet accepted. `samples`: this step reaches the end of
@@ -99,8 +99,7 @@ class StepOutput:
     candidates: Mapping[str, Candidates] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class RequestUpdate:
+class RequestUpdate(NamedTuple):
     """What one step changed for one request, as Scheduler.update() reports it: tokens after any stop are cut off.
 
     `prompt_logprobs`: those of all prompt tokens but the first, in the one update that completes them; else None.

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from paceline.tokens.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
-class Delta:
+class Delta(NamedTuple):
     """What some tokens added. `stop`: the stop string that was completed, None if none was. `num_kept`: how many of
     the given tokens belong to the output; the rest (drafts after a stop) were not looked at."""
 
@@ -53,6 +52,7 @@ class IncrementalDetokenizer:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._no_token_yet = not continues_prompt  # a first token is spelled differently
         self._no_text_yet = not continues_prompt  # and so is a first character
+        self._is_between = False  # characters: neither inside of one nor before the first
         self._num_tokens = 0
         self._held = ""  # finished characters that may begin a stop string
         self._stopped = False
@@ -61,6 +61,8 @@ class IncrementalDetokenizer:
         """Add tokens (several at once when drafts were accepted); see Delta. Nothing is added after a stop."""
         if self._stopped:
             return Delta("", None, 0)
+        if not self._stop:
+            return Delta("".join([self._token_text(token_id) for token_id in token_ids]), None, len(token_ids))
         out: list[str] = []
         for i, token_id in enumerate(token_ids):
             self._num_tokens += 1
@@ -93,11 +95,17 @@ class IncrementalDetokenizer:
         """The characters that this token completes."""
         if self._skip_special_tokens and token_id in self._tokenizer.special_token_ids:
             return ""
+        if self._is_between:
+            text = self._tokenizer.whole_text(token_id)
+            if text is not None:
+                return text
         piece = self._tokenizer.token_bytes(token_id, first=self._no_token_yet)
         if piece is None:  # an id that has no token, in the padding of the embedding
             return ""
         self._no_token_yet = False
-        return self._start(self._utf8.decode(piece))
+        text = self._start(self._utf8.decode(piece))
+        self._is_between = not self._no_text_yet and not self._utf8.getstate()[0]
+        return text
 
     def _start(self, text: str) -> str:
         if self._no_text_yet and text:

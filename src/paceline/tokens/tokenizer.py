@@ -41,7 +41,8 @@ class Tokenizer:
         self.special_token_ids = frozenset(i for i, token in added.items() if token.special)
         self.vocab_size: int = self.backend.get_vocab_size(with_added_tokens=True)
         self._rule = decode_rule(self.backend)
-        self._bytes: dict[int, bytes | None] = {}  # a memo of token_bytes, filled as ids are met
+        self._bytes: dict[int, bytes | None] = {}  # memos of token_bytes and whole_text, filled as ids are met
+        self._texts: dict[int, str | None] = {}
 
     def for_vocabulary(self, vocab_size: int) -> Tokenizer:
         """The tokenizer of a model with `vocab_size` tokens: end tokens that it does not have end nothing, and go. What
@@ -117,6 +118,16 @@ class Tokenizer:
             token = self.token_string(token_id)
             self._bytes[token_id] = None if token is None else token_bytes(self._rule, token)
         return self._bytes[token_id]
+
+    def whole_text(self, token_id: int) -> str | None:
+        """What a token adds to a text that it neither begins nor finds inside a character: "" for an id without a token,
+        None where it has less than whole characters itself."""
+        if token_id not in self._texts:
+            try:
+                self._texts[token_id] = (self.token_bytes(token_id) or b"").decode()
+            except UnicodeDecodeError:
+                self._texts[token_id] = None
+        return self._texts[token_id]
 
     def strip_start(self, text: str) -> str:
         """Remove from the beginning of a whole decoded text the space that encoding put there, if it puts one."""
