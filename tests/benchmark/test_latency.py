@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from paceline.benchmark import latency
+from paceline.benchmark import latency, process
 from paceline.benchmark.job import Job, read_job, read_result
 from paceline.benchmark.latency import Options, run
 from paceline.errors import EngineError, UsageError
@@ -138,7 +138,7 @@ def test_a_worker_that_dies_is_an_engine_error(monkeypatch, tmp_path):
     script = tmp_path / "python"
     script.write_text("#!/bin/sh\necho 'first line' >&2\necho 'Killed by the kernel' >&2\nexit 9\n")
     script.chmod(0o755)
-    monkeypatch.setattr(latency.sys, "executable", str(script))
+    monkeypatch.setattr(process.sys, "executable", str(script))
     with pytest.raises(EngineError, match="ended with code 9: Killed by the kernel"):
         latency.run_worker(Job("paceline", "x", {}, (32,), 1))
 
@@ -147,7 +147,7 @@ def test_a_worker_that_hangs_is_ended(monkeypatch, tmp_path):
     script = tmp_path / "python"
     script.write_text("#!/bin/sh\nexec sleep 30\n")
     script.chmod(0o755)
-    monkeypatch.setattr(latency.sys, "executable", str(script))
-    monkeypatch.setattr(latency, "WORKER_SECONDS", 0.3)
+    monkeypatch.setattr(process.sys, "executable", str(script))
+    monkeypatch.setattr(process, "WORKER_SECONDS", 0.3)
     with pytest.raises(EngineError, match="its process was ended after"):
         latency.run_worker(Job("paceline", "x", {}, (32,), 1))

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from paceline.benchmark import latency
+from paceline.benchmark import latency, throughput
 from paceline.benchmark.job import Context, Job, Memory, Result
 from paceline.benchmark.protocol import DECODED, Timing
+from paceline.benchmark.throughput import BatchJob, BatchResult, Run, Work
+from paceline.benchmark.workload import Workload
 from paceline.cli.app import main
 from paceline.errors import EngineError
 
@@ -166,3 +168,72 @@ def test_in_earnest(paceline: Any, tmp_path: Path) -> None:
     phases = found["results"][0]["phases"]
     assert list(phases) == ["process", "import", "device", "resolve", "tokenizer", "weights", "cache", "first token"]
     assert 0.01 < phases["process"] < 60
+
+
+# ----------------------------------------------------------------------------------------------------- throughput
+
+
+@pytest.fixture
+def batch_workers(monkeypatch: pytest.MonkeyPatch) -> list[BatchJob]:
+    jobs: list[BatchJob] = []
+
+    def run_worker(job: BatchJob) -> BatchResult:
+        jobs.append(job)
+        if job.engine == "transformers":
+            raise EngineError("no transformers here")
+        work = Work(10**12, 10**15, 10**13, 10**14)
+        runs = [Run(batch, (2.0,), 0, 128 * batch, work) for batch in job.batches]
+        if job.workload is not None:
+            runs.append(Run(None, (8.0,), 4000, 2000, work))
+        return BatchResult(
+            job.engine,
+            None,
+            job.weight_format,
+            "bfloat16",
+            "cuda",
+            {"device": "NVIDIA H100", "torch": "2.11", "python": "3.12"},
+            tuple(runs),
+            15 * 10**9,
+            bandwidth=3e12,
+            operations=7e14,
+            peak=2**34,
+            start=4.5,
+        )
+
+    monkeypatch.setattr(throughput, "run_worker", run_worker)
+    return jobs
+
+
+def test_throughput_tables(batch_workers: list[BatchJob], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--quantize", "int8", "--batch", "16", "--mixed", "--prefix", "64", "--groups", "2", "--seed", "5"]
+    assert main(["bench", "throughput", "llama-3.1-8b", "--requests", "100", "--quiet", *arguments]) == 0
+    (job,) = batch_workers
+    assert job.workload == Workload(100, 512, 256, True, 64, 2, 5)
+    assert (job.batches, job.weight_format, job.streams) == ((16,), "int8", 256)
+    captured = capsys.readouterr()
+    assert "100 requests at once, 512 in / 256 out on average, after 64 shared by 2 group(s), seed 5" in captured.out
+    rows = cells(captured.out)
+    assert ["paceline", "int8", "250.0", "750.0", "8.00", "12.50", "1,375.0", "420.0", "60%"] in rows
+    assert ["paceline", "int8", "16", "1,024.0", "15.62", "5,500.0", "430.1", "238%"] in rows
+    assert ["paceline", "int8", "4.50", "16.000"] in rows
+    assert "3,000 GB/s read, 700.0 TFLOP/s" in " ".join(captured.out.split())
+    assert captured.err == ""
+
+
+def test_throughput_of_decodes_only_as_json(batch_workers: list[BatchJob], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "throughput", "llama-3.1-8b", "--decode-only", "--batch", "4", "--json", "-", "--quiet"]) == 0
+    assert batch_workers[0].workload is None
+    found = json.loads(capsys.readouterr().out)
+    assert found["rows"][0]["batch"] == 4
+    assert found["rows"][0]["rate"] == 256
+    assert found["workload"] is None
+
+
+def test_throughput_that_cannot_be(batch_workers: list[BatchJob], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "throughput", "--decode-only"]) == 2
+    assert "nothing to measure" in capsys.readouterr().err
+    assert main(["bench", "throughput", "--json", "/no/such/place/x.json"]) == 2
+    assert "there is no such directory" in capsys.readouterr().err
+    assert not batch_workers
+    assert main(["bench", "throughput", "--against", "transformers", "--quiet"]) == 1
+    assert "not measured: transformers dense: no transformers here" in capsys.readouterr().err

@@ -6,24 +6,18 @@ No torch here: the engines have it in their own processes.
 from __future__ import annotations
 
 import dataclasses
-import json
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from paceline.benchmark import protocol
 from paceline.benchmark.job import Job, Result, read_result
+from paceline.benchmark.process import run_process
 from paceline.benchmark.shapes import read_shape
 from paceline.errors import EngineError, UsageError
 
 RIVALS = ("transformers", "gpt-fast")
-# A worker that gets stuck (a compiler, a driver) must not hang the others.
-WORKER_SECONDS = 1800.0
 
 Run = Callable[[Job], Result]
 
@@ -214,24 +208,5 @@ def _rows(results: Sequence[Result], roof: float) -> list[Row]:
 
 def run_worker(job: Job) -> Result:
     """Run `job` in a new process. Raises UsageError or EngineError with what it says."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "result.json"
-        data = json.dumps(dataclasses.asdict(dataclasses.replace(job, started=time.time())))
-        try:
-            process = subprocess.run(
-                [sys.executable, "-m", "paceline.benchmark.worker", str(path)],
-                input=data,
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=WORKER_SECONDS,
-            )
-        except subprocess.TimeoutExpired:
-            raise EngineError(f"its process was ended after {WORKER_SECONDS / 60:.0f} minutes") from None
-        if not path.exists():
-            lines = process.stderr.strip().splitlines() or ["it said nothing"]
-            raise EngineError(f"its process ended with code {process.returncode}: {lines[-1]}")
-        answer = json.loads(path.read_text())
-    if "error" in answer:
-        raise (UsageError if answer["exit_code"] == UsageError.exit_code else EngineError)(answer["error"])
-    return read_result(answer["result"])
+    data = dataclasses.asdict(dataclasses.replace(job, started=time.time()))
+    return read_result(run_process("paceline.benchmark.worker", data))

@@ -1,9 +1,13 @@
-"""The figure of `paceline bench latency`: tokens a second of each engine, and the roof over each, per precision."""
+"""The figures of `paceline bench`: tokens a second of each engine, and the roof over each, per precision."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from paceline.benchmark import throughput
 from paceline.benchmark.latency import Report, Row
 from paceline.errors import UsageError
 
@@ -23,26 +27,51 @@ def check_plot(path: str) -> None:
 def plot(report: Report, path: str, version: str) -> None:
     """Write the figure; the suffix says its kind (png, svg, pdf), `version` is paceline's. Raises UsageError for a
     suffix that says none."""
+    bars = [
+        _Bar(_label(row), row.engine, row.tokens_per_second, report.roof / row.bytes_per_token) for row in report.rows
+    ]
+    _draw(bars, "one stream", f"{report.roof / 1e9:,.0f} GB/s over bytes a token", _title(report, version), path)
+
+
+def plot_throughput(report: throughput.Report, path: str, version: str) -> None:
+    """The same of many streams."""
+    bars = []
+    for row in report.rows:
+        what = "offline" if row.batch is None else f"{row.batch} streams"
+        bars.append(_Bar(f"{row.engine}, {row.weight_format}, {what}", row.engine, row.rate, row.roof_rate))
+    roof = f"{report.bandwidth / 1e9:,.0f} GB/s and {report.operations / 1e12:,.0f} TFLOP/s"
+    _draw(bars, "many streams", roof, _title(report, version), path)
+
+
+@dataclass(frozen=True)
+class _Bar:
+    label: str
+    engine: str
+    rate: float
+    roof: float
+
+
+def _title(report: Report | throughput.Report, version: str) -> str:
+    machine: Mapping[str, Any] = report.machine
+    return f"{report.shape}, {report.dtype}, {machine['device']}, torch {machine['torch']}, paceline {version}"
+
+
+def _draw(bars: Sequence[_Bar], streams: str, roof: str, title: str, path: str) -> None:
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    rows = list(report.rows)
-    figure, axis = pyplot.subplots(figsize=(8, 1.4 + 0.42 * len(rows)))
-    places = range(len(rows))
-    rates = [row.tokens_per_second for row in rows]
-    colors = [OURS if row.engine == "paceline" else THEIRS for row in rows]
-    axis.barh(places, rates, color=colors)
-    for place, row in zip(places, rows, strict=True):
-        roof = report.roof / row.bytes_per_token
-        axis.plot([roof, roof], [place - 0.4, place + 0.4], color="black", linewidth=1.5)
-        axis.text(row.tokens_per_second, place, f" {row.tokens_per_second:,.0f}", va="center", fontsize=8)
-    axis.set_yticks(list(places), [_label(row) for row in rows], fontsize=8)
+    figure, axis = pyplot.subplots(figsize=(8, 1.4 + 0.42 * len(bars)))
+    places = range(len(bars))
+    axis.barh(places, [bar.rate for bar in bars], color=[OURS if bar.engine == "paceline" else THEIRS for bar in bars])
+    for place, bar in zip(places, bars, strict=True):
+        axis.plot([bar.roof, bar.roof], [place - 0.4, place + 0.4], color="black", linewidth=1.5)
+        axis.text(bar.rate, place, f" {bar.rate:,.0f}", va="center", fontsize=8)
+    axis.set_yticks(list(places), [bar.label for bar in bars], fontsize=8)
     axis.invert_yaxis()
-    axis.set_xlabel(f"tokens/s of one stream; the line is the roof: {report.roof / 1e9:,.0f} GB/s over bytes a token")
-    versions = f"torch {report.machine['torch']}, paceline {version}"
-    axis.set_title(f"{report.shape}, {report.dtype}, {report.machine['device']}, {versions}", fontsize=9)
+    axis.set_xlabel(f"tokens/s of {streams}; the line is the roof: {roof}")
+    axis.set_title(title, fontsize=9)
     figure.tight_layout()
     try:
         figure.savefig(path, dpi=150)

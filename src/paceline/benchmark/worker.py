@@ -6,20 +6,17 @@ start is timed as a user sees it, and no engine finds the memory, the kernels or
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from paceline.benchmark.cuda_memory import CudaMemory
 from paceline.benchmark.job import Context, Job, Memory, Result, Subject, read_job
+from paceline.benchmark.process import answer_in_file
 from paceline.benchmark.protocol import DECODED, FIRST, measure, random_prompt
-from paceline.errors import EngineError, PacelineError
+from paceline.errors import EngineError
 from paceline.phases import Phases
 
 if TYPE_CHECKING:
@@ -64,18 +61,7 @@ ENGINES: Mapping[str, Callable[[], Build]] = MappingProxyType(
 
 
 def main() -> int:
-    (path,) = sys.argv[1:]
-    job = read_job(json.load(sys.stdin))
-    try:
-        answer: dict[str, Any] = {"result": dataclasses.asdict(run(job))}
-    except PacelineError as error:
-        answer = {"error": str(error), "exit_code": error.exit_code}
-    except Exception as error:  # another engine's: whatever it raises is its row's
-        traceback.print_exc()
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        answer = {"error": f"{type(error).__name__}: {first_line}", "exit_code": PacelineError.exit_code}
-    Path(path).write_text(json.dumps(answer))
-    return 0
+    return answer_in_file(lambda data: run(read_job(data)))
 
 
 def run(job: Job) -> Result:
@@ -103,7 +89,7 @@ def run(job: Job) -> Result:
     with phases.time("first token"):
         subject.generate(prompts[0], 1)
     contexts = tuple(_measure(job, subject, prompt) for prompt in prompts)
-    counted = Memory(subject.planned, None, _peak_of_process()) if memory is None else memory.counted(subject)
+    counted = Memory(subject.planned, None, peak_of_process()) if memory is None else memory.counted(subject)
     from paceline.benchmark.bandwidth import read_bandwidth
 
     return Result(
@@ -112,7 +98,7 @@ def run(job: Job) -> Result:
         weight_format=subject.weight_format,
         dtype=subject.dtype,
         device=str(device),
-        machine=_machine(device),
+        machine=read_machine(device),
         contexts=contexts,
         step_weight_bytes=subject.step_weight_bytes,
         head_bits=subject.head_bits,
@@ -139,7 +125,8 @@ def _measure(job: Job, subject: Subject, prompt: list[int]) -> Context:
     return Context(timing, subject.step_weight_bytes + kv_bytes)
 
 
-def _peak_of_process() -> int:
+def peak_of_process() -> int:
+    """Bytes resident, at most. Raises EngineError where the system does not tell."""
     if sys.platform == "win32":
         raise EngineError("the peak memory of a process is not read on Windows: measure on Linux or macOS")
     import resource
@@ -148,7 +135,8 @@ def _peak_of_process() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux says KiB
 
 
-def _machine(device: torch.device) -> dict[str, Any]:
+def read_machine(device: torch.device) -> dict[str, Any]:
+    """What a figure depends on: the device and the versions."""
     import platform
 
     import torch

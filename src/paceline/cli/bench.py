@@ -5,14 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import click
 
 from paceline import __version__
-from paceline.benchmark.latency import Options, run
+from paceline.benchmark import throughput as throughput_bench
+from paceline.benchmark.latency import Failure, Options, run
 from paceline.benchmark.protocol import PROMPT
+from paceline.benchmark.throughput import STEP_TOKENS
+from paceline.benchmark.workload import Workload
 from paceline.cli.group import NearestGroup
 from paceline.cli.options import QUANTIZATIONS, configure_logging, debug_option, mode_option
 from paceline.errors import EngineError, UsageError
@@ -23,37 +28,65 @@ def bench() -> None:
     """Measure how fast models run here, with random weights of their true shapes."""
 
 
+Command = Callable[..., Any]
+
+
+def _with_options(command: Command, *options: Callable[[Command], Command]) -> Command:
+    """The command with options in this order."""
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _measured(command: Command) -> Command:
+    """How the model is run, where, and in which precisions."""
+    return _with_options(
+        command,
+        click.option(
+            "--dtype",
+            type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+            default="auto",
+            show_default=True,
+            help="What it is computed in; auto is the dtype that the model is published in.",
+        ),
+        click.option(
+            "--quantize",
+            multiple=True,
+            type=click.Choice(["none", *QUANTIZATIONS]),
+            help="How weights are stored; several are a row each [default: none].",
+        ),
+        click.option("--device", default="auto", show_default=True, metavar="NAME", help="cpu, cuda or cuda:N."),
+        mode_option,
+        click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads [default: every core]."),
+    )
+
+
+def _reported(command: Command) -> Command:
+    """Where figures go."""
+    return _with_options(
+        command,
+        click.option("--json", "json_path", metavar="FILE", help="Write every figure there, '-' for standard output."),
+        click.option(
+            "--plot", "plot_path", metavar="FILE", help="Draw tokens/s and their roof there (needs matplotlib)."
+        ),
+        click.option("--quiet", is_flag=True, help="No lines of progress."),
+    )
+
+
 @bench.command()
 @click.argument("shape", default="smollm2-135m")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="What it is computed in; auto is the dtype that the model is published in.",
-)
-@click.option(
-    "--quantize",
-    multiple=True,
-    type=click.Choice(["none", *QUANTIZATIONS]),
-    help="How weights are stored; several are a row each [default: none].",
-)
 @click.option(
     "--context", type=int, multiple=True, metavar="N", help=f"Tokens of the prompt; several [default: {PROMPT}]."
 )
 @click.option("--rounds", type=int, default=5, show_default=True, metavar="N", help="Figures are medians of N.")
-@click.option("--device", default="auto", show_default=True, metavar="NAME", help="cpu, cuda or cuda:N.")
-@mode_option
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads [default: every core].")
+@_measured
 @click.option(
     "--against",
     multiple=True,
     metavar="ENGINE",
     help="transformers, or gpt-fast=DIR, a checkout of it: measured in the same run; several.",
 )
-@click.option("--json", "json_path", metavar="FILE", help="Write every figure there, '-' for standard output.")
-@click.option("--plot", "plot_path", metavar="FILE", help="Draw tokens/s and their roof there (needs matplotlib).")
-@click.option("--quiet", is_flag=True, help="No lines of progress.")
+@_reported
 @debug_option
 def latency(shape: str, **options: Any) -> None:
     """Measure one stream: tokens a second, the time to the first token, the memory bandwidth used.
@@ -65,7 +98,7 @@ def latency(shape: str, **options: Any) -> None:
     configure_logging(options["debug"])
     asked = Options(
         shape,
-        weight_formats=tuple("dense" if name == "none" else name for name in options["quantize"]) or ("dense",),
+        weight_formats=_weight_formats(options["quantize"]),
         contexts=options["context"] or (PROMPT,),
         rounds=options["rounds"],
         dtype=options["dtype"],
@@ -74,28 +107,114 @@ def latency(shape: str, **options: Any) -> None:
         mode=options["mode"],
         against=options["against"],
     )
-    plot_path, json_path = options["plot_path"], options["json_path"]
-    if json_path not in (None, "-") and not Path(json_path).resolve().parent.is_dir():
-        raise UsageError(f"--json {json_path}: there is no such directory")
-    if plot_path is not None:
-        from paceline.benchmark.plot import check_plot, plot
-
-        check_plot(plot_path)
+    plot = _check_paths(options)
     report = run(asked, tell=_nothing if options["quiet"] else _tell)
-    command = " ".join(["paceline", *sys.argv[1:]])
-    text = json.dumps({"command": command, "paceline": __version__, **dataclasses.asdict(report)}, indent=2)
-    if json_path == "-":
-        click.echo(text)
-    else:
-        if json_path is not None:
-            Path(json_path).write_text(text + "\n")
+    if _write_json(report, options["json_path"]):
         from paceline.cli.bench_tables import print_report
 
         print_report(report, __version__)
-    if plot_path is not None:
-        plot(report, plot_path, __version__)
-    if report.failures:
-        failed = "; ".join(f"{one.engine} {one.weight_format}: {one.error}" for one in report.failures)
+    if plot is not None:
+        plot.plot(report, options["plot_path"], __version__)
+    _fail_for(report.failures)
+
+
+@bench.command()
+@click.argument("shape", default="smollm2-135m")
+@click.option("--requests", type=int, default=256, show_default=True, metavar="N", help="Requests, all at once.")
+@click.option("--input-len", type=int, default=512, show_default=True, metavar="N", help="Tokens of a prompt.")
+@click.option("--output-len", type=int, default=256, show_default=True, metavar="N", help="Tokens of an answer.")
+@click.option("--mixed", is_flag=True, help="Lengths are drawn, log-normal, with those as their means.")
+@click.option("--prefix", type=int, default=0, metavar="N", help="Tokens before each prompt that all of a group share.")
+@click.option("--groups", type=int, default=1, show_default=True, metavar="N", help="Groups that share a prefix.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of lengths and tokens.")
+@click.option(
+    "--batch", type=int, multiple=True, metavar="N", help="Time the decodes of N streams alone, too; several."
+)
+@click.option("--decode-only", is_flag=True, help="Only the decodes of each --batch.")
+@click.option(
+    "--max-num-seqs", type=int, default=256, show_default=True, metavar="N", help="Requests that run at once."
+)
+@click.option("--step-tokens", type=int, default=STEP_TOKENS, show_default=True, metavar="N", help="Tokens of a step.")
+@click.option("--rounds", type=int, default=3, show_default=True, metavar="N", help="Figures are medians of N.")
+@_measured
+@click.option(
+    "--against", multiple=True, metavar="ENGINE", help="transformers, in batches padded on the left: in the same run."
+)
+@_reported
+@debug_option
+def throughput(shape: str, **options: Any) -> None:
+    """Measure many streams: tokens a second of requests that come all at once, and of decodes alone.
+
+    SHAPE is a name (smollm2-135m, llama-3.1-8b, ...), a config.json or a directory that holds one. The weights and the
+    prompts are random; every answer has its whole length, greedily. One call of LLM.generate is timed by the wall
+    clock. Each engine and precision runs in a process of its own, one after the other.
+    """
+    configure_logging(options["debug"])
+    asked = throughput_bench.Options(
+        shape,
+        Workload(
+            options["requests"],
+            options["input_len"],
+            options["output_len"],
+            options["mixed"],
+            options["prefix"],
+            options["groups"],
+            options["seed"],
+        ),
+        offline=not options["decode_only"],
+        batches=options["batch"],
+        weight_formats=_weight_formats(options["quantize"]),
+        rounds=options["rounds"],
+        streams=options["max_num_seqs"],
+        step_tokens=options["step_tokens"],
+        dtype=options["dtype"],
+        device=options["device"],
+        threads=options["threads"],
+        against=options["against"],
+        mode=options["mode"],
+    )
+    plot = _check_paths(options)
+    report = throughput_bench.run(asked, tell=_nothing if options["quiet"] else _tell)
+    if _write_json(report, options["json_path"]):
+        from paceline.cli.throughput_tables import print_report
+
+        print_report(report, __version__)
+    if plot is not None:
+        plot.plot_throughput(report, options["plot_path"], __version__)
+    _fail_for(report.failures)
+
+
+def _weight_formats(names: Sequence[str]) -> tuple[str, ...]:
+    return tuple("dense" if name == "none" else name for name in names) or ("dense",)
+
+
+def _check_paths(options: Mapping[str, Any]) -> ModuleType | None:
+    """What draws, where a figure is asked for. Raises UsageError before anything is measured for nothing."""
+    json_path, plot_path = options["json_path"], options["plot_path"]
+    if json_path not in (None, "-") and not Path(json_path).resolve().parent.is_dir():
+        raise UsageError(f"--json {json_path}: there is no such directory")
+    if plot_path is None:
+        return None
+    from paceline.benchmark import plot
+
+    plot.check_plot(plot_path)
+    return plot
+
+
+def _write_json(report: Any, path: str | None) -> bool:
+    """Whether tables are to be shown: not beside a JSON on standard output."""
+    command = " ".join(["paceline", *sys.argv[1:]])
+    text = json.dumps({"command": command, "paceline": __version__, **dataclasses.asdict(report)}, indent=2)
+    if path == "-":
+        click.echo(text)
+    elif path is not None:
+        Path(path).write_text(text + "\n")
+    return path != "-"
+
+
+def _fail_for(failures: Sequence[Failure]) -> None:
+    if failures:
+        failed = "; ".join(f"{one.engine} {one.weight_format}: {one.error}" for one in failures)
         raise EngineError(f"not measured: {failed}")
 
 

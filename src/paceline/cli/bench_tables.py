@@ -8,22 +8,17 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from paceline.benchmark import throughput
 from paceline.benchmark.job import Result, at_once
-from paceline.benchmark.latency import Report
+from paceline.benchmark.latency import Failure, Report
 from paceline.benchmark.protocol import FIRST, LAST
 from paceline.sizing import GIB
 
 
 def print_report(report: Report, version: str) -> None:
     """`version`: paceline's own."""
-    console = Console(highlight=False)
-    if not console.is_terminal:  # a file has no width
-        console = Console(highlight=False, width=140)
-    machine = report.machine
-    theirs = {result.engine: result.version for result in report.results if result.version is not None}
-    named = {"paceline": version, "torch": machine["torch"], "python": machine["python"], **theirs}
-    versions = ", ".join(f"{name} {number}" for name, number in named.items())
-    console.print(f"[bold]{report.shape}[/bold]  {report.dtype}, {machine['device']} ({report.device}), {versions}\n")
+    console = make_console()
+    print_head(console, report, version)
     console.print(_speeds(report))
     console.print(
         f"[dim]Tokens {FIRST} to {LAST} after the prompt, greedy, medians of {report.rounds} rounds, random weights. "
@@ -31,13 +26,31 @@ def print_report(report: Report, version: str) -> None:
     )
     console.print(_starts(report.results))
     console.print(_memory(report.results))
-    for failure in report.failures:
+    print_failures(console, report.failures)
+
+
+def make_console() -> Console:
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=140)  # a file has no width
+
+
+def print_head(console: Console, report: Report | throughput.Report, version: str) -> None:
+    """What was measured, where, in which versions."""
+    machine = report.machine
+    theirs = {result.engine: result.version for result in report.results if result.version is not None}
+    named = {"paceline": version, "torch": machine["torch"], "python": machine["python"], **theirs}
+    versions = ", ".join(f"{name} {number}" for name, number in named.items())
+    console.print(f"[bold]{report.shape}[/bold]  {report.dtype}, {machine['device']} ({report.device}), {versions}\n")
+
+
+def print_failures(console: Console, failures: Sequence[Failure]) -> None:
+    for failure in failures:
         console.print(f"[red]{failure.engine} {failure.weight_format} ✗[/red] {failure.error}", markup=True)
 
 
 def _speeds(report: Report) -> Table:
     heads = {(result.engine, result.weight_format): result.head_bits for result in report.results}
-    table = _table(
+    table = make_table(
         "One stream",
         ("engine", "weights"),
         ("prompt", "tok/s", "ms", "GB/token", "GB/s", "of roof", "TTFT ms", "ratio"),
@@ -60,7 +73,9 @@ def _speeds(report: Report) -> Table:
 
 def _starts(results: Sequence[Result]) -> Table:
     phases = list(dict.fromkeys(name for result in results for name in result.phases))
-    table = _table("Seconds to the first token, from the start of the process", ("engine", "weights"), (*phases, "all"))
+    table = make_table(
+        "Seconds to the first token, from the start of the process", ("engine", "weights"), (*phases, "all")
+    )
     for result in results:
         cells = [f"{result.phases[name]:,.2f}" if name in result.phases else "" for name in phases]
         table.add_row(result.engine, result.weight_format, *cells, f"{sum(result.phases.values()):,.2f}")
@@ -73,7 +88,7 @@ def _memory(results: Sequence[Result]) -> Table:
     parts = dict.fromkeys(part for r in results for part in (*(r.memory.planned or ()), *(r.memory.measured or ())))
     peak = "peak" if counted else "peak of the process"
     title = "GiB on the device, measured / planned" if counted else "GiB planned"
-    table = _table(title, ("engine", "weights"), (*parts, "all at once", peak))
+    table = make_table(title, ("engine", "weights"), (*parts, "all at once", peak))
     for result in results:
         memory = result.memory
         both = [sizes for sizes in (memory.measured, memory.planned) if sizes is not None]
@@ -83,7 +98,8 @@ def _memory(results: Sequence[Result]) -> Table:
     return table
 
 
-def _table(title: str, words: Sequence[str], numbers: Sequence[str]) -> Table:
+def make_table(title: str, words: Sequence[str], numbers: Sequence[str]) -> Table:
+    """With columns of words, then of numbers."""
     table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=SIMPLE_HEAD)
     for head in words:
         table.add_column(head)

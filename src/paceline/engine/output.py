@@ -147,7 +147,11 @@ class RequestState:
 
     @property
     def finished(self) -> bool:
-        return not any([answer.finish_reason is None for answer in self.answers])
+        # No all() of a generator: this is asked of every request that a step changes, and it takes 3 times as long.
+        for answer in self.answers:  # noqa: SIM110
+            if answer.finish_reason is None:
+                return False
+        return True
 
     @property
     def can_show(self) -> bool:

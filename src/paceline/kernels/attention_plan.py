@@ -75,7 +75,7 @@ def build_attention(
     number of queries (kernels/varlen_attention.py), or its plain twin; but the first `decodes` requests, of one query
     each, through the decode's.
     """
-    counts_R = np.diff(np.asarray(query_starts, dtype=np.int64))
+    counts_R: npt.NDArray[np.int64] = np.asarray(query_starts[1:], dtype=np.int64) - query_starts[:-1]
     starts_R = np.asarray(seq_lens, dtype=np.int64) - counts_R
     # Each token's request, and its position there.
     requests_T = np.repeat(np.arange(len(seq_lens)), counts_R)

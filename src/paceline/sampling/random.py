@@ -48,11 +48,13 @@ def uniforms(
     words = _mix64(seeds + golden)
     words = _mix64(words + np.uint64((stream + 1) * _GOLDEN & MASK))
     words = _mix64(words ^ _mix64(positions.astype(np.uint64) + np.uint64(2 * _GOLDEN & MASK)))
-    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    numbers: npt.NDArray[np.float64] = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return numbers
 
 
 def _mix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """mix64 of each; products of arrays drop what exceeds 64 bits."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58_476D_1CE4_E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D0_49BB_1331_11EB)
-    return values ^ (values >> np.uint64(31))
+    mixed: npt.NDArray[np.uint64] = values ^ (values >> np.uint64(31))
+    return mixed

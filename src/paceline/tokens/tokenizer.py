@@ -120,8 +120,8 @@ class Tokenizer:
         return self._bytes[token_id]
 
     def whole_text(self, token_id: int) -> str | None:
-        """What a token adds to a text that it neither begins nor finds inside a character: "" for an id without a token,
-        None where it has less than whole characters itself."""
+        """What a token adds to a text that it neither begins nor finds inside a character: "" for an id without a
+        token, None where it has less than whole characters itself."""
         if token_id not in self._texts:
             try:
                 self._texts[token_id] = (self.token_bytes(token_id) or b"").decode()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -26,19 +27,30 @@ def build_static(job: Job, device: torch.device, phases: Phases) -> Subject:
     return _build(job, device, phases, {"cache_implementation": "static"})
 
 
-def _build(job: Job, device: torch.device, phases: Phases, options: dict[str, Any]) -> Subject:
-    with phases.time("import transformers"):
-        try:
-            transformers: Any = importlib.import_module("transformers")
-        except ImportError as error:
-            raise UsageError(f"--against transformers needs it: pip install transformers ({error})") from error
-    dtype = getattr(torch, job.dtype)
-    known = {name: value for name, value in job.config.items() if name not in ("architectures", "torch_dtype")}
-    with phases.time("weights"), torch.device(device):
-        config = transformers.AutoConfig.for_model(**known)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+def load(config: Mapping[str, Any], dtype: str, device: torch.device) -> tuple[Any, str, int]:
+    """A model of the shape with random weights, transformers' version, and the bytes of weights that a step reads.
+    Raises UsageError where transformers is not installed."""
+    try:
+        transformers: Any = importlib.import_module("transformers")
+    except ImportError as error:
+        raise UsageError(f"--against transformers needs it: pip install transformers ({error})") from error
+    of = getattr(torch, dtype)
+    known = {name: value for name, value in config.items() if name not in ("architectures", "torch_dtype")}
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(**known), dtype=of
+        ).eval()
     # No end of the text: every answer has the length that is asked.
     model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
+    weights = sizing.step_weight_bytes(read_decoder_config(config), of.itemsize, stored_bytes("dense", of))
+    return model, transformers.__version__, weights
+
+
+def _build(job: Job, device: torch.device, phases: Phases, options: dict[str, Any]) -> Subject:
+    with phases.time("import transformers"), suppress(ImportError):  # load says what is missing
+        importlib.import_module("transformers")
+    with phases.time("weights"):
+        model, version, step_weight_bytes = load(job.config, job.dtype, device)
 
     def generate(prompt: Sequence[int], num_tokens: int) -> list[int]:
         ids = torch.tensor([list(prompt)], device=device)
@@ -49,11 +61,9 @@ def _build(job: Job, device: torch.device, phases: Phases, options: dict[str, An
 
     return Subject(
         generate,
-        transformers.__version__,
+        version,
         dtype=job.dtype,
         weight_format="dense",
-        step_weight_bytes=sizing.step_weight_bytes(
-            read_decoder_config(job.config), dtype.itemsize, stored_bytes("dense", dtype)
-        ),
-        head_bits=8.0 * dtype.itemsize,
+        step_weight_bytes=step_weight_bytes,
+        head_bits=8.0 * getattr(torch, job.dtype).itemsize,
     )
