@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline import sizing
+from paceline.sampling import static, steps
 from paceline.sampling.params import SamplingParams
 from paceline.sampling.random import uniform
 from paceline.sampling.sampler import SamplingRow, sample
@@ -120,3 +121,27 @@ def test_rows_in_slices_are_as_all_at_once(kind: Kind, monkeypatch: pytest.Monke
     parts = choose(kind, logits_RV, rows)
     assert torch.equal(parts.ids_R, whole.ids_R)
     torch.testing.assert_close(parts.values_R, whole.values_R, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("seed", "spread", "coarse"), [(1, 5.0, False), (2, 1.0, True)])
+def test_borders_that_are_searched_for_are_those_of_a_sort(seed: int, spread: float, coarse: bool) -> None:
+    rows = [SamplingRow(SamplingParams(**request), 7, 3) for request in REQUESTS]
+    params = as_tensors(rows)
+    logits_RV = torch.randn(len(rows), V, generator=torch.Generator().manual_seed(seed)) * spread
+    if coarse:
+        logits_RV = logits_RV.bfloat16().float()
+    logits_RV[:, 5] = -torch.inf
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    asked = [values_R.to(device) for values_R in (params.min_p_R, params.top_k_R, params.top_p_R)]
+    logits_RV = logits_RV.to(device)
+    assert torch.equal(static.filter_selected(logits_RV, *asked), steps.filter_sorted(logits_RV, *asked))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter, on the CPU")
+def test_a_batch_takes_the_search_where_the_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And chooses the sampler's tokens."""
+    monkeypatch.setattr(static, "select_refusal", lambda values_RV: None)
+    monkeypatch.setattr(steps, "filter_sorted", None)
+    rows = [SamplingRow(SamplingParams(**request), 7, index) for index, request in enumerate(REQUESTS)]
+    logits_RV = torch.randn(len(rows), V, generator=torch.Generator().manual_seed(3)) * 3
+    assert choose("filtered", logits_RV, rows).ids_R.tolist() == sample(logits_RV, rows).token_ids

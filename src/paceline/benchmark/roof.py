@@ -73,7 +73,11 @@ def read_operations(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a large matrix product, the best of a few."""
     size = PROBE_SIZE.get(device.type, PROBE_SIZE["cpu"])
     a, b = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
     best = float("inf")
     for _ in range(_PASSES + 1):  # the first loads the kernel
         wait()

@@ -15,8 +15,8 @@ import torch
 from paceline.benchmark.bandwidth import read_bandwidth
 from paceline.benchmark.process import answer_in_file
 from paceline.benchmark.protocol import DECODED, FIRST, PROMPT, measure, random_prompt
-from paceline.benchmark.roof import Costs, Work, read_operations, work_of
-from paceline.benchmark.throughput import BatchJob, BatchResult, Run, decoded_tokens, read_job
+from paceline.benchmark.roof import Costs, read_operations, work_of
+from paceline.benchmark.throughput import BatchJob, BatchResult, Run, Work, decoded_tokens, read_job
 from paceline.benchmark.worker import peak_of_process, read_machine
 from paceline.benchmark.workload import Ask, draw_asks
 from paceline.engine.device import pick_device

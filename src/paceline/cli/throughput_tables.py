@@ -22,8 +22,9 @@ def print_report(report: Report, version: str) -> None:
     console.print(
         f"[dim]Medians of {report.rounds} rounds, random weights, at most {report.streams} requests at once, "
         f"{report.step_tokens:,} tokens a step. Decodes: tokens {FIRST} to {LAST} of prompts of {PROMPT}. Roofs, "
-        f"measured: {report.bandwidth / 1e9:,.0f} GB/s read, {report.operations / 1e12:,.1f} TFLOP/s in {report.dtype}; the roof "
-        "is what the quickest engine possible would reach there. Bytes are those that it would read. Ratio: "
+        f"measured: {report.bandwidth / 1e9:,.0f} GB/s read, "
+        f"{report.operations / 1e12:,.1f} TFLOP/s of {report.dtype}; "
+        "the roof is what the quickest engine possible would reach there. Bytes are those that it would read. Ratio: "
         "paceline's tok/s over this engine's.[/dim]\n"
     )
     console.print(_processes(report))

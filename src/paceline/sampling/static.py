@@ -17,6 +17,7 @@ import torch
 
 from paceline import sizing
 from paceline.kernels.argmax import argmax, argmax_refusal
+from paceline.kernels.select import kth_largest, mass_border, select_refusal
 from paceline.sampling import steps
 from paceline.sampling.params import SamplingParams
 
@@ -53,7 +54,8 @@ def needs_history(params: SamplingParams) -> bool:
 
 
 def kind_of(params: SamplingParams) -> Kind:
-    """The least that serves the row. "filtered" sorts the vocabulary, and "drawn" sums it up, for every row."""
+    """The least that serves the row. "filtered" searches every row's vocabulary for borders, or sorts it, and "drawn"
+    sums it up."""
     if params.greedy:
         return "greedy"
     return "filtered" if params.min_p > 0 or params.top_k > 0 or params.top_p < 1 else "drawn"
@@ -85,8 +87,20 @@ def choose_drawn(logits_RV: torch.Tensor, params: RowParams, out: Chosen) -> Non
 def choose_filtered(logits_RV: torch.Tensor, params: RowParams, out: Chosen) -> None:
     """The same for any rows."""
     scaled_RV = logits_RV / params.temperature_R[:, None]
-    kept_RV = steps.filter_sorted(scaled_RV, params.min_p_R, params.top_k_R, params.top_p_R)
+    filter_rows = steps.filter_sorted if select_refusal(scaled_RV) else filter_selected
+    kept_RV = filter_rows(scaled_RV, params.min_p_R, params.top_k_R, params.top_p_R)
     _draw(logits_RV, kept_RV, params, out)
+
+
+def filter_selected(
+    logits_RV: torch.Tensor, min_p_R: torch.Tensor, top_k_R: torch.Tensor, top_p_R: torch.Tensor
+) -> torch.Tensor:
+    """steps.filter_sorted without a sort: each border is searched for by counting, and by adding, what lies above."""
+    min_p_threshold_R = logits_RV.amax(dim=1) + min_p_R.log()
+    threshold_R = torch.maximum(min_p_threshold_R, kth_largest(logits_RV, top_k_R))
+    logits_RV = logits_RV.masked_fill(logits_RV < threshold_R[:, None], -torch.inf)
+    threshold_R = mass_border(logits_RV, logits_RV.softmax(dim=1), top_p_R)
+    return logits_RV.masked_fill(logits_RV < threshold_R[:, None], -torch.inf)
 
 
 def _draw(logits_RV: torch.Tensor, kept_RV: torch.Tensor, params: RowParams, out: Chosen) -> None:
