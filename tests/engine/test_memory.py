@@ -170,7 +170,7 @@ def test_the_graphs_pool_is_one_segment_and_small_tensors():
     assert sizes_on_cuda(64).graph_reserve > 32 * 128256 * sizing.STATIC_SAMPLING_BYTES + (33 << 20)
     assert sizes_on_cuda(1, dtype=torch.float32).graph_reserve > one.graph_reserve + (31 << 20)
     without = replace(one, graphs=False)
-    assert (without.graph_pool, without.buffers(4096), one.buffers(4096)) == (0, 0, 8 * 11 + 16 + 4 * 256)
+    assert (without.graph_pool, without.buffers(4096), one.buffers(4096)) == (0, 0, 8 * 13 + 16 + 4 * 256)
 
 
 @pytest.mark.parametrize(("rows", "groups", "context"), [(1, 1, 100), (24, 2, 4096)])
