@@ -29,7 +29,7 @@ def _tanh(x):
 
 
 @triton.jit
-def _logits(products, scale, slope, distance, seen, SOFT_CAP: tl.constexpr, has_slopes: tl.constexpr):
+def log2_scores(products, scale, slope, distance, seen, SOFT_CAP: tl.constexpr, has_slopes: tl.constexpr):
     """Scores times log2(e), -inf where a query does not see the key: 2**them are the weights."""
     if SOFT_CAP > 0.0:
         scores = _tanh(products * (scale / SOFT_CAP)) * (SOFT_CAP * LOG2_E)
@@ -41,19 +41,19 @@ def _logits(products, scale, slope, distance, seen, SOFT_CAP: tl.constexpr, has_
 
 
 @triton.jit
-def _base(top):
+def softmax_base(top):
     """What weights are taken relative to. Rows that have seen no key yet: 0, since -inf - -inf is no number."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit
-def _reciprocal(total):
+def reciprocal(total):
     """1 for a row that saw no key, whose values are 0."""
     return 1.0 / tl.where(total > 0.0, total, 1.0)
 
 
 @triton.jit
-def _slots(tables_ptr, first, end, BLOCK_SIZE: tl.constexpr, N: tl.constexpr, WIDE: tl.constexpr):
+def key_slots(tables_ptr, first, end, BLOCK_SIZE: tl.constexpr, N: tl.constexpr, WIDE: tl.constexpr):
     """Where the N cached keys from position `first` on lie; from `end` on, and where a window has passed, some slot
     that is there."""
     if N % BLOCK_SIZE == 0:  # one look-up a block
@@ -105,9 +105,9 @@ def _attend_new(
         if WINDOW > 0:
             seen = seen & (distance < WINDOW)
         products = tl.sum(q.to(tl.float32) * k.to(tl.float32), 0)
-        scores = _logits(products, scale, slope, distance, seen, SOFT_CAP, has_slopes)
+        scores = log2_scores(products, scale, slope, distance, seen, SOFT_CAP, has_slopes)
         new_top = tl.maximum(top, scores)
-        shrink, weight = tl.exp2(top - _base(new_top)), tl.exp2(scores - _base(new_top))
+        shrink, weight = tl.exp2(top - softmax_base(new_top)), tl.exp2(scores - softmax_base(new_top))
         values = values * shrink[None, :] + v.to(tl.float32) * weight[None, :]
         total = total * shrink + weight
         top = new_top
@@ -126,7 +126,7 @@ def _attend_cached(
     for first in tl.range(begin, end, N, num_stages=STAGES):
         key = first + tl.arange(0, N)
         own = (key >= low) & (key < end)
-        at = _slots(tables_ptr, first, end, BLOCK_SIZE, N, WIDE) * D
+        at = key_slots(tables_ptr, first, end, BLOCK_SIZE, N, WIDE) * D
         # A slot that is not the request's own may hold anything, NaN too. A key there makes a score that is not used;
         # a value would be added, times 0: it is not read.
         if D == D_TILE:
@@ -142,10 +142,10 @@ def _attend_cached(
         if WINDOW > 0:
             seen = seen & (distance < WINDOW)
         products = tl.dot(k, q, input_precision="ieee")
-        scores = _logits(products, scale, slope[None, :], distance, seen, SOFT_CAP, has_slopes)
+        scores = log2_scores(products, scale, slope[None, :], distance, seen, SOFT_CAP, has_slopes)
         new_top = tl.maximum(top, tl.max(scores, 0))
-        weights = tl.exp2(scores - _base(new_top)[None, :])
-        shrink = tl.exp2(top - _base(new_top))
+        weights = tl.exp2(scores - softmax_base(new_top)[None, :])
+        shrink = tl.exp2(top - softmax_base(new_top))
         total = total * shrink + tl.sum(weights, 0)
         values = tl.dot(v, weights.to(v.dtype), values * shrink[None, :], input_precision="ieee")
         top = new_top
@@ -176,12 +176,12 @@ def _merge(
             cache_modifier=".cg",
         )
         new_top = tl.maximum(top, tl.max(tops, 1))
-        weights = tl.exp2(tops - _base(new_top)[:, None])
-        shrink = tl.exp2(top - _base(new_top))
+        weights = tl.exp2(tops - softmax_base(new_top)[:, None])
+        shrink = tl.exp2(top - softmax_base(new_top))
         total = total * shrink + tl.sum(totals * weights, 1)
         value = value * shrink[:, None] + tl.sum(values * tl.trans(weights)[:, :, None], 0)
         top = new_top
-    return value * _reciprocal(total)[:, None]
+    return value * reciprocal(total)[:, None]
 
 
 @triton.jit
@@ -255,7 +255,7 @@ def attend(
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
         if PREFETCH > 0 and split < splits:
-            asked = _slots(tables_ptr, begin, end, BLOCK_SIZE, PREFETCH * KEY_TILE, WIDE)
+            asked = key_slots(tables_ptr, begin, end, BLOCK_SIZE, PREFETCH * KEY_TILE, WIDE)
             _prefetch(k_ptr, asked, D, D_TILE)
             _prefetch(v_ptr, asked, D, D_TILE)
         tl.extra.cuda.gdc_wait()
@@ -294,7 +294,7 @@ def attend(
     out_ptrs = out_ptr + (token.to(tl.int64) * heads + query_head) * D
     mask = live[None, :] & (dims < D)[:, None]
     if splits == 1:
-        values *= _reciprocal(total)[None, :]
+        values *= reciprocal(total)[None, :]
         tl.store(out_ptrs[None, :] + dims[:, None], values.to(out_ptr.dtype.element_ty), mask=mask)
         return
     place = request * tl.num_programs(1) + tl.program_id(1)

@@ -19,7 +19,7 @@ import torch
 
 from paceline.kernels.gemv import BYTES, PARTS_BLOCK, Planes, device_refusal, weight_arguments
 from paceline.kernels.gemv_launch import Launch, Product, choose_launch, experts_launch
-from paceline.kernels.gpu import GPU, gpu
+from paceline.kernels.gpu import GPU, gpu, launch_options
 
 MOST_EXPERTS = 512
 # Pairs up to which one program groups them, some 64 at a step; a prompt's are sorted by torch.
@@ -319,7 +319,7 @@ def _mix(
 
 
 def _dependent(device: GPU) -> dict[str, Any]:
-    return {"PDL": device.dependent, **({"launch_pdl": True} if device.dependent else {})}
+    return {"PDL": device.dependent, **launch_options(device.dependent)}
 
 
 def _power(number: int) -> int:

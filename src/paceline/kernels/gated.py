@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from paceline.kernels.gpu import gpu, triton_refusal
+from paceline.kernels.gpu import gpu, launch_options, triton_refusal
 
 BLOCK = 2048  # channels of a program
 
@@ -47,6 +47,6 @@ def gated_rows(gate_up_TC: torch.Tensor, activation: str) -> torch.Tensor:
         ACTIVATION=activation,
         DEPENDENT=dependent,
         num_warps=8,
-        **({"launch_pdl": True} if dependent else {}),
+        **launch_options(dependent),
     )
     return y_TC

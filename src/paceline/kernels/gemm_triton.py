@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from paceline.kernels.gemv_triton import LINE_BYTES, activate, block_rows, finish_rows, load_w, prefetch_l2
+from paceline.kernels.gemv_triton import activate, block_rows, finish_rows, load_w
+from paceline.kernels.prefetch_triton import LINE_BYTES, prefetch_l2
 
 # Two bytes of a word moved into two halves, then as the CPU's branch has it, on both halves at once.
 INT8_ASM = tl.constexpr("""{ .reg .b32 a, b, m, t; mov.b32 m, 0xBF80BF80;  // -1, twice

@@ -11,8 +11,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from paceline.kernels.prefetch_triton import LINE_BYTES, prefetch_l2
-
 
 @triton.jit
 def load_w(pointers, at, width, EVEN: tl.constexpr):

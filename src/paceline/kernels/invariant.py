@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 import torch
 
-from paceline.kernels.gpu import gpu, triton_refusal
+from paceline.kernels.gpu import gpu, launch_options, triton_refusal
 
 # Rows of a product. CPU: as many as torch's int8 op takes; on a GPU 64 cost what 1 does, the reading of the weight.
 PRODUCT_ROWS: Mapping[str, int] = MappingProxyType({"cpu": 8, "cuda": 64})
@@ -113,7 +113,7 @@ def invariant_linear(
     tiles = -(-tokens // launch.t_tile) * -(-rows // launch.n_tile)
     apart = pieces > 1 and tiles < chip.processors
     parts = x_TK.new_empty((pieces, tokens, rows), dtype=torch.float32) if apart else y_TN
-    dependent = {"launch_pdl": True} if chip.dependent else {}
+    dependent = launch_options(chip.dependent)
     multiply[(tiles, pieces if apart else 1)](
         x_TK,
         weight_NK,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from paceline.kernels.gpu import gpu, triton_refusal
+from paceline.kernels.gpu import gpu, launch_options, triton_refusal
 
 TILE = 4096  # values that a program looks at at once
 # A program searches one row, and each of some 27 looks at a row of 128,256 takes it 4 us from the L2: fewer rows leave
@@ -66,7 +66,7 @@ def _search(
     if R == 0:
         return found_R
     dependent = gpu(values_RV.device).dependent
-    options: dict[str, Any] = {"DEPENDENT": dependent, **({"launch_pdl": True} if dependent else {})}
+    options: dict[str, Any] = {"DEPENDENT": dependent, **launch_options(dependent)}
     search[(R,)](
         values_RV,
         weights_RV,

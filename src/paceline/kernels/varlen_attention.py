@@ -21,7 +21,7 @@ import torch
 
 from paceline.inputs import KVLayer, Ragged
 from paceline.kernels.decode_attention import decode_attention, decode_refusal
-from paceline.kernels.gpu import gpu
+from paceline.kernels.gpu import gpu, launch_options
 
 # Of the plain twin: 16 rows are what a decode of a group of 4 fills a quarter of, and its products are fast enough.
 PLAIN_ROWS, PLAIN_KEYS = 16, 256
@@ -122,7 +122,7 @@ def varlen_attention(
         STAGES=launch.stages,
         DEPENDENT=launch.dependent,
         num_warps=launch.warps,
-        **({"launch_pdl": True} if launch.dependent else {}),
+        **launch_options(launch.dependent),
     )
     return out_THD
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from paceline.kernels.decode_attention_triton import _base, _logits, _reciprocal, _slots
+from paceline.kernels.decode_attention_triton import key_slots, log2_scores, reciprocal, softmax_base
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def _attend_tiles(
     dims = tl.arange(0, D_TILE)
     for first in tl.range(begin, end, N, num_stages=STAGES):
         key = first + tl.arange(0, N)
-        at = _slots(tables_ptr, first, last, BLOCK_SIZE, N, WIDE)[:, None] * D + dims[None, :]
+        at = key_slots(tables_ptr, first, last, BLOCK_SIZE, N, WIDE)[:, None] * D + dims[None, :]
         own = (key >= low) & (key < last)
         # What a slot that is not the request's own holds may be NaN. A key there makes a score that is not used; a
         # value would be added, times 0: it is not read.
@@ -63,10 +63,10 @@ def _attend_tiles(
             if WINDOW > 0:
                 seen = seen & (distance < WINDOW)
         products = tl.dot(q, tl.trans(k), input_precision="ieee")
-        scores = _logits(products, scale, slope[:, None], distance, seen, SOFT_CAP, has_slopes)
+        scores = log2_scores(products, scale, slope[:, None], distance, seen, SOFT_CAP, has_slopes)
         new_top = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2(scores - _base(new_top)[:, None])
-        shrink = tl.exp2(top - _base(new_top))
+        weights = tl.exp2(scores - softmax_base(new_top)[:, None])
+        shrink = tl.exp2(top - softmax_base(new_top))
         total = total * shrink + tl.sum(weights, 1)
         values = tl.dot(weights.to(v.dtype), v, values * shrink[:, None], input_precision="ieee")
         top = new_top
@@ -156,6 +156,6 @@ def attend_ragged(
         q, top, total, values, position, k_ptr, v_ptr, tables_ptr, low, whole_end, last, last, scale, slope,
         True, BLOCK_SIZE, WINDOW, SOFT_CAP, slopes_ptr is not None, KEY_TILE, D, D_TILE, WIDE, STAGES,
     )  # fmt: skip
-    values *= _reciprocal(total)[:, None]
+    values *= reciprocal(total)[:, None]
     out_ptrs = out_ptr + (token * heads + query_head)[:, None] * D + dims[None, :]
     tl.store(out_ptrs, values.to(out_ptr.dtype.element_ty), mask=live)
