@@ -57,8 +57,8 @@ class AttentionMetadata:
 
     `lens_R`: those lengths on the device, where every request has equally many queries and a kernel reads lengths and
     block tables there (kernels/decode_attention.py). Groups then have no segments, and a captured step, whose tensors
-    hold other requests at every replay, has no `seq_lens`. `ragged`: likewise, where all requests go through the kernel
-    for any number of queries.
+    hold other requests at every replay, has no `seq_lens`. `ragged`: likewise, where requests have any number of
+    queries.
     """
 
     query_starts: Sequence[int]  # R + 1

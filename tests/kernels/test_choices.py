@@ -117,8 +117,10 @@ def test_odd_columns_have_no_words_for_the_kernel(monkeypatch):
 )
 def test_a_decodes_attention_on_a_gpu(gpu, dim, attends, reason, monkeypatch):
     monkeypatch.setattr(module, "gpu", lambda device: gpu)
-    qkv, turned, attended, out = attention(dim).choices(1, torch.bfloat16, CUDA)
+    qkv, turned, attended, prompts, out = attention(dim).choices(1, torch.bfloat16, CUDA)
     assert (attended.kernel, attended.reason) == (attends, reason)
+    one_launch = "Triton, all chunks in one launch"
+    assert (prompts.kernel, prompts.reason) == (attends if reason else one_launch, reason)
     assert attended.operation == f"attention, 2 heads, 1 kv heads of {dim}"
     assert qkv.operation.startswith("qkv ")
     assert out.operation.startswith("out ")

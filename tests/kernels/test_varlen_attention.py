@@ -131,10 +131,13 @@ def test_nan_of_a_request_stays_its_own(make_batch, triton_device):
         assert_close(found[:6], expected[:6])
 
 
-@pytest.mark.parametrize("requests", [[(33, 1), (5, 1), (60, 9), (17, 17)], [(33, 1), (5, 1)], [(60, 9)]])
-def test_decodes_first_go_through_their_own_kernel(make_batch, triton_device, requests):
+@pytest.mark.parametrize(
+    ("requests", "decodes"),
+    [([(33, 1), (5, 1), (60, 9), (17, 17), (8, 1)], 2), ([(60, 9), (33, 1)], 0), ([(60, 9)], 0)],
+)
+def test_decodes_first_go_through_their_own_kernel(make_batch, triton_device, requests, decodes):
     batch = make_batch(requests, dim=16, padded=False, device=triton_device)
-    metadata, decodes = batch.metadata, sum(queries == 1 for _, queries in requests)
+    metadata = batch.metadata
     tables = batch.metadata.groups[0].block_tables_RB.tolist()
     step = build_attention(
         metadata.query_starts,
@@ -143,8 +146,7 @@ def test_decodes_first_go_through_their_own_kernel(make_batch, triton_device, re
         [None],
         block_size=4,
         device=triton_device,
-        ragged=True,
-        decodes=decodes,
+        on_device=True,
     )
     assert step.ragged.decodes == decodes
     found = mixed_attention(
@@ -245,9 +247,10 @@ def test_a_ragged_step_has_no_segments_and_runs_through_the_plain_twin(make_batc
     batch = make_batch(MIXED, padded=False)
     metadata, tables = batch.metadata, batch.metadata.groups[0].block_tables_RB.tolist()
     ragged = build_attention(
-        metadata.query_starts, metadata.seq_lens, [tables], [None], block_size=4, on_device=True, ragged=True
+        metadata.query_starts, metadata.seq_lens, [tables], [None], block_size=4, deterministic=True
     )
     assert ragged.lens_R is None
+    assert ragged.ragged.decodes == 0
     assert not ragged.groups[0].segments
     found = attention.paged_attention(batch.q_THD, batch.kv, ragged, scale=0.3)
     assert torch.equal(found, run(batch, kernel=varlen_attention_plain))

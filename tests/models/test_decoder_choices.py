@@ -32,6 +32,7 @@ def test_one_row_of_a_small_model(decoder):
         Choice("qkv 64 x 32, 16 bits a value", GEMV, count=2),
         Choice("rotary, KV write", "in the attention's kernel", count=2),
         Choice("attention, 4 heads, 2 kv heads of 8", "Triton split-KV decode", count=2),
+        Choice("attention of prompts", "Triton, all chunks in one launch", count=2),
         Choice("out 32 x 32, 16 bits a value", GEMV, count=2),
         Choice("gate_up 96 x 32, 16 bits a value", GEMV, count=2),
         Choice("down 32 x 48, 16 bits a value", GEMV, count=2),

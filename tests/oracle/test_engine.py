@@ -13,8 +13,10 @@ import torch
 
 from paceline import reference
 from paceline.config import CacheConfig, EngineConfig, SchedulerConfig, SpeculativeConfig
+from paceline.engine import model_runner
 from paceline.engine.engine import Engine, EngineRequest
 from paceline.engine.model_runner import ModelRunner
+from paceline.kernels.attention_plan import build_attention
 from paceline.sampling.logprobs import TokenLogprobs
 from paceline.sampling.params import SamplingParams
 
@@ -32,7 +34,12 @@ class Generated:
 
 
 def run_engine(
-    decoder: Any, requests: Sequence[tuple[Sequence[int], SamplingParams]], *, blocks: int = ROOMY, **options: Any
+    decoder: Any,
+    requests: Sequence[tuple[Sequence[int], SamplingParams]],
+    *,
+    blocks: int = ROOMY,
+    planned: bool = True,
+    **options: Any,
 ) -> tuple[list[Generated], Engine]:
     """All requests in one engine, invariants checked after every step."""
     config = EngineConfig(
@@ -43,7 +50,10 @@ def run_engine(
     )
     groups = decoder.kv_groups
     counts = (blocks,) * len(groups)
-    engine = Engine(config, groups, counts, ModelRunner(decoder, counts, 4))
+    runner = ModelRunner(decoder, counts, 4)
+    if not planned:
+        runner.decode_refusal = None  # as where kernels read lengths and block tables; their plain twins do it here
+    engine = Engine(config, groups, counts, runner)
     for index, (prompt, params) in enumerate(requests):
         engine.add_request(EngineRequest(str(index), prompt, params))
     tokens: dict[str, list[int]] = {}
@@ -141,6 +151,29 @@ def test_tokens_and_logprobs_are_the_references(oracle, name, prefix_cache, chun
         expected.check(prompt, generated, lambda p: run_engine(decoder, [(p, GREEDY)], **machinery)[0][0])
     preempted = engine.scheduler.stats.num_preemptions
     assert preempted > 0 if blocks == TIGHT else preempted == 0
+
+
+@pytest.mark.parametrize("speculative", [None, SpeculativeConfig()], ids=["plain", "ngram"])
+@pytest.mark.parametrize("name", ["qwen2-window", "gemma2", "bloom-six-heads"])
+def test_steps_whose_attention_is_not_planned_on_the_host(oracle, name, speculative, monkeypatch):
+    """Prompts, chunks, drafts and decodes in one step; those with one token come first, where they have a kernel."""
+    decoder, expected = oracle(name)
+    machinery = {"planned": False, "chunk": 7, "blocks": TIGHT, "speculative": speculative}
+    prompts, steps = make_prompts(96), []
+
+    def build(*args, **options):
+        steps.append(build_attention(*args, **options))
+        return steps[-1]
+
+    monkeypatch.setattr(model_runner, "build_attention", build)
+    found, _ = run_engine(decoder, [(prompt, GREEDY) for prompt in prompts], **machinery)
+    for prompt, generated in zip(prompts, found, strict=True):
+        expected.check(prompt, generated, lambda p: run_engine(decoder, [(p, GREEDY)], **machinery)[0][0])
+    ragged = [step for step in steps if step.ragged is not None]
+    assert not any(group.segments for step in steps for group in step.groups)
+    assert max(step.ragged.decodes for step in ragged) > 1
+    for step in ragged:
+        assert step.ragged.decodes == sum(end - start == 1 for start, end in itertools.pairwise(step.query_starts))
 
 
 @pytest.mark.parametrize("depth", [1, 2])

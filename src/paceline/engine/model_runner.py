@@ -185,6 +185,8 @@ class ModelRunner:
         return replace(step, errors={**step.errors, largest.request_id: message})
 
     def _compute(self, scheduled: Sequence[ScheduledRequest]) -> StepOutput:
+        # Decodes first: there they have a kernel of their own (kernels/varlen_attention.py).
+        scheduled = sorted(scheduled, key=lambda request: len(request.token_ids) > 1)
         hidden_TD = self.model(self._inputs(scheduled), self.kv)
         # Sampling comes last: what is chosen is remembered at once, and no error may follow.
         prompt_logprobs = self._score_prompts(scheduled, hidden_TD)
@@ -217,7 +219,7 @@ class ModelRunner:
             device=self.model.device,
             padded=self._padded,
             on_device=self.decode_refusal is None,
-            ragged=self.deterministic,
+            deterministic=self.deterministic,
         )
         device = self.model.device
         token_ids, positions = torch.from_numpy(token_ids_T), torch.from_numpy(positions_T)

@@ -2,7 +2,8 @@
 
 Legend: T tokens of the step, R requests of a segment, L key positions of a segment.
 
-A step is a ragged batch. Its requests fall into segments:
+A step is a ragged batch. Where kernels read lengths and block tables on the device it needs no plan but which of them
+takes which requests. Elsewhere its requests fall into segments:
 - requests with the same few queries each (a decode has one, a decode with drafts some more) and contexts of similar
   length are gathered into one padded batch;
 - any other request is a segment of its own and reads its keys without padding; when its blocks are consecutive the
@@ -12,7 +13,7 @@ A step is a ragged batch. Its requests fall into segments:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -64,16 +65,15 @@ def build_attention(
     device: torch.device | str = "cpu",
     padded: bool = True,
     on_device: bool = False,
-    ragged: bool = False,
-    decodes: int = 0,
+    deterministic: bool = False,
 ) -> AttentionMetadata:
     """The step's AttentionMetadata with its plan. `block_tables[g][r]` lists the blocks of request r in group g.
 
     `padded=False` gives every request a segment of its own: slower, and no request then reads a slot that is not
-    its own, not even under a mask. `on_device`: a kernel is there that reads lengths and tables on the device, so a
-    step whose requests have equally few queries needs no segments. `ragged`: any step goes through the kernel for any
-    number of queries (kernels/varlen_attention.py), or its plain twin; but the first `decodes` requests, of one query
-    each, through the decode's.
+    its own, not even under a mask. `on_device`: kernels are there that read lengths and tables on the device. Requests
+    with equally few queries then go through the decode's (kernels/decode_attention.py), others through that for any
+    number of queries (kernels/varlen_attention.py), but for leading ones with one query each. `deterministic`: all go
+    through the latter, or its plain twin, whatever the step.
     """
     counts_R: npt.NDArray[np.int64] = np.asarray(query_starts[1:], dtype=np.int64) - query_starts[:-1]
     starts_R = np.asarray(seq_lens, dtype=np.int64) - counts_R
@@ -81,40 +81,34 @@ def build_attention(
     requests_T = np.repeat(np.arange(len(seq_lens)), counts_R)
     positions_T = np.arange(query_starts[-1]) + (starts_R - np.asarray(query_starts[:-1], dtype=np.int64))[requests_T]
     queries = set(counts_R.tolist())
-    on_device = on_device and not ragged and len(queries) == 1 and 1 <= max(queries) <= BATCHED_QUERIES
+    equally_few = len(queries) == 1 and 1 <= max(queries) <= BATCHED_QUERIES
+    planned = not on_device and not deterministic
     groups = []
     for tables, window in zip(block_tables, windows, strict=True):
         tables_RB = _pad_tables(tables)
         slots_T = tables_RB[requests_T, positions_T // block_size].astype(np.int64) * block_size
         requests = [
-            _Request(
-                query_starts[r],
-                query_starts[r + 1] - query_starts[r],
-                seq_lens[r],
-                tables_RB[r],
-                window,
-                block_size,
-            )
-            for r in range(0 if on_device or ragged else len(seq_lens))
+            _Request(query_starts[r], query_starts[r + 1] - query_starts[r], length, tables_RB[r], window, block_size)
+            for r, length in enumerate(seq_lens if planned else ())
         ]
         groups.append(
             GroupMetadata(
                 block_tables_RB=torch.from_numpy(tables_RB).to(device),
                 slot_mapping_T=torch.from_numpy(slots_T + positions_T % block_size).to(device),
                 window=window,
-                segments=() if on_device or ragged else tuple(_segments(requests, torch.device(device), padded)),
+                segments=tuple(_segments(requests, torch.device(device), padded)),
             )
         )
-    lens_R = torch.tensor(seq_lens, dtype=torch.int32, device=device) if on_device or ragged else None
-    if ragged:
-        assert lens_R is not None
-        where = Ragged(torch.tensor(query_starts, dtype=torch.int32, device=device), lens_R, decodes)
-        counts = make_counts(decodes, device) if decodes else None
-        return AttentionMetadata(
-            tuple(query_starts), tuple(seq_lens), block_size, tuple(groups), counts=counts, ragged=where
-        )
-    counts = make_counts(len(seq_lens), device) if on_device else None
-    return AttentionMetadata(tuple(query_starts), tuple(seq_lens), block_size, tuple(groups), lens_R, counts)
+    step = AttentionMetadata(tuple(query_starts), tuple(seq_lens), block_size, tuple(groups))
+    if planned:
+        return step
+    lens_R = torch.tensor(seq_lens, dtype=torch.int32, device=device)
+    if equally_few and not deterministic:
+        return replace(step, lens_R=lens_R, counts=make_counts(len(seq_lens), device))
+    decodes = 0 if deterministic else int(np.argmin(np.append(counts_R, 0) == 1))
+    starts_R1 = torch.tensor(query_starts, dtype=torch.int32, device=device)
+    counts = make_counts(decodes, device) if decodes else None
+    return replace(step, counts=counts, ragged=Ragged(starts_R1, lens_R, decodes))
 
 
 def _pad_tables(tables: Sequence[Sequence[int]]) -> npt.NDArray[np.int32]:

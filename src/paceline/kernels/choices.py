@@ -37,7 +37,8 @@ class Explanation(tuple[Choice, ...]):
 
 
 def explain(llm_or_model: Explains, rows: int = 1) -> Explanation:
-    """What a decode of `rows` requests runs: a Choice for each distinct operation, in the order of the step.
+    """What a decode of `rows` requests runs, and the attention of prompts: a Choice for each distinct operation, in the
+    order of the step.
 
     Raises UsageError for fewer rows than 1.
     """

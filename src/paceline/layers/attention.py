@@ -19,6 +19,7 @@ from paceline.kernels.decode_attention import decode_refusal, fused_refusal, rop
 from paceline.kernels.kv_write import write_kv
 from paceline.kernels.rope_kv import QKNorm, rope_and_write_kv, rope_refusal
 from paceline.kernels.rotary import apply_rotary
+from paceline.kernels.varlen_attention import varlen_refusal
 from paceline.layers.linear import Linear
 from paceline.layers.norm import Norm
 
@@ -142,15 +143,18 @@ class Attention(nn.Module):
         return q_THD
 
     def choices(self, rows: int, dtype: torch.dtype, device: torch.device) -> list[Choice]:
-        """Of a decode, in the order of `forward`."""
-        refusal = decode_refusal(self.config.head_dim, dtype, device)
+        """Of a decode, in the order of `forward`, and beside its attention that of prompts."""
+        where = (self.config.head_dim, dtype, device)
+        refusal = decode_refusal(*where)
         attend = either(refusal, "Triton split-KV decode", "torch, planned on the host")
+        prompts = either(varlen_refusal(*where), "Triton, all chunks in one launch", "torch, planned on the host")
         if self.deterministic:
-            attend = either(refusal, "Triton, keys in one order", "torch, keys in one order")
+            attend = prompts = either(refusal, "Triton, keys in one order", "torch, keys in one order")
         return [
             *self.qkv.choices(rows, dtype, device, "qkv"),
             self._turning(dtype, device),
             Choice(f"attention, {self.extra_repr()}", *attend),
+            Choice("attention of prompts", *prompts),
             *self.out.choices(rows, dtype, device, "out"),
         ]
 
