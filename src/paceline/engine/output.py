@@ -147,7 +147,7 @@ class RequestState:
 
     @property
     def finished(self) -> bool:
-        # No all() of a generator: this is asked of every request that a step changes, and it takes 3 times as long.
+        # No all() of a generator: this is asked of every request that a step changes, and takes 3 times as long.
         for answer in self.answers:  # noqa: SIM110
             if answer.finish_reason is None:
                 return False

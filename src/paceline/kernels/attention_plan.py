@@ -112,8 +112,8 @@ def build_attention(
 
 
 def _pad_tables(tables: Sequence[Sequence[int]]) -> npt.NDArray[np.int32]:
-    """[R, B], padded with the null block; through one flat array, as torch.tensor takes 20 times as long for lists of
-    lists."""
+    """[R, B], padded with the null block; through one flat array: torch.tensor takes three times as long for 256 lists
+    of 80 to 100."""
     lengths_R = np.array([len(table) for table in tables], dtype=np.int64)
     width = int(lengths_R.max(initial=0))
     tables_RB = np.zeros((len(tables), width), dtype=np.int32)

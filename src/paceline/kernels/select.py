@@ -12,8 +12,8 @@ import torch
 from paceline.kernels.gpu import gpu, launch_options, triton_refusal
 
 TILE = 4096  # values that a program looks at at once
-# A program searches one row, and each of some 27 looks at a row of 128,256 takes it 4 us from the L2: fewer rows leave
-# most of a GPU idle, and a sort, which spreads a row over all of it, is done sooner.
+# A program searches one row, in some 27 looks at all of it: fewer rows leave most of a GPU idle, and a sort spreads a
+# row over all of it.
 LEAST_ROWS = 8
 
 

@@ -42,8 +42,8 @@ def uniform(seed: int, position: int, stream: int = 0) -> float:
 def uniforms(
     seeds: npt.NDArray[np.uint64], positions: npt.NDArray[np.int64], stream: int = 0
 ) -> npt.NDArray[np.float64]:
-    """`uniform` of each pair of a seed (its low 64 bits) and a position, by the same steps on whole arrays: 256 take
-    30 us, one by one 700."""
+    """`uniform` of each pair of a seed (its low 64 bits) and a position, by the same steps on whole arrays, which for
+    256 takes a fourteenth of the time."""
     golden = np.uint64(_GOLDEN)
     words = _mix64(seeds + golden)
     words = _mix64(words + np.uint64((stream + 1) * _GOLDEN & MASK))
