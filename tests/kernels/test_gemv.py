@@ -181,6 +181,16 @@ def test_many_rows_of_every_format_with_all_that_follows(
     assert torch.equal(first, run(x, on_device(planes), launch, None, epilogue))
 
 
+@pytest.mark.parametrize(("kind", "tokens"), [("int8", 129), ("int4", 130)])
+def test_more_rows_than_a_program_takes(kind: str, tokens: int) -> None:
+    planes, weight = random_planes(kind, 40, 264, torch.float16, group=32)
+    x = torch.randn(tokens, 264, device=DEVICE).half()
+    residual = torch.randn(tokens, 20, device=DEVICE).half()
+    epilogue = Epilogue(torch.randn(40, device=DEVICE).half(), "silu", True, residual)
+    launch = Launch(32, 128, warps=4, stages=2, split=2)
+    assert_as_exact(run(x, on_device(planes), launch, None, epilogue), x, weight, None, epilogue)
+
+
 @pytest.mark.parametrize("tokens", [9, 20, 40])
 @pytest.mark.parametrize("kind", ["dense", "int8", "fp8", "int4"])
 def test_the_launch_by_rule_of_many_rows_is_right(kind: str, tokens: int) -> None:
@@ -218,7 +228,7 @@ def test_no_rows_give_no_rows() -> None:
 @pytest.mark.parametrize(
     ("x", "kind", "columns", "reason"),
     [
-        (torch.zeros(129, 64).half(), "dense", 64, "129 rows, and the kernel takes 128"),
+        (torch.zeros(257, 64).half(), "dense", 64, "257 rows, and the kernel takes 256"),
         (torch.zeros(1, 64), "dense", 64, "dtype is torch.float32"),
         (torch.zeros(1, 66).half(), "int8", 66, "66 columns are no whole words"),
         (torch.zeros(1, 64).bfloat16(), "dense", 64, "weight is torch.float16, x torch.bfloat16"),

@@ -231,7 +231,7 @@ def _why_device(device: torch.device) -> str:
 def _linear(dtypes: list[torch.dtype], device: torch.device) -> list[str]:
     import torch
 
-    from paceline.kernels.gemv import MAX_ROWS
+    from paceline.kernels.gemv import DENSE_ROWS
     from paceline.kernels.gpu import triton_refusal
     from paceline.kernels.linear import onednn_refusal
 
@@ -242,7 +242,7 @@ def _linear(dtypes: list[torch.dtype], device: torch.device) -> list[str]:
         if device.type == "cuda":
             refusal = triton_refusal(device, dtype) or ("it is for 16 bits" if dtype == torch.float32 else None)
             how = "a Triton kernel" if refusal is None else f"no Triton kernel, as {refusal}"
-            how = f"up to {MAX_ROWS} rows {how}; else torch's F.linear"
+            how = f"up to {DENSE_ROWS} rows {how}; else torch's F.linear"
         lines.append(f"{_name(dtype)}: {how}")
     return lines
 

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import torch
 
-from paceline.kernels.gemv import Planes
+from paceline.kernels.gemv import DENSE_ROWS, Planes
 from paceline.kernels.linear import (
     PLAIN_LINEAR,
     linear_onednn,
@@ -32,7 +32,7 @@ class DenseWeight:
 
     @cached_property
     def planes(self) -> Planes:
-        return Planes("dense", self.shape, self.values_NK)
+        return Planes("dense", self.shape, self.values_NK, most_rows=DENSE_ROWS)
 
     def matmul(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
         return linear_ref(x_TK, self.values_NK, bias_N)

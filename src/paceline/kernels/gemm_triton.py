@@ -1,6 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment"
 """y = w x for several rows of x over dense, int8, fp8 and int4 weights: one kernel, which streams a weight once for up
-to 128 rows. The Triton side of kernels/gemv.py and, with a weight for each block of rows, of kernels/experts.py.
+to 128 rows, and has neighbouring programs for each 128 of more. The Triton side of kernels/gemv.py and, with a weight
+for each block of rows, of kernels/experts.py.
 
 The weight is the product's left operand: it has the many rows that the matrix unit wants (64 a warp group on Hopper,
 16 a warp elsewhere), and from memory it goes through registers only, where it is unpacked to the very numbers that a
@@ -8,7 +9,7 @@ format's `unpack` gives. x comes from the L2 cache, once for each block of the w
 the cache is what bounds it.
 
 Shapes: T rows of x, N outputs, K inputs; M columns of the product: up to as many rows of x, padded to 8, 16, 32, 64 or
-128. A program owns BLOCK_N rows of the weight, one of SPLIT parts of K and, where rows are grouped, one group of M.
+128. A program owns BLOCK_N rows of the weight, one of SPLIT parts of K and one group of M.
 """
 
 from __future__ import annotations

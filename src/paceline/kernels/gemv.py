@@ -1,6 +1,6 @@
 """y = norm(x) w^T for a few rows, with what follows it, reading the weight once in the form it is stored in.
 
-`gemv_ref` composes plain torch ops and takes anything; `gemv` runs Triton's kernels, for up to MAX_ROWS rows on CUDA
+`gemv_ref` composes plain torch ops and takes anything; `gemv` runs Triton's kernels, for up to 256 rows on CUDA
 where `gemv_refusal` finds nothing against it: kernels/gemv_row_triton.py for one row, kernels/gemv_int4_triton.py for
 up to 8 over int4, kernels/gemm_triton.py for the rest. kernels/gemv_launch.py says how they are launched.
 
@@ -15,12 +15,14 @@ from typing import Any
 import torch
 
 from paceline.kernels.activation import activate, gated
-from paceline.kernels.gemv_launch import Launch, Product, choose_launch, launch_rows
+from paceline.kernels.gemv_launch import PROGRAM_ROWS, Launch, Product, choose_launch, launch_rows
 from paceline.kernels.gpu import GPU, gpu, launch_options, triton_refusal
 from paceline.kernels.linear import linear_ref
 from paceline.kernels.norm import norm_rows, norm_shape_refusal, rms_norm
 
-MAX_ROWS = 128
+# Of packed weights, which a product of more rows writes out first: twice their bytes and again, beside its own reading.
+MAX_ROWS = 256
+DENSE_ROWS = 128  # of dense ones, which cuBLAS takes as they are
 # Rows up to which int4 has a kernel of its own. It reads all of x for 16 rows of the weight: of 16 rows of x, 4 bytes
 # from the L2 cache for each of the weight's. The general one reads it for 128.
 INT4_ROWS = 8
@@ -41,7 +43,7 @@ class Planes:
     dense: values [N, K] in x's dtype. int8 and fp8 (e4m3): values [N, K / 4], int32 words of 4 values in memory order,
     scale [N]. int4, w = (q - 8) * scale + offset: values int32 [N, tiles * group / 2] and scale bfloat16
     [N, tiles * 4, 2], (scale, offset) of each group, for whole tiles of 4 groups (formats/int4.py has the words'
-    order). Every tensor contiguous.
+    order). Every tensor contiguous. `most_rows`: of x, above which the weight is multiplied by other means.
     """
 
     format: str
@@ -49,6 +51,7 @@ class Planes:
     values: torch.Tensor
     scale: torch.Tensor | None = None
     group: int = 0
+    most_rows: int = MAX_ROWS
 
 
 def byte_planes(format: str, q_NK: torch.Tensor, scale_N: torch.Tensor) -> Planes | None:
@@ -107,8 +110,8 @@ def device_refusal(device: torch.device, dtype: torch.dtype, planes: Planes) -> 
 
 def shape_refusal(x_TK: torch.Tensor, planes: Planes, norm: Norm | None = None) -> str | None:
     """gemv_refusal without the device: what the interpreter, too, cannot take."""
-    if x_TK.shape[0] > MAX_ROWS:
-        return f"{x_TK.shape[0]} rows, and the kernel takes {MAX_ROWS}"
+    if x_TK.shape[0] > planes.most_rows:
+        return f"{x_TK.shape[0]} rows, and the kernel takes {planes.most_rows}"
     if x_TK.dtype not in (torch.bfloat16, torch.float16):
         return f"dtype is {x_TK.dtype}"
     if x_TK.shape[1] > 1 and x_TK.stride(1) != 1:
@@ -209,7 +212,7 @@ def _several_rows(
     # Allocated here: in a captured graph all layers then share one piece of the graph's pool.
     parts = None if launch.split == 1 else x_TK.new_empty((launch.split, T, N), dtype=torch.float32)
     after = _after(planes, epilogue, device, y_TN) | _strides(epilogue, y_TN) | {"parts_ptr": parts}
-    gemm_kernel[(1, -(-N // launch.block_n), launch.split)](
+    gemm_kernel[(-(-T // PROGRAM_ROWS), -(-N // launch.block_n), launch.split)](
         **weight_arguments(planes, launch, device, x_TK.dtype),
         **_matrix(x_TK, launch),
         expert_ptr=None,
@@ -292,7 +295,7 @@ def _strides(epilogue: Epilogue, y_TN: torch.Tensor) -> dict[str, Any]:
 
 def _matrix(x_TK: torch.Tensor, launch: Launch) -> dict[str, Any]:
     """The arguments of a product on the matrix unit."""
-    columns = max(8, launch_rows(x_TK.shape[0]))
+    columns = min(PROGRAM_ROWS, max(8, launch_rows(x_TK.shape[0])))
     return {
         "x_ptr": x_TK,
         "x_stride": x_TK.stride(0),

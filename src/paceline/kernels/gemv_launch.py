@@ -20,6 +20,7 @@ from typing import Any
 
 from paceline.errors import UsageError
 
+PROGRAM_ROWS = 128  # of x that a program multiplies; more take one program for each so many
 TUNED = Path(__file__).parent / "tuned"
 VARIABLE = "PACELINE_TUNED"
 
@@ -44,7 +45,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Product:
-    """What a launch is tuned for. `rows`: 1, 8, 16, 32, 64 or 128, as launch_rows makes it of the rows of x."""
+    """What a launch is tuned for. `rows`: 1, 8, 16, 32, 64, 128 or 256, as launch_rows makes it of the rows of x."""
 
     format: str
     shape: tuple[int, int]
@@ -152,16 +153,18 @@ def _many_rows(product: Product, processors: int, weights: int = 1) -> Launch:
     rows of x leave room for more columns. K is split until each has its two. `weights`: as many products in one launch.
     """
     value_bytes = {"dense": 2.0, "int4": 0.5}.get(product.format, 1.0)
-    if product.rows == 8:
+    rows = min(product.rows, PROGRAM_ROWS)
+    if rows == 8:
         block_n, block_k = 32 if product.format == "dense" else 64, 256
     else:
-        block_n, block_k = 128, min(8192 // product.rows, int(128 / value_bytes))
+        block_n, block_k = 128, min(8192 // rows, int(128 / value_bytes))
         block_k = max(128 if product.format == "int4" else 64, block_k)
-    stage_bytes = block_k * (block_n * value_bytes + product.rows * 2)
+    stage_bytes = block_k * (block_n * value_bytes + rows * 2)
     stages = int(max(2, min(4, 96 * 1024 // stage_bytes)))
     programs, steps = weights * -(-product.shape[0] // block_n), -(-product.shape[1] // block_k)
+    programs *= -(-product.rows // PROGRAM_ROWS)
     split = max(1, min(2 * processors // programs, steps // 4))
-    return Launch(block_n, block_k, warps=8 if product.rows >= 128 else 4, stages=stages, split=split)
+    return Launch(block_n, block_k, warps=8 if rows == PROGRAM_ROWS else 4, stages=stages, split=split)
 
 
 def experts_launch(product: Product, weights: int, processors: int) -> Launch:
