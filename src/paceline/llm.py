@@ -50,7 +50,8 @@ class LLM:
     """A loaded model. Use it as a context manager, or `close()` it, to give its memory back.
 
     `model`: a hub id (`org/name`, `org/name@revision`), a directory, a GGUF file or an alias. `dtype` "auto" keeps the
-    checkpoint's. `quantization`: None, "int8", "int4" or "fp8". `max_model_len` None takes the model's own.
+    checkpoint's. `quantization`: None, "int8", "int4", "fp8", or "w8a8-fp8", which also has activations in fp8 where a
+    step has many tokens. `max_model_len` None takes the model's own.
     `kv_cache_gib` None sizes the cache by the scheduler's limits within a share of free memory. `memory_gib` bounds
     weights, cache and activations on the device together. `offload` ("auto", "host", "disk") keeps the matrices off the
     device and streams them, for models larger than it; `offload_dir` is where a file of them may lie.

@@ -14,6 +14,11 @@ FLAGS = {
     "bench latency": """
         --against --context --debug --device --dtype --help --json --mode --plot --quantize --quiet --rounds --threads
     """,
+    "bench throughput": """
+        --against --batch --debug --decode-only --device --dtype --groups --help --input-len --json --max-num-seqs
+        --mixed --mode --output-len --plot --prefix --quantize --quiet --requests --rounds --seed --step-tokens
+        --threads
+    """,
     "chat": """
         --chat-template --debug --deterministic --device --dtype --help --ignore-eos --max-model-len --max-tokens
         --memory-gib --min-p --min-tokens --mode --model --model-impl --no-history --offload --offload-dir --offload-to

@@ -13,7 +13,8 @@ from paceline.config import MODES
 from paceline.errors import UsageError
 from paceline.loading.aliases import DEFAULT_MODEL
 
-QUANTIZATIONS = ("int8", "int4", "fp8")  # formats.FORMATS without dense, and without torch
+STORED = ("int8", "int4", "fp8")  # ways of storing a weight
+QUANTIZATIONS = (*STORED, "w8a8-fp8")  # formats.FORMATS without dense, and without torch
 # Options whose names are SamplingParams' own: whatever is given goes there, and its checks are the only ones.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "min_tokens", "max_tokens")
 
@@ -67,7 +68,9 @@ def engine_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--device", default="auto", show_default=True, metavar="NAME", help="cpu, cuda or cuda:N."),
         click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads [default: every core]."),
         click.option(
-            "--quantize", type=click.Choice(QUANTIZATIONS), help="Store weights in 8 or 4 bits: smaller, not lossless."
+            "--quantize",
+            type=click.Choice(QUANTIZATIONS),
+            help="Store weights in 8 or 4 bits: smaller, not lossless. w8a8-fp8: prompts are computed in fp8 too.",
         ),
         click.option(
             "--model-impl",

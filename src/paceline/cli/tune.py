@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from paceline.cli.options import QUANTIZATIONS, configure_logging, debug_option
+from paceline.cli.options import STORED, configure_logging, debug_option
 from paceline.cli.table import columns
 from paceline.errors import UsageError
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.option(
     "--quantize",
     multiple=True,
-    type=click.Choice(["none", *QUANTIZATIONS]),
+    type=click.Choice(["none", *STORED]),
     help="How weights are stored; several [default: all].",
 )
 @click.option(
@@ -69,7 +69,7 @@ def tune(model: str, **options: Any) -> None:
         if of != name:
             raise UsageError(f"{path} is a table of {of}, and this is {name}: give another --out")
         written.update(known)
-    formats = ["dense" if one == "none" else one for one in options["quantize"]] or ["dense", *QUANTIZATIONS]
+    formats = ["dense" if one == "none" else one for one in options["quantize"]] or ["dense", *STORED]
     wanted = linears(config, formats, [int(count) for count in options["rows"]] or [1])
     rows = [("linear", "rows", "by rule", "tuned", "")]
     for found in run(wanted, processors, time_on(device, dtype)):

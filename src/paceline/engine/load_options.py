@@ -77,8 +77,8 @@ class LoadOptions:
             raise UsageError(f"offload must be one of {', '.join(PLACES)}, got {self.offload!r}")
         if self.offload is not None and (self.quantization or "dense") not in STREAMED:
             raise UsageError(
-                f"offload cannot stream {self.quantization} weights, whose scales are too many to stay on the device: "
-                "use quantization='int8'"
+                f"offload cannot stream {self.quantization} weights, only those of {', '.join(STREAMED)}: use "
+                "quantization='int8'"
             )
         if self.deterministic:
             self._check_deterministic()

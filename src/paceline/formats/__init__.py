@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from paceline.formats import dense, fp8, int4, int8
+from paceline.formats import dense, fp8, int4, int8, w8a8_fp8
 from paceline.formats.chunks import CUDA_CHUNKS
 from paceline.kernels.gemv import Planes
 from paceline.kernels.linear import onednn_refusal
@@ -69,7 +69,9 @@ class Format(Protocol):
         ...
 
 
-FORMATS: Mapping[str, Format] = MappingProxyType({"dense": dense, "int8": int8, "int4": int4, "fp8": fp8})
+FORMATS: Mapping[str, Format] = MappingProxyType(
+    {"dense": dense, "int8": int8, "int4": int4, "fp8": fp8, "w8a8-fp8": w8a8_fp8}
+)
 # What the output head takes instead, whose errors reach the logits at once, and a matrix that would not gain.
 FINER: Mapping[str, str] = MappingProxyType({"int4": "int8"})
 
