@@ -16,6 +16,7 @@ from paceline.kernels.select import (
 )
 
 pytest.importorskip("triton")
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []  # so that `make test-gpu` has them
 
 INF = float("inf")
 

@@ -58,12 +58,17 @@ def test_float32_tokens_are_those_of_the_cpu(tiny_model: Callable[[str], Any], n
         assert generate(directory, params, num_blocks=40, **options) == expected  # preempted now and then
 
 
-def test_bfloat16_tokens_are_those_of_steps_without_graphs(tiny_model: Callable[[str], Any]):
-    """One request, so that both have the same shapes."""
-    directory = str(tiny_model("llama-llama3").directory)
+@pytest.mark.parametrize("name", ["llama-llama3", "mixtral", "qwen3-moe"])
+def test_bfloat16_tokens_are_those_of_steps_without_graphs(
+    tiny_model: Callable[[str], Any], name: str, caplog: pytest.LogCaptureFixture
+):
+    """One request, so that both have the same shapes; a mixture's experts are found on the device."""
+    directory = str(tiny_model(name).directory)
     params = [SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)]
     options = {"device": "cuda", "dtype": "bfloat16", "num_blocks": 64}
-    assert generate(directory, params, mode="graph", **options) == generate(directory, params, mode="eager", **options)
+    captured = generate(directory, params, mode="graph", **options)
+    assert "without CUDA graphs" not in caplog.text
+    assert captured == generate(directory, params, mode="eager", **options)
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
