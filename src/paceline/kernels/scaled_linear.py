@@ -1,5 +1,5 @@
-"""y = x w^T + b over fp8 weights with x in fp8 (e4m3) too, a scale a row each (Micikevicius et al., 2022): the matrix
-unit takes such values twice as fast as those of 16 bits, and x loses about what the weight has lost.
+"""y = x w^T + b over fp8 weights with x in fp8 (e4m3) too, a scale a row each (Micikevicius et al., 2022), on matrix
+units that multiply such values. x loses about what the weight has lost.
 
 Where no such unit is, `round_rows` takes from x what that takes, and any product follows.
 

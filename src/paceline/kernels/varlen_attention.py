@@ -136,8 +136,8 @@ def mixed_attention(
     counts: torch.Tensor | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    """varlen_attention with the first `ragged.decodes` requests through decode_attention: one program would read all of
-    a decode's context, 64 KiB a microsecond. Options and the shape of the result as there; `counts` as here."""
+    """varlen_attention with the first `ragged.decodes` requests through decode_attention: here one program
+    would read all of a decode's context. Options and the shape of the result as there; `counts` as here."""
     decodes = ragged.decodes
     out_THD = varlen_attention(
         q_THD,
