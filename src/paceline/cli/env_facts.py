@@ -253,10 +253,14 @@ def _attention(dtype: torch.dtype, device: torch.device) -> str:
 
     if device.type == "cpu":
         return "paged; torch's scaled_dot_product_attention for one request, plain products for a batch of decodes"
-    backends = ", ".join(backend.name.lower() for backend in SDPA_BACKENDS)
     refusal = triton_refusal(device, dtype)
-    decodes = "a Triton kernel" if refusal is None else f"plain products (no Triton kernel, as {refusal})"
-    return f"paged; {decodes} for decodes, else torch's scaled_dot_product_attention over {backends}"
+    if refusal is None:
+        return "paged; a Triton kernel for decodes and one for prompts and mixed steps"
+    backends = ", ".join(backend.name.lower() for backend in SDPA_BACKENDS)
+    return (
+        f"paged; no Triton kernel, as {refusal}: plain products for decodes, else torch's scaled_dot_product_attention "
+        f"over {backends}"
+    )
 
 
 def _on_gpu(dtype: torch.dtype, device: torch.device) -> str | None:

@@ -136,8 +136,9 @@ def mixed_attention(
     counts: torch.Tensor | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    """varlen_attention with the first `ragged.decodes` requests through decode_attention: here one program
-    would read all of a decode's context. Options and the shape of the result as there; `counts` as here."""
+    """varlen_attention with the first `ragged.decodes` requests through decode_attention, as one
+    program here would read all of a decode's context. Options and the shape of the result as there; `counts` is
+    decode_attention's."""
     decodes = ragged.decodes
     out_THD = varlen_attention(
         q_THD,
