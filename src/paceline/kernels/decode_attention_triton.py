@@ -184,7 +184,7 @@ def _merge(
     return value * reciprocal(total)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def attend(
     q_ptr,  # [T, H, D]; FRESH: [T, H + 2 K, D], queries, keys and values, neither normed nor turned
     cos_ptr,  # the angles of FRESH tokens, [T, F]

@@ -61,7 +61,7 @@ def route_kernel(
         left = tl.where(experts == best, -1.0, left)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "G"])
 def group_kernel(
     expert_ptr,  # int32 [P]
     group_ptr,  # int32 [G]: the expert of each group, -1 for none
@@ -103,7 +103,7 @@ def group_kernel(
         places += tl.sum(mine, 0)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def mix_kernel(
     parts_ptr,  # [SPLIT, P, D]: the experts' answers, or the parts of them that are added first
     weight_ptr,  # float32 [T, A]

@@ -177,7 +177,7 @@ def int4_product(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def gemm_kernel(
     x_ptr,  # [rows, K], rows x_stride apart
     w_ptr,  # [N, w_stride]: values, or int32 words of 4 bytes or 8 nibbles; of experts [E, N, w_stride]
@@ -270,7 +270,7 @@ def gemm_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def add_parts_kernel(
     parts_ptr,  # float32 [SPLIT, T, N], as gemm_kernel leaves it
     bias_ptr,

@@ -40,7 +40,7 @@ def nibble_floats(halves, shift, DTYPE: tl.constexpr, ASM: tl.constexpr):
     return bits.to(DTYPE, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def gemv_int4_kernel(
     x_ptr,  # [T, K], rows x_stride apart
     w_ptr,  # int16 [N, w_stride], half words

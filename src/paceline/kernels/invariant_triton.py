@@ -28,7 +28,7 @@ def _sum_piece(x_ptrs, w_ptrs, piece, T_TILE: tl.constexpr, N_TILE: tl.constexpr
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def multiply(
     x_ptr,  # [T, K], rows x_stride apart
     weight_ptr,  # [N, K], contiguous
@@ -74,7 +74,7 @@ def multiply(
     tl.store(y_ptrs, sums.to(y_ptr.dtype.element_ty), mask=(t < tokens)[:, None] & (n < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def add_pieces(
     parts_ptr,  # float32 [PIECES, T, N]
     bias_ptr,

@@ -23,6 +23,7 @@ from paceline.inputs import KVLayer, Ragged
 from paceline.kernels.decode_attention import decode_attention, decode_refusal
 from paceline.kernels.gpu import gpu, launch_options
 
+REQUESTS = 64  # of a step that the kernel is compiled for, at least: it looks at all of them
 # Of the plain twin: 16 rows are what a decode of a group of 4 fills a quarter of, and its products are fast enough.
 PLAIN_ROWS, PLAIN_KEYS = 16, 256
 
@@ -112,7 +113,7 @@ def varlen_attention(
         BLOCK_SIZE=block_size,
         WINDOW=window or 0,
         SOFT_CAP=soft_cap or 0.0,
-        R_TILE=triton.next_power_of_2(requests),
+        R_TILE=max(REQUESTS, triton.next_power_of_2(requests)),
         GROUP=group,
         ROW_TILE=launch.rows_a_tile,
         KEY_TILE=launch.keys_a_tile,

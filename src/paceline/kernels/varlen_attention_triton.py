@@ -73,7 +73,11 @@ def _attend_tiles(
     return top, total, values
 
 
-@triton.jit
+# Compiled once for all batches, not for each way in which their numbers and addresses happen to be multiples of 16.
+@triton.jit(
+    do_not_specialize=["requests", "table_stride"],
+    do_not_specialize_on_alignment=["tables_ptr", "lens_ptr", "starts_ptr"],
+)
 def attend_ragged(
     q_ptr,  # [T, H, D]
     k_ptr,
