@@ -85,9 +85,13 @@ def plain(x_TD, router_ED, values, active, normalize, residual_TD, experts_TA, w
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("tokens", "number", "active", "hidden", "inner"), [(1, 5, 2, 72, 40), (7, 3, 2, 72, 40), (20, 4, 3, 64, 136)]
+    ("kind", "tokens", "number", "active", "hidden", "inner"),
+    [
+        *((kind, 1, 5, 2, 72, 40) for kind in ("dense", "fp8", "int4")),
+        *((kind, 7, 3, 2, 72, 40) for kind in ("dense", "int8")),
+        *((kind, 20, 4, 3, 64, 136) for kind in ("int8", "fp8", "int4")),
+    ],
 )
-@pytest.mark.parametrize("kind", ["dense", "int8", "fp8", "int4"])
 def test_a_mixture_is_as_exact_as_plain_torch(kind, tokens, number, active, hidden, inner, dtype):
     experts, values = random_experts(kind, number, hidden, inner, dtype)
     router = torch.randn(number, hidden, device=DEVICE).to(dtype)
