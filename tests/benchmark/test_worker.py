@@ -141,6 +141,19 @@ def test_gpt_fast_in_a_directory_that_is_not_its_own(tiny_config, tmp_path):
     assert sys.path == before
 
 
+@pytest.mark.gpu
+def test_gpt_fast_values_of_four_bits_keep_their_places():
+    """Multiplied by the identity, the packed matrix is itself; its kernel takes values less 8."""
+    values_NK = torch.randint(0, 16, (64, 1024), dtype=torch.int32, device="cuda")
+    ones_and_zeros = torch.stack([torch.ones(32, 64), torch.zeros(32, 64)], -1).to("cuda", torch.bfloat16)
+    packed, scales_and_zeros = gpt_fast.packed_int4(
+        lambda weight, n_bit, groupsize: (values_NK, ones_and_zeros), values_NK, 32, 8
+    )
+    identity = torch.eye(1024, dtype=torch.bfloat16, device="cuda")
+    found_KN = torch.ops.aten._weight_int4pack_mm(identity, packed, 32, scales_and_zeros)
+    assert torch.equal(found_KN.T, (values_NK - 8).to(torch.bfloat16))
+
+
 def test_gpt_fast_counts_all_but_the_embedding():
     model = torch.nn.Sequential(torch.nn.Embedding(100, 8), torch.nn.Linear(8, 4), torch.nn.BatchNorm1d(4))
     assert gpt_fast._step_weight_bytes(model) == 4 * (8 * 4 + 4) + 4 * 4 * 4 + 8

@@ -29,6 +29,20 @@ def _tanh(x):
 
 
 @triton.jit
+def _dot(k, q, D_TILE: tl.constexpr):
+    """[N, D_TILE] by [D_TILE, X]. Float32 is summed one term after another, and sums of 32 at a time lose fewer digits:
+    without them the error of one query and heads of 256 is 2.1 times that of torch's product."""
+    PART: tl.constexpr = 32
+    if k.dtype == tl.float32 and D_TILE > PART:
+        k_parts = tl.permute(tl.reshape(k, [k.shape[0], D_TILE // PART, PART]), 1, 0, 2)
+        q_parts = tl.reshape(q, [D_TILE // PART, PART, q.shape[1]])
+        products = tl.sum(tl.dot(k_parts, q_parts, input_precision="ieee"), 0)
+    else:
+        products = tl.dot(k, q, input_precision="ieee")
+    return products
+
+
+@triton.jit
 def log2_scores(products, scale, slope, distance, seen, SOFT_CAP: tl.constexpr, has_slopes: tl.constexpr):
     """Scores times log2(e), -inf where a query does not see the key: 2**them are the weights."""
     if SOFT_CAP > 0.0:
@@ -141,7 +155,7 @@ def _attend_cached(
             seen = seen & (distance >= 0)
         if WINDOW > 0:
             seen = seen & (distance < WINDOW)
-        products = tl.dot(k, q, input_precision="ieee")
+        products = _dot(k, q, D_TILE)
         scores = log2_scores(products, scale, slope[None, :], distance, seen, SOFT_CAP, has_slopes)
         new_top = tl.maximum(top, tl.max(scores, 0))
         weights = tl.exp2(scores - softmax_base(new_top)[None, :])

@@ -11,6 +11,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,7 +32,8 @@ def build(job: Job, device: torch.device, phases: Phases) -> Subject:
     with phases.time("import gpt-fast"):
         theirs = _import(job.gpt_fast or "")
     arguments = model_arguments(job.config, theirs["model"])
-    dtype = getattr(torch, job.dtype)
+    # Its int4 product takes bfloat16 only.
+    dtype = torch.bfloat16 if job.weight_format == "int4" else getattr(torch, job.dtype)
     with phases.time("weights"), torch.device(device):
         torch.manual_seed(0)
         model = _quantized(theirs, theirs["model"].Transformer(arguments).to(dtype), job.weight_format, device)
@@ -59,7 +61,7 @@ def build(job: Job, device: torch.device, phases: Phases) -> Subject:
     return Subject(
         generate,
         "checkout",
-        dtype=job.dtype,
+        dtype=str(dtype).removeprefix("torch."),
         weight_format=job.weight_format,
         step_weight_bytes=step_weight_bytes,
         head_bits=8 * stored / (arguments.vocab_size * arguments.dim),
@@ -109,6 +111,7 @@ def _quantized(theirs: dict[str, Any], model: Any, weight_format: str, device: t
     if weight_format == "int8":
         handler = quantize.WeightOnlyInt8QuantHandler(model)
     elif weight_format == "int4":
+        quantize.prepare_int4_weight_and_scales_and_zeros = partial(packed_int4, quantize.group_quantize_tensor)
         handler = quantize.WeightOnlyInt4QuantHandler(model, INT4_GROUP)
     else:
         raise UsageError(f"gpt-fast has no weights in {weight_format}: it has int8 and int4")
@@ -117,6 +120,16 @@ def _quantized(theirs: dict[str, Any], model: Any, weight_format: str, device: t
     model = handler.convert_for_runtime(**_known(handler.convert_for_runtime, on_cuda))
     model.load_state_dict(state, assign=True)
     return model.to(device).eval()
+
+
+def packed_int4(
+    quantized: Callable[..., tuple[torch.Tensor, torch.Tensor]], weight: torch.Tensor, group: int, inner_k_tiles: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What its function of this name gives, for a torch that packs from bytes of two values each, the first one high
+    (2.5 and later); its last checkouts hand over an int32 a value, which such a torch refuses."""
+    values_NK, scales_and_zeros = quantized(weight, n_bit=4, groupsize=group)
+    bytes_NK = (values_NK[:, ::2] << 4 | values_NK[:, 1::2]).to(torch.uint8)
+    return torch.ops.aten._convert_weight_to_int4pack(bytes_NK, inner_k_tiles), scales_and_zeros
 
 
 def _known(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
