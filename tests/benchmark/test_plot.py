@@ -23,9 +23,9 @@ def test_it_shows_every_row_and_its_roof(answer, tmp_path):
     text = path.read_text()
     # matplotlib draws text as glyphs, and notes what they say.
     for said in (
-        "paceline, dense, 32",
-        "paceline, int8, 32",
-        "transformers static, dense, 32",
+        "paceline, dense, prompt 32",
+        "paceline, int8, prompt 32",
+        "transformers static, dense, prompt 32",
         "123",
         "45",
         "paceline 9.8.7",

@@ -64,10 +64,21 @@ def _draw(bars: Sequence[_Bar], streams: str, roof: str, title: str, path: str) 
 
     figure, axis = pyplot.subplots(figsize=(8, 1.4 + 0.42 * len(bars)))
     places = range(len(bars))
+    widest = max(bar.roof for bar in bars)
     axis.barh(places, [bar.rate for bar in bars], color=[OURS if bar.engine == "paceline" else THEIRS for bar in bars])
     for place, bar in zip(places, bars, strict=True):
         axis.plot([bar.roof, bar.roof], [place - 0.4, place + 0.4], color="black", linewidth=1.5)
-        axis.text(bar.rate, place, f" {bar.rate:,.0f}", va="center", fontsize=8)
+        inside = bar.rate > 0.1 * widest  # beyond its end a number would meet the line of the roof
+        axis.annotate(
+            f"{bar.rate:,.0f}",
+            (bar.rate, place),
+            (-4 if inside else 4, 0),
+            textcoords="offset points",
+            ha="right" if inside else "left",
+            va="center",
+            color="white" if inside else "black",
+            fontsize=8,
+        )
     axis.set_yticks(list(places), [bar.label for bar in bars], fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel(f"tokens/s of {streams}; the line is the roof: {roof}")
@@ -82,4 +93,4 @@ def _draw(bars: Sequence[_Bar], streams: str, roof: str, title: str, path: str) 
 
 
 def _label(row: Row) -> str:
-    return f"{row.engine}, {row.weight_format}, {row.context:,}"
+    return f"{row.engine}, {row.weight_format}, prompt {row.context:,}"
