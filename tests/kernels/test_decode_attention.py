@@ -248,15 +248,15 @@ def test_refusals_say_why(monkeypatch):
 @pytest.mark.parametrize(
     ("rows", "kv_heads", "dim", "itemsize", "expected"),
     [
-        (4, 8, 128, 2, (16, 64, 6)),  # Llama-3.1-8B: 128 of 132 multiprocessors, splits of 192 KiB
-        (3, 3, 64, 2, (32, 128, 6)),
-        (1, 32, 128, 2, (4, 64, 6)),
-        (71, 1, 64, 2, (16, 128, 6)),  # two tiles of rows, 16 KiB each to merge
-        (4, 200, 128, 2, (1, 64, 6)),
-        (8, 2, 256, 4, (32, 16, 6)),
+        (4, 8, 128, 2, (16, 64, 3)),  # Llama-3.1-8B: 128 of 132 multiprocessors, splits of 96 KiB
+        (3, 3, 64, 2, (32, 128, 3)),
+        (1, 32, 128, 2, (4, 64, 3)),
+        (71, 1, 64, 2, (16, 128, 3)),  # two tiles of rows, 16 KiB each to merge
+        (4, 200, 128, 2, (1, 64, 3)),
+        (8, 2, 256, 4, (32, 16, 3)),
     ],
 )
-def test_as_many_programs_as_multiprocessors_and_no_split_below_192_kib(
+def test_as_many_programs_as_multiprocessors_and_no_split_below_96_kib(
     monkeypatch, rows, kv_heads, dim, itemsize, expected
 ):
     monkeypatch.setattr(module, "gpu", lambda device: GPU("NVIDIA H100", 132, (9, 0)))

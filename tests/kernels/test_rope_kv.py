@@ -68,12 +68,13 @@ def assert_equal(qkv, rotary, norm, *, heads, kv_heads, tokens):
 )
 @pytest.mark.parametrize("rotated", [0, 6, 12])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (3, 1)])
-def test_equals_the_steps(triton_device, kind, scope, rotated, heads, kv_heads):
-    """Heads of 12: no power of two, turned wholly, in part or not at all."""
-    qkv = torch.randn(3, heads + 2 * kv_heads, 12, device=triton_device) + 1
-    rotary = angles(3, rotated, triton_device) if rotated else None
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_equals_the_steps(triton_device, kind, scope, rotated, heads, kv_heads, tokens):
+    """Heads of 12: no power of two, turned wholly, in part or not at all. 20 tokens are a tile and a part of one."""
+    qkv = torch.randn(tokens, heads + 2 * kv_heads, 12, device=triton_device) + 1
+    rotary = angles(tokens, rotated, triton_device) if rotated else None
     norm = norms(kind, scope, heads, kv_heads, 12, triton_device)
-    assert_equal(qkv, rotary, norm, heads=heads, kv_heads=kv_heads, tokens=3)
+    assert_equal(qkv, rotary, norm, heads=heads, kv_heads=kv_heads, tokens=tokens)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 5])
@@ -88,11 +89,12 @@ def test_rows_of_a_wider_tensor(triton_device):
     assert_equal(qkv, angles(3, 16, triton_device), None, heads=4, kv_heads=2, tokens=3)
 
 
-def test_a_negative_slot_writes_nothing(triton_device):
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_a_negative_slot_writes_nothing(triton_device, tokens):
     """An unused row of a captured step: every slot but that of the used row keeps its 7."""
-    qkv = torch.randn(3, 8, 16, device=triton_device)
+    qkv = torch.randn(tokens, 8, 16, device=triton_device)
     kv, _ = caches(2, 16, triton_device)
-    rope_and_write_kv(qkv, None, kv, torch.tensor([-1, 5, -1], device=triton_device))
+    rope_and_write_kv(qkv, None, kv, torch.tensor([-1, 5] + (tokens - 2) * [-1], device=triton_device))
     torch.testing.assert_close(kv.k_HSD[:, 5], qkv[1, 4:6])
     others = [slot for slot in range(24) if slot != 5]
     assert (kv.k_HSD[:, others] == 7).all()

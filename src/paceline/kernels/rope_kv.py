@@ -18,6 +18,10 @@ import torch
 from paceline.inputs import KVLayer
 from paceline.kernels.gpu import gpu, launch_options, triton_refusal
 
+# Tokens of a program where there are more: of a prompt of 2,048 tokens and the 48 heads of an 8B, one token a program
+# takes 119 us on an H100, where 50 MB read and written take 17.
+TILE = 16
+
 
 @dataclass(frozen=True)
 class QKNorm:
@@ -67,7 +71,8 @@ def rope_and_write_kv(
     cos_TF, sin_TF = (None, None) if rotary is None else (rotary[0].contiguous(), rotary[1].contiguous())
     together = norm is not None and norm.q_weight.numel() != dim
     dependent = gpu(qkv_TXD.device).dependent
-    rope_and_write[(all_heads, tokens)](
+    tile = TILE if tokens > TILE else 1
+    rope_and_write[(all_heads, -(-tokens // tile))](
         qkv_TXD,
         cos_TF,
         sin_TF,
@@ -77,6 +82,7 @@ def rope_and_write_kv(
         q_THD,
         kv.k_HSD,
         kv.v_HSD,
+        tokens,
         0.0 if norm is None else norm.eps,
         qkv_TXD.stride(0),
         qkv_TXD.stride(1),
@@ -89,9 +95,9 @@ def rope_and_write_kv(
         F=0 if cos_TF is None else cos_TF.shape[-1],
         CENTRED=norm is not None and norm.kind == "layer",
         TOGETHER=together,
-        H_TILE=triton.next_power_of_2(heads),
+        N=tile,
         DEPENDENT=dependent,
-        num_warps=4 if together else 1,
+        num_warps=1 if tile == 1 else 4,
         **launch_options(dependent),
     )
     return q_THD
