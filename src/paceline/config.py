@@ -272,6 +272,24 @@ class SchedulerConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """Over how many devices a model is split: each matrix over `tensor` of them, the layers over `pipeline` groups of
+    so many (vLLM's tensor_parallel_size and pipeline_parallel_size)."""
+
+    tensor: int = 1
+    pipeline: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}_parallel_size must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline
+
+
+@dataclass(frozen=True)
 class SpeculativeConfig:
     """n-gram prompt lookup: the longest suffix of `prompt_lookup_min..max` tokens seen before proposes the next."""
 

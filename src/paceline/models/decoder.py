@@ -208,17 +208,32 @@ class Decoder(nn.Module):
 
     def forward(self, inputs: ModelInputs, kv: Sequence[KVLayer]) -> torch.Tensor:
         """The hidden states after the final norm, [T, D] in the model's dtype. `kv`: one a layer, written in place."""
-        x_TD, rotaries = self._embed(inputs)
+        x_TD, rotaries = self.embed(inputs)
+        hidden_TD: torch.Tensor = self.norm(self.run_blocks(x_TD, rotaries, inputs, kv))
+        return hidden_TD
+
+    def embed(self, inputs: ModelInputs) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """What the first block gets, [T, D], and each rotary's cosines and sines."""
+        x_TD, rotaries = self._look_up(inputs)
         if self.positions is not None:
             x_TD = x_TD + self.positions(inputs.positions_T + (self.config.learned_position_offset or 0))
         if self.embedding_norm is not None:
             x_TD = self.embedding_norm(x_TD)
+        return x_TD, rotaries
+
+    def run_blocks(
+        self,
+        x_TD: torch.Tensor,
+        rotaries: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        inputs: ModelInputs,
+        kv: Sequence[KVLayer],
+    ) -> torch.Tensor:
+        """What the last block gives, [T, D]."""
         for block, rotary, layer_kv in zip(self.blocks, self.rotary_of_layer, kv, strict=True):
             x_TD = block(x_TD, None if rotary is None else rotaries[rotary], layer_kv, inputs.attention)
-        hidden_TD: torch.Tensor = self.norm(x_TD)
-        return hidden_TD
+        return x_TD
 
-    def _embed(self, inputs: ModelInputs) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    def _look_up(self, inputs: ModelInputs) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
         """The tokens' rows, and each rotary's cosines and sines: what reads no weight but the table's rows."""
         table_VD, positions_T = self.embedding.table_VD, inputs.positions_T
         if isinstance(table_VD, StreamedTable) or table_VD.dtype != self.dtype or embed_refusal(table_VD) is not None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from logging import INFO, WARNING
 from typing import Protocol
 
@@ -34,6 +35,9 @@ from paceline.sizing import gib
 
 log = get_logger(__name__)
 
+Split = Callable[[DecoderConfig, "CheckpointParts"], tuple[DecoderConfig, Parts]]
+"""Of the whole model what one rank builds: its config, and its parts of the checkpoint's (parallel/parts.py)."""
+
 VOCABULARY_TABLES = ("embedding.weight", "head.weight")
 # Stored by old releases of transformers, computed from the config by everyone.
 INERT_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")
@@ -51,6 +55,27 @@ class Tensors(Protocol):
     def read(self, name: str) -> torch.Tensor: ...
 
     def span(self, name: str) -> FileSpan | None: ...
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The part of a matrix that one rank holds: of each fused part some `rows`, and of them some `columns` (None:
+    all)."""
+
+    rows: tuple[range, ...]
+    columns: range | None = None
+
+    def shape(self, columns: int) -> tuple[int, int]:
+        """What it leaves of a matrix of so many columns."""
+        return sum(map(len, self.rows)), columns if self.columns is None else len(self.columns)
+
+    def by_file(self, rows: tuple[int, ...], num_files: int) -> list[list[range]]:
+        """The rows kept of each stored tensor, where the parts of `rows` rows lie in so many: one each, or all in
+        one."""
+        if num_files == len(rows):
+            return [[kept] for kept in self.rows]
+        starts = accumulate(rows, initial=0)
+        return [[range(start + kept.start, start + kept.stop) for start, kept in zip(starts, self.rows, strict=False)]]
 
 
 class CheckpointParts:
@@ -88,7 +113,12 @@ class CheckpointParts:
         """A tensor of its own memory, never a view of the checkpoint's file."""
         return self._read(name, (shape[0],), shape[1:])
 
-    def linear(self, name: str, rows: tuple[int, ...], columns: int, *, bias: bool = False) -> Linear:
+    def linear(
+        self, name: str, rows: tuple[int, ...], columns: int, *, bias: bool = False, cut: Cut | None = None
+    ) -> Linear:
+        """`rows` and `columns` are the whole matrix's, of which `cut` is read and packed."""
+        if cut is not None:
+            return self._linear_cut(name, rows, columns, bias, cut)
         bias_N = self._read(f"{name}.bias", rows, ()) if bias else None
         format = formats.head_format(self.format) if name == "head" else self._matrix_format(name, sum(rows), columns)
         if self.stream is not None:
@@ -96,6 +126,12 @@ class CheckpointParts:
             shape = (sum(rows), columns)
             return Linear(stream_matrix(self.stream, pieces, shape, dtype=self.dtype, format=format), bias_N)
         return Linear(self._pack(self._read(f"{name}.weight", rows, (columns,), self.upload), format), bias_N)
+
+    def _linear_cut(self, name: str, rows: tuple[int, ...], columns: int, bias: bool, cut: Cut) -> Linear:
+        bias_N = self._read_cut(f"{name}.bias", rows, (), replace(cut, columns=None)) if bias else None
+        head = name == "head"
+        format = formats.head_format(self.format) if head else self._matrix_format(name, *cut.shape(columns))
+        return Linear(self._pack(self._read_cut(f"{name}.weight", rows, (columns,), cut), format), bias_N)
 
     def table(self, name: str, rows: int, columns: int) -> torch.Tensor | StreamedTable:
         if self.stream is None:
@@ -161,6 +197,38 @@ class CheckpointParts:
             else:
                 part.copy_(layout.ours(self._uploaded(upload, file, span)))
         return fused
+
+    def _read_cut(self, name: str, rows: tuple[int, ...], rest: tuple[int, ...], cut: Cut) -> torch.Tensor:
+        """The rank's part of the parameter. Of a file that is mapped only the pages that hold it are read, but for
+        other layouts than ours and types that are computed."""
+        self.current = name
+        shape = cut.shape(rest[0]) if rest else (sum(map(len, cut.rows)),)
+        columns = None if cut.columns is None else slice(cut.columns.start, cut.columns.stop)
+        fused, start = torch.empty(shape, dtype=self.dtype, device=self.device), 0
+        stored = list(self._stored(name, rows, rest))
+        for (file, layout, _), ranges in zip(stored, cut.by_file(rows, len(stored)), strict=True):
+            values: torch.Tensor | None = None
+            for kept in ranges:
+                part, start = fused[start : start + len(kept)], start + len(kept)
+                span = None if columns is not None or layout != PLAIN else self._span_of(file, kept)
+                if self.upload is not None and span is not None:
+                    self.upload.add(span, part)
+                    continue
+                if values is None:
+                    values = self._values(file, layout)
+                rows_RK = values[kept.start : kept.stop]
+                part.copy_(rows_RK if columns is None else rows_RK[:, columns])
+        return fused
+
+    def _span_of(self, file: str, rows: range) -> FileSpan | None:
+        """Where some rows of a tensor lie in its file; None where they are to be read plainly."""
+        span = self.checkpoint.span(file) if self.upload is not None else None
+        if span is None or self.checkpoint.dtype(file) != self.dtype:
+            return None
+        row = span.nbytes // max(self.checkpoint.shape(file)[0], 1)
+        if len(rows) * row < FEWEST_BYTES:
+            return None
+        return FileSpan(span.path, span.offset + rows.start * row, len(rows) * row)
 
     def _uploaded(self, upload: Upload, file: str, span: FileSpan) -> torch.Tensor:
         """A tensor as it is stored, on the device."""
@@ -271,10 +339,12 @@ def load_decoder(
     quantize: str | None = None,
     stream: WeightStream | None = None,
     progress: Progress | None = None,
+    split: Split | None = None,
 ) -> Decoder:
     """The model, in `dtype` on `device`; `quantize` names the weight format of the linears (None: dense, lossless up
     to the cast to `dtype`). int4's head is int8, and so are matrices that int4 would not make smaller. With `stream`
-    matrices go into its store, and only the small tensors stay on the device. `progress` counts the bytes read.
+    matrices go into its store, and only the small tensors stay on the device. `progress` counts the bytes read. With
+    `split` it is one rank's part of the model.
 
     Raises CheckpointError for a tensor that is missing or of the wrong shape, UsageError for an unknown format,
     OutOfMemoryError where no memory is left on the way.
@@ -294,7 +364,7 @@ def load_decoder(
         stream=stream,
         progress=progress or Silent(),
     )
-    decoder = _build(config, parts, family.block)
+    decoder = _build(config, parts, family.block, split)
     tied_copy: set[str] = set()  # of the embedding: settle_tied_head has compared them
     if config.tie_embeddings:
         tied_copy.update(names_in_file({_vocabulary_names(config)[1]}, checkpoint.names(), family.prefix).values())
@@ -302,7 +372,8 @@ def load_decoder(
     other = {name for name in stored if name.startswith(OTHER_PARTS)}
     if other:
         log.warning("text only: %d tensors, of the part that sees images, are not loaded", len(other))
-    report_unused(stored - other - parts.used - tied_copy)
+    mine = parts.used if split is None else set(parts.files.values())  # what this rank leaves out others have
+    report_unused(stored - other - mine - tied_copy)
     for reason, finer in parts.finer.items():
         shown = ", ".join(finer[:3]) + (", ..." if len(finer) > 3 else "")
         used, asked = formats.FINER[parts.format], parts.format
@@ -313,15 +384,20 @@ def load_decoder(
 
 
 def _build(
-    config: DecoderConfig, parts: CheckpointParts, block: Callable[[DecoderConfig, int, Parts], nn.Module]
+    config: DecoderConfig,
+    parts: CheckpointParts,
+    block: Callable[[DecoderConfig, int, Parts], nn.Module],
+    split: Split | None,
 ) -> Decoder:
+    own: Parts
+    config, own = (config, parts) if split is None else split(config, parts)
     parts.progress.start("loading", parts.num_bytes())
     try:
         if parts.stream is not None or upload_refusal(parts.device) is not None:
-            decoder = Decoder(config, parts, block)
+            decoder = Decoder(config, own, block)
         else:
             with Upload(parts.device, parts.progress) as parts.upload:
-                decoder = Decoder(config, parts, block)
+                decoder = Decoder(config, own, block)
         if parts.device.type == "cuda":
             for module in decoder.modules():
                 if isinstance(module, MoE):

@@ -1,0 +1,106 @@
+"""The tokens of a model that ranks share are those of the whole model, in float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from paceline.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
+from paceline.engine.engine import Engine, EngineRequest
+from paceline.engine.model_runner import ModelRunner
+from paceline.loading.random_checkpoint import RandomCheckpoint
+from paceline.models.load import load_decoder
+from paceline.models.registry import read_decoder_config
+from paceline.parallel.parts import RankSplit, join
+from paceline.parallel.split import split_refusal
+from paceline.sampling.params import SamplingParams
+
+BLOCKS = 24  # few: requests are preempted
+SPLITS = {"2": (2, 1), "4": (4, 1), "1x2": (1, 2), "2x2": (2, 2), "1x3": (1, 3)}
+# By what a family adds: fewer key heads than ranks, biases, qk-norm, windows and caps, experts, parallel residual, ALiBi
+# and a norm after the embedding, learned positions.
+CASES = [
+    ("llama", "2"),
+    ("llama", "4"),
+    ("llama", "2x2"),
+    ("llama-mqa", "2"),
+    ("llama-mqa", "4"),
+    ("llama-bias", "2"),
+    ("qwen3", "2"),
+    ("qwen3", "1x2"),
+    ("gemma2", "2"),
+    ("gemma2", "1x3"),
+    ("mixtral", "2"),
+    ("mixtral", "4"),
+    ("qwen3-moe-mixed", "2x2"),
+    ("falcon", "2"),
+    ("falcon", "4"),
+    ("bloom", "2"),
+    ("opt", "2"),
+    ("opt", "1x2"),
+]
+
+
+def requests():
+    """Prompts that share a beginning, longer than a chunk; greedy and sampled, with and without penalties."""
+    shared = [5, 9, 33, 12, 61, 7, 8, 40, 3, 22]
+    params = [
+        SamplingParams(temperature=0, max_tokens=14, ignore_eos=True),
+        SamplingParams(temperature=0.8, top_p=0.9, seed=3, max_tokens=14, ignore_eos=True, repetition_penalty=1.2),
+        SamplingParams(temperature=1.0, seed=4, max_tokens=14, ignore_eos=True, n=2),
+    ]
+    return [EngineRequest(f"request {i}", [*shared[: 10 - i], *range(i, i + 9)], params[i % 3]) for i in range(5)]
+
+
+def answers(model):
+    """Every request's tokens, and how often one was preempted, of an engine with little room."""
+    config = EngineConfig(
+        max_model_len=64,
+        cache=CacheConfig(block_size=4, num_blocks=BLOCKS),
+        scheduler=SchedulerConfig(max_num_seqs=6, max_num_batched_tokens=16, max_chunk=5),
+    )
+    blocks = (BLOCKS,) * len(model.kv_groups)
+    engine = Engine(config, model.kv_groups, blocks, ModelRunner(model, blocks, 4))
+    for request in requests():
+        engine.add_request(request)
+    tokens: dict[str, list[int]] = {}
+    while engine.has_work:
+        for update in engine.step():
+            assert update.error is None
+            tokens.setdefault(update.request_id, []).extend(update.new_token_ids)
+    return tokens, engine.scheduler.stats
+
+
+def whole_model(config):
+    checkpoint = RandomCheckpoint(config, dtype=torch.float32, seed=1)
+    return load_decoder(checkpoint, read_decoder_config(config), dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def expected(configs):
+    found = {}
+
+    def of(name):
+        if name not in found:
+            found[name] = answers(whole_model(configs[name]))
+        return found[name]
+
+    return of
+
+
+@pytest.mark.parametrize(("name", "split"), CASES)
+def test_the_ranks_choose_the_tokens_of_the_whole_model(configs, run_ranks, expected, name, split):
+    config, parallel = configs[name], ParallelConfig(*SPLITS[split])
+    whole = read_decoder_config(config)
+    assert split_refusal(whole, parallel) is None
+
+    def work(communicator):
+        checkpoint = RandomCheckpoint(config, dtype=torch.float32, seed=1)
+        decoder = load_decoder(checkpoint, whole, dtype=torch.float32, split=RankSplit(communicator))
+        return answers(join(decoder, whole, communicator))
+
+    tokens, stats = expected(name)
+    assert stats.num_preemptions > 0
+    assert stats.cache.prefix_hit_tokens > 0
+    for found, _ in run_ranks(parallel, work):
+        assert found == tokens
