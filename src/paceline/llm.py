@@ -12,15 +12,18 @@ from typing import Any
 import torch
 from rich.progress import Progress as ProgressBar
 
-from paceline.config import CacheConfig, SchedulerConfig, SpeculativeConfig
+from paceline.config import CacheConfig, ParallelConfig, SchedulerConfig, SpeculativeConfig
 from paceline.engine.build import LoadedModel, load_model
 from paceline.engine.engine import EngineRequest, answer_ids
-from paceline.engine.graphs import MOST_ROWS, graph_refusal
+from paceline.engine.graphs import step_choices
 from paceline.engine.load_options import LoadOptions
+from paceline.engine.model_runner import ModelRunner
 from paceline.engine.output import RequestState
 from paceline.engine.prompts import Prompt, TokenPrompt, bad_word_ids, check_prompt, read_prompt
+from paceline.engine.ranks import load_ranks
+from paceline.engine.remote import RemoteRunner
 from paceline.errors import UsageError
-from paceline.kernels.choices import Choice, either
+from paceline.kernels.choices import Choice
 from paceline.loading.aliases import DEFAULT_MODEL
 from paceline.loading.progress import Progress
 from paceline.log import get_logger
@@ -64,7 +67,10 @@ class LLM:
     ones of the model's shape, to measure with; `model` may then be a config.json. `deterministic`: a request's tokens
     and log probabilities are the same to the bit alone or among others, however its prompt is cut, from a prefix hit or
     not, preempted or not; on one machine, at one number of threads, and slower. `threads` sets torch's CPU threads,
-    for the whole process. `trust_remote_code` is refused: no code of a checkpoint is ever run.
+    for the whole process. `tensor_parallel_size` splits every matrix over so many devices of this machine, which is
+    faster; `pipeline_parallel_size` the layers over so many groups of them, which only makes room. Then each device may
+    take `memory_gib` and holds a cache of `kv_cache_gib`, and each is a process of its own that ends with this one.
+    `trust_remote_code` is refused: no code of a checkpoint is ever run.
 
     Raises UsageError for an unknown or impossible option, and the errors of loading (ModelNotFoundError,
     DownloadError, CheckpointError, UnsupportedModelError, OutOfMemoryError).
@@ -105,6 +111,8 @@ class LLM:
         load_format: str = "auto",
         deterministic: bool = False,
         threads: int | None = None,
+        tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
         progress: Progress | None = None,
         **unknown: Any,
     ) -> None:
@@ -146,8 +154,10 @@ class LLM:
             mode=mode,  # type: ignore[arg-type]  # checked there
             load_format=load_format,
             deterministic=deterministic,
+            parallel=ParallelConfig(tensor_parallel_size, pipeline_parallel_size),
         )
-        self._model: LoadedModel | None = load_model(options, progress)
+        load = load_ranks if options.parallel.world_size > 1 else load_model
+        self._model: LoadedModel | None = load(options, progress)
         self._ids = itertools.count()
         self._answers: dict[str, tuple[RequestState, int]] = {}  # engine request id -> its request and index
 
@@ -330,15 +340,12 @@ class LLM:
 
     def choices(self, rows: int) -> Iterator[Choice]:
         """What a decode of so many requests runs: see kernels/choices.py, `explain`."""
-        engine = self.model.engine
-        model = engine.runner.model
-        yield from model.choices(rows)
-        refusal = graph_refusal(model, mode=engine.config.mode, streamed=self.model.stream is not None)
-        if refusal is None and rows > min(MOST_ROWS, engine.config.scheduler.max_num_seqs):
-            refusal = f"graphs are for {min(MOST_ROWS, engine.config.scheduler.max_num_seqs)} requests and fewer"
-        # That of a step which does not wait for its tokens; any other chooses through torch.
-        yield Choice("greedy choice", *either(refusal, "Triton argmax, in the graph", "torch"))
-        yield Choice("launches", *either(refusal, "one CUDA graph", "kernel by kernel"))
+        model = self.model
+        runner = model.engine.runner
+        if isinstance(runner, RemoteRunner):
+            yield from runner.choices(rows)
+        elif isinstance(runner, ModelRunner):
+            yield from step_choices(runner.model, model.engine.config, rows, streamed=model.stream is not None)
 
     def stats(self) -> Stats:
         model = self.model
@@ -348,15 +355,17 @@ class LLM:
         """Give the weights and the cache back. Running streams end; later calls raise UsageError."""
         if self._model is None:
             return
-        device, stream = self._model.device, self._model.stream
-        if device.type == "cuda":
+        device, stream, ranks = self._model.device, self._model.stream, self._model.ranks
+        if ranks is not None:
+            ranks.close()
+        elif device.type == "cuda":
             torch.cuda.synchronize(device)  # a step that was launched ahead may run yet
         self._model = None
         if stream is not None:
             stream.close()
         self._answers.clear()
         gc.collect()  # the engine holds cycles
-        if device.type == "cuda":
+        if device.type == "cuda" and ranks is None:
             torch.cuda.empty_cache()
 
     def __enter__(self) -> LLM:

@@ -17,8 +17,8 @@ from paceline.sampling.params import SamplingParams
 
 BLOCKS = 24  # few: requests are preempted
 SPLITS = {"2": (2, 1), "4": (4, 1), "1x2": (1, 2), "2x2": (2, 2), "1x3": (1, 3)}
-# By what a family adds: fewer key heads than ranks, biases, qk-norm, windows and caps, experts, parallel residual, ALiBi
-# and a norm after the embedding, learned positions.
+# By what a family adds: fewer key heads than ranks, biases, qk-norm, windows and caps, experts, parallel residual,
+# ALiBi and a norm after the embedding, learned positions; fused and transposed tensors of the checkpoint.
 CASES = [
     ("llama", "2"),
     ("llama", "4"),
@@ -38,6 +38,8 @@ CASES = [
     ("bloom", "2"),
     ("opt", "2"),
     ("opt", "1x2"),
+    ("gpt2", "2"),
+    ("phi3", "2"),
 ]
 
 

@@ -38,6 +38,8 @@ _ENGINE = (
     "model_impl",
     "mode",
     "deterministic",
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
 )
 
 

@@ -88,6 +88,22 @@ def engine_options(command: Callable[..., None]) -> Callable[..., None]:
             "--offload-to", type=click.Choice(["host", "disk"]), help="Where --offload keeps them [default: what fits]."
         ),
         click.option("--offload-dir", metavar="DIR", help="Where a file of offloaded weights may lie."),
+        click.option(
+            "--tensor-parallel-size",
+            "-tp",
+            type=click.IntRange(min=1),
+            default=1,
+            metavar="N",
+            help="Split every matrix over N GPUs of this machine: faster.",
+        ),
+        click.option(
+            "--pipeline-parallel-size",
+            "-pp",
+            type=click.IntRange(min=1),
+            default=1,
+            metavar="N",
+            help="Split the layers over N GPUs, or N times as many: room for a larger model.",
+        ),
         click.option("--chat-template", metavar="FILE", help="A Jinja chat template in place of the model's own."),
         click.option("--speculative", type=click.Choice(["ngram"]), help="Draft tokens ahead; the text is the same."),
     ]

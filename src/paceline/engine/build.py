@@ -15,6 +15,7 @@ import torch
 
 from paceline import sizing
 from paceline.config import DecoderConfig, EngineConfig, KVGroup
+from paceline.engine.decode_step import DecodeStep
 from paceline.engine.device import DTYPES, available_bytes, pick_device, pick_dtype
 from paceline.engine.engine import Engine
 from paceline.engine.graphs import captured_decode, config_refusal, graph_refusal
@@ -41,6 +42,10 @@ from paceline.models.fallback import FallbackConfig, load_fallback, measure
 from paceline.models.implementation import Implementation, choose_config, implementation_of
 from paceline.models.load import load_decoder, settle_tied_head
 from paceline.models.model import Model
+from paceline.parallel.communicator import Communicator
+from paceline.parallel.parts import RankSplit, join
+from paceline.parallel.processes import Ranks
+from paceline.parallel.split import local_config, local_groups
 from paceline.phases import Phases
 from paceline.registry import lookup
 from paceline.sampling.params import generation_defaults
@@ -59,14 +64,16 @@ class LoadedModel:
     engine: Engine
     tokenizer: Tokenizer | None
     generation_config: Mapping[str, Any]
+    num_blocks: tuple[int, ...]  # of each KV group
     dtype: torch.dtype
     device: torch.device
-    step_weight_bytes: int  # weights that one decode step reads
-    kv_bytes_per_token: int  # cache that one token of context takes
+    step_weight_bytes: int  # weights that one decode step reads, of each device
+    kv_bytes_per_token: int  # cache that one token of context takes, of each device
     phases: Mapping[str, float]
     stream: WeightStream | None  # that the weights come through, where they are offloaded
     sizes: Sizes | None  # what it was planned to take; None for transformers' modules
     load_peak: int  # bytes that were allocated on a CUDA device at most, until the weights were there
+    ranks: Ranks | None = None  # the processes that hold it, where it is split
 
     @property
     def implementation(self) -> Implementation:
@@ -103,16 +110,21 @@ def load_model(options: LoadOptions, progress: Progress | None = None) -> Loaded
     raise OutOfMemoryError(message)
 
 
-def _load(options: LoadOptions, progress: Progress | None) -> LoadedModel:
+def load_part(options: LoadOptions, communicator: Communicator) -> LoadedModel:
+    """The part of one rank, whose engine lends its configuration and runner only: the driver schedules (rank.py)."""
+    return _load(options, None, communicator)
+
+
+def _load(options: LoadOptions, progress: Progress | None, communicator: Communicator | None = None) -> LoadedModel:
     phases = Phases()
     with phases.time("device"):
         device = pick_device(options.device)
         available_bytes(device)  # CUDA's context, where there is none yet
     with phases.time("resolve"):
-        source, opened = _open(options, device, progress)
+        source, opened = open_model(options, device, progress)
     with opened as checkpoint:
         with phases.time("tokenizer"):
-            tokenizer = _load_tokenizer(options, source, checkpoint)
+            tokenizer = read_tokenizer(options, source, checkpoint)
         config = choose_config(checkpoint.config, options.model_impl)
         if tokenizer is not None:
             tokenizer = tokenizer.for_vocabulary(config.vocab_size)
@@ -121,8 +133,8 @@ def _load(options: LoadOptions, progress: Progress | None) -> LoadedModel:
             if isinstance(config, FallbackConfig):
                 weights = _load_fallback(config, checkpoint, options, dtype, device, progress)
             else:
-                weights = _load_decoder(config, checkpoint, options, dtype, device, progress)
-        generation_config = _read_generation_config(options, checkpoint)
+                weights = _load_decoder(config, checkpoint, options, dtype, device, progress, communicator)
+        generation_config = read_generation_config(options, checkpoint)
     load_peak = 0
     if device.type == "cuda":
         load_peak = torch.cuda.max_memory_allocated(device)
@@ -137,9 +149,9 @@ def _load(options: LoadOptions, progress: Progress | None) -> LoadedModel:
         make_deterministic(weights.model)
     _tell_fallbacks(weights, options)
     with phases.time("cache"):
-        engine = _engine_in_memory(weights, options)
-    if engine.runner.decode is not None:
-        engine.runner.decode.prepare(phases)
+        engine, decode = _engine_in_memory(weights, options)
+    if decode is not None:
+        decode.prepare(phases)
     if weights.stream is not None:
         tell_speed(weights.stream, weights.step_bytes)
     return LoadedModel(
@@ -148,6 +160,7 @@ def _load(options: LoadOptions, progress: Progress | None) -> LoadedModel:
         engine=engine,
         tokenizer=tokenizer,
         generation_config=generation_config,
+        num_blocks=weights.num_blocks,
         dtype=dtype,
         device=device,
         step_weight_bytes=weights.step_bytes,
@@ -159,7 +172,8 @@ def _load(options: LoadOptions, progress: Progress | None) -> LoadedModel:
     )
 
 
-def _open(options: LoadOptions, device: torch.device, progress: Progress | None) -> tuple[ModelSource, Checkpoint]:
+def open_model(options: LoadOptions, device: torch.device, progress: Progress | None) -> tuple[ModelSource, Checkpoint]:
+    """Find the model's files, fetched first where they must be, and read their headers."""
     if options.load_format == "dummy":
         found = describe(
             options.model, revision=options.revision, token=options.hf_token, download_dir=options.download_dir
@@ -192,9 +206,13 @@ def _load_decoder(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress | None,
+    communicator: Communicator | None,
 ) -> _Weights:
     config = settle_tied_head(checkpoint, config)
-    sizes = _sizes(config, checkpoint, options, dtype, device)
+    own, groups = config, config.kv_groups  # what this process holds of it
+    if communicator is not None:
+        own, groups = local_config(config, communicator.rank), local_groups(config, communicator.rank)
+    sizes = _sizes(own, checkpoint, options, dtype, device)
     stream = None
     if options.offload is None:
         room = _room(sizes.weights.total, sizes.beside, options, dtype, device, loading=sizes.loading)
@@ -204,8 +222,11 @@ def _load_decoder(
         free = room.free(_shortest(options))
         stream = open_stream(weights.streamed, options.offload, options.offload_dir, device=device, free=free)
         room = replace(room, nbytes=room.nbytes - stream.buffer_bytes)
-    max_model_len, num_blocks = _plan_cache(config.kv_groups, config.max_position, options, room, dtype)
-    config = config.with_context(max_model_len)
+    max_model_len, num_blocks = _plan_cache(groups, config.max_position, options, room, dtype)
+    if communicator is not None:  # what fits everywhere
+        max_model_len, *blocks = communicator.agree((max_model_len, *num_blocks), device)
+        num_blocks = tuple(blocks)
+    config, own = config.with_context(max_model_len), own.with_context(max_model_len)
     try:
         decoder = load_decoder(
             checkpoint,
@@ -215,13 +236,15 @@ def _load_decoder(
             quantize=options.quantization,
             stream=stream,
             progress=progress,
+            split=None if communicator is None else RankSplit(communicator),
         )
     except BaseException:
         if stream is not None:
             stream.close()  # its file and its thread
         raise
-    step_bytes = sizing.step_weight_bytes(config, dtype.itemsize, stored_bytes(sizes.format, dtype))
-    return _Weights(config, decoder, max_model_len, num_blocks, step_bytes, stream, replace(sizes, config=config))
+    step_bytes = sizing.step_weight_bytes(own, dtype.itemsize, stored_bytes(sizes.format, dtype))
+    model: Model = decoder if communicator is None else join(decoder, config, communicator)
+    return _Weights(config, model, max_model_len, num_blocks, step_bytes, stream, replace(sizes, config=own))
 
 
 def _load_fallback(
@@ -249,7 +272,7 @@ def _load_fallback(
     return _Weights(config, model, max_model_len, num_blocks, sizes.step_weights)
 
 
-def _read_generation_config(options: LoadOptions, checkpoint: Checkpoint) -> dict[str, Any]:
+def read_generation_config(options: LoadOptions, checkpoint: Checkpoint) -> dict[str, Any]:
     """The model's sampling defaults, said once: they decide wherever a request is silent."""
     if options.generation_config == "none":
         return {}
@@ -260,7 +283,8 @@ def _read_generation_config(options: LoadOptions, checkpoint: Checkpoint) -> dic
     return dict(checkpoint.generation_config)
 
 
-def _load_tokenizer(options: LoadOptions, source: ModelSource, checkpoint: Checkpoint) -> Tokenizer | None:
+def read_tokenizer(options: LoadOptions, source: ModelSource, checkpoint: Checkpoint) -> Tokenizer | None:
+    """None where the options say so."""
     if options.skip_tokenizer_init:
         return None
     if options.tokenizer is not None:
@@ -322,6 +346,8 @@ def _room(
     available = available_bytes(device)
     if device.type == "cuda":
         available = int(available * CUDA_MEMORY_SHARE)
+    else:
+        available //= options.parallel.world_size  # ranks share the host
     if options.memory_gib is not None:
         available = min(available, int(options.memory_gib * sizing.GIB))
     room = Room(
@@ -412,7 +438,7 @@ def _tell_fallbacks(weights: _Weights, options: LoadOptions) -> None:
             log.log(INFO if asked_for else WARNING, "%s", line)
 
 
-def _engine_in_memory(weights: _Weights, options: LoadOptions) -> Engine:
+def _engine_in_memory(weights: _Weights, options: LoadOptions) -> tuple[Engine, DecodeStep | None]:
     try:
         return _build_engine(weights, options)
     except Exception as error:
@@ -426,7 +452,7 @@ def _engine_in_memory(weights: _Weights, options: LoadOptions) -> Engine:
         ) from error
 
 
-def _build_engine(weights: _Weights, options: LoadOptions) -> Engine:
+def _build_engine(weights: _Weights, options: LoadOptions) -> tuple[Engine, DecodeStep | None]:
     model = weights.model
     refusal = graph_refusal(model, mode=options.step_mode, streamed=weights.stream is not None)
     if refusal is not None:
@@ -447,6 +473,11 @@ def _build_engine(weights: _Weights, options: LoadOptions) -> Engine:
     reserve = 0 if weights.sizes is None else weights.sizes.graph_reserve
     decode = None if refusal is not None else partial(captured_decode, model, engine_config, reserve)
     runner = ModelRunner(
-        model, weights.num_blocks, options.cache.block_size, decode, deterministic=options.deterministic
+        model,
+        weights.num_blocks,
+        options.cache.block_size,
+        decode,
+        deterministic=options.deterministic,
+        with_others=options.parallel.world_size > 1,
     )
-    return Engine(engine_config, model.kv_groups, weights.num_blocks, runner)
+    return Engine(engine_config, model.kv_groups, weights.num_blocks, runner), runner.decode

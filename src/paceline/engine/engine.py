@@ -5,16 +5,33 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from paceline.config import EngineConfig, KVGroup
 from paceline.engine.beam_request import BeamRequest
-from paceline.engine.model_runner import Launched, ModelRunner
 from paceline.engine.request import Request, RequestSpec, child_id
 from paceline.engine.scheduler import Scheduler
-from paceline.engine.step import FinishReason, RequestUpdate, SchedulerOutput
+from paceline.engine.step import FinishReason, RequestUpdate, SchedulerOutput, StepOutput
 from paceline.sampling.params import SamplingParams
 from paceline.sampling.random import bits64
 from paceline.speculative.ngram import NgramIndex
+
+
+class Launched(Protocol):
+    """A step that was started. `done`: its results are there."""
+
+    @property
+    def done(self) -> bool: ...
+
+
+class Runner(Protocol):
+    """What runs the steps: engine/model_runner.py here, engine/remote.py in other processes."""
+
+    def launch(self, output: SchedulerOutput) -> Launched: ...
+
+    def collect(self, launched: Any) -> StepOutput:
+        """The results of a step that this runner launched, in the order of launching."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -38,7 +55,7 @@ class Engine:
     """Owns a scheduler and a runner. `step()` until `has_work` is false; requests may come and go between steps."""
 
     def __init__(
-        self, config: EngineConfig, groups: tuple[KVGroup, ...], num_blocks: tuple[int, ...], runner: ModelRunner
+        self, config: EngineConfig, groups: tuple[KVGroup, ...], num_blocks: tuple[int, ...], runner: Runner
     ) -> None:
         self.config = config
         self.runner = runner

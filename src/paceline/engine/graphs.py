@@ -5,7 +5,7 @@ A step of 30 layers is 300 launches of some 4 us of host time each, and a small 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,13 @@ import torch
 from paceline.config import EngineConfig
 from paceline.engine.decode_step import DecodeStep
 from paceline.inputs import KVLayer
+from paceline.kernels.choices import Choice, either
 from paceline.kernels.decode_attention import decode_refusal
 from paceline.layers.moe import MoE
 from paceline.log import get_logger
 from paceline.models.decoder import Decoder
 from paceline.models.model import Model
+from paceline.parallel.stage import Stage
 from paceline.sampling.static import Kind
 
 log = get_logger(__name__)
@@ -49,11 +51,24 @@ def graph_refusal(model: Model, *, mode: str = "auto", streamed: bool = False) -
         return "mode is 'eager'"
     if model.device.type != "cuda":
         return f"the device is {model.device.type}"
+    if isinstance(model, Stage):
+        return "the layers are split over devices"
     if not isinstance(model, Decoder):
         return "transformers' modules run the model"
     refusals = [decode_refusal(group.head_dim, model.dtype, model.device) for group in model.kv_groups]
     refusals += [moe.refusal(model.dtype, model.device) for moe in model.modules() if isinstance(moe, MoE)]
     return next(filter(None, [config_refusal(mode=mode, streamed=streamed), *refusals]), None)
+
+
+def step_choices(model: Model, config: EngineConfig, rows: int, *, streamed: bool = False) -> Iterator[Choice]:
+    """What a decode of so many requests runs, the model's part and the step around it."""
+    yield from model.choices(rows)
+    refusal = graph_refusal(model, mode=config.mode, streamed=streamed)
+    if refusal is None and rows > min(MOST_ROWS, config.scheduler.max_num_seqs):
+        refusal = f"graphs are for {min(MOST_ROWS, config.scheduler.max_num_seqs)} requests and fewer"
+    # That of a step which does not wait for its tokens; any other chooses through torch.
+    yield Choice("greedy choice", *either(refusal, "Triton argmax, in the graph", "torch"))
+    yield Choice("launches", *either(refusal, "one CUDA graph", "kernel by kernel"))
 
 
 def captured_decode(model: Model, config: EngineConfig, reserve: int, kv: Sequence[KVLayer]) -> DecodeStep:

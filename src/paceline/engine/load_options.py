@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from paceline.config import CacheConfig, Mode, SchedulerConfig, SpeculativeConfig, check_mode
+from paceline.config import CacheConfig, Mode, ParallelConfig, SchedulerConfig, SpeculativeConfig, check_mode
 from paceline.engine.offload import PLACES
 from paceline.errors import UsageError
 from paceline.formats import FORMATS
@@ -26,9 +26,10 @@ class LoadOptions:
     `offload`: "auto", "host" or "disk" keeps the matrices there and streams them (engine/offload.py).
     `model_impl`: "paceline", "transformers", or "auto", the first of them that runs the model.
     `mode`: as in EngineConfig. `async_depth`: steps that the host runs ahead; None is 1 with graphs, unless drafts wait
-    for tokens, else 0. `load_format`: "dummy" makes random weights of the model's shape instead of reading any; `seed`
-    is theirs too. `deterministic`: a request's numbers are the same to the bit, whatever else runs and however it is
-    cut into steps (models/deterministic.py)."""
+    for tokens, else 0. `parallel`: over how many devices the model is split, each of which may take `memory_gib` and
+    holds a cache of `kv_cache_gib`. `load_format`: "dummy" makes random weights of the model's shape instead of
+    reading any; `seed` is theirs too. `deterministic`: a request's numbers are the same to the bit, whatever else runs
+    and however it is cut into steps (models/deterministic.py); on one device only."""
 
     model: str
     tokenizer: str | None = None
@@ -45,6 +46,7 @@ class LoadOptions:
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     speculative: SpeculativeConfig | None = None
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     async_depth: int | None = None
     mode: Mode = "auto"
     skip_tokenizer_init: bool = False

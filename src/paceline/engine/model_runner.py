@@ -55,7 +55,8 @@ class Launched:
 class ModelRunner:
     """`num_blocks`: blocks of each KV group, the null block not counted. `decode`, given the cache, makes what runs
     plain decodes on buffers of its own; None: every step is built anew. `deterministic`: attention adds up as if each
-    request were alone (models/deterministic.py does the rest)."""
+    request were alone (models/deterministic.py does the rest). `with_others`: other ranks compute the same steps, and
+    wait for this one's part of each, so that none may be computed again without some of its requests."""
 
     def __init__(
         self,
@@ -65,8 +66,10 @@ class ModelRunner:
         decode: Callable[[Sequence[KVLayer]], DecodeStep] | None = None,
         *,
         deterministic: bool = False,
+        with_others: bool = False,
     ) -> None:
         self.model = model
+        self._with_others = with_others
         self.block_size = block_size
         self.deterministic = deterministic
         self.windows = tuple(group.window for group in model.kv_groups)
@@ -121,7 +124,7 @@ class ModelRunner:
         try:
             pending = self.decode.launch(scheduled, states)
         except Exception as error:
-            if not is_out_of_memory(error):
+            if self._with_others or not is_out_of_memory(error):
                 raise
             self.decode.max_rows = len(scheduled) - 1  # the next ones of that size would fail alike
             log.warning("no memory is left for decodes of %d requests ahead of the host", len(scheduled))
@@ -169,7 +172,7 @@ class ModelRunner:
         try:
             return self._compute(scheduled)
         except Exception as error:
-            if not is_out_of_memory(error):
+            if self._with_others or not is_out_of_memory(error):
                 raise
             largest = max(scheduled, key=lambda request: len(request.token_ids))
         # Out here the error is gone, and with it the tensors that its traceback held.

@@ -13,6 +13,7 @@ from paceline import sizing
 from paceline.benchmark.job import Job, Subject
 from paceline.benchmark.protocol import LAST
 from paceline.engine.memory import Sizes
+from paceline.engine.model_runner import ModelRunner
 from paceline.errors import UsageError
 from paceline.llm import LLM
 from paceline.models.decoder import Decoder
@@ -43,15 +44,17 @@ def build(job: Job, device: torch.device, phases: Phases) -> Subject:
             enable_prefix_caching=False,  # rounds repeat their prompt
         )
     phases.seconds |= {name: s for name, s in llm.stats().phases.items() if name not in phases.seconds}  # the device's
-    model = llm.model.engine.runner.model
+    runner = llm.model.engine.runner
+    assert isinstance(runner, ModelRunner)  # nothing is split here
+    model = runner.model
     if not isinstance(model, Decoder):
         raise UsageError(f"{job.shape} runs through transformers' modules: only models of a family are measured")
     head = model.head.weight
-    kv = llm.model.engine.runner.kv
+    kv = runner.kv
     cache = sum(tensor.nbytes for layer in kv for tensor in (layer.k_HSD, layer.v_HSD))
     sizes = llm.model.sizes
     assert sizes is not None  # a Decoder's are planned
-    decode = llm.model.engine.runner.decode
+    decode = runner.decode
 
     def generate(prompt: Sequence[int], num_tokens: int) -> list[int]:
         params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)

@@ -1,0 +1,83 @@
+"""A rank's matrices are the whole model's, cut: in every format, and read without the rest of a file's rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from paceline.config import ParallelConfig
+from paceline.loading.random_checkpoint import RandomCheckpoint
+from paceline.models.load import Cut, load_decoder
+from paceline.models.registry import read_decoder_config
+from paceline.parallel.communicator import Communicator
+from paceline.parallel.parts import RankSplit
+from paceline.parallel.split import Rank
+
+
+def split_decoders(config, parallel, quantize):
+    """Each rank's decoder; its groups are never used, because nothing is run."""
+    found = []
+    for index in range(parallel.world_size):
+        communicator = Communicator(Rank(index, parallel), None, None, None)
+        checkpoint = RandomCheckpoint(config, dtype=torch.float32, seed=1)
+        whole = read_decoder_config(config)
+        found.append(
+            load_decoder(checkpoint, whole, dtype=torch.float32, quantize=quantize, split=RankSplit(communicator))
+        )
+    return found
+
+
+@pytest.fixture
+def wide(configs):
+    """Heads and inner channels of which a half is whole groups of int4's."""
+    return {**configs["llama"], "hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize("format", [None, "int8", "int4"])
+def test_the_shards_of_a_matrix_make_the_whole_one(wide, format):
+    checkpoint = RandomCheckpoint(wide, dtype=torch.float32, seed=1)
+    whole = load_decoder(checkpoint, read_decoder_config(wide), dtype=torch.float32, quantize=format)
+    parts = split_decoders(wide, ParallelConfig(2), format)
+
+    def values(decoder, name):
+        return decoder.get_submodule(name).weight.unpack().float()
+
+    def joined(name, dim=0):
+        return torch.cat([values(part, name) for part in parts], dim)
+
+    gate, up = values(whole, "blocks.0.mlp.gate_up").chunk(2)
+    gates, ups = zip(*(values(part, "blocks.0.mlp.gate_up").chunk(2) for part in parts), strict=True)
+    assert torch.equal(torch.cat(gates), gate)
+    assert torch.equal(torch.cat(ups), up)
+    heads = values(whole, "blocks.0.attention.qkv").view(8, 64, 256)  # 4 of queries, 2 of keys, 2 of values
+    own = [values(part, "blocks.0.attention.qkv").view(4, 64, 256) for part in parts]
+    assert torch.equal(torch.stack([own[0][i] for i in range(4)]), heads[[0, 1, 4, 6]])
+    assert torch.equal(torch.stack([own[1][i] for i in range(4)]), heads[[2, 3, 5, 7]])
+    assert torch.equal(joined("head"), values(whole, "head"))
+    for name in ("blocks.0.attention.out", "blocks.0.mlp.down"):
+        if format == "int8":  # a scale of its own for each half of a row: finer
+            exact = load_decoder(checkpoint, read_decoder_config(wide), dtype=torch.float32)
+            true = values(exact, name)
+            assert (joined(name, 1) - true).norm() < (values(whole, name) - true).norm()
+        else:  # int4's groups stay whole
+            assert torch.equal(joined(name, 1), values(whole, name))
+
+
+def test_a_stage_reads_its_layers_only(configs):
+    config = configs["llama"]
+    first, last = split_decoders(config, ParallelConfig(1, 2), None)
+    assert [len(part.blocks) for part in (first, last)] == [2, 1]
+    assert first.head.weight.shape[0] == 0
+    assert last.head.weight.shape[0] == 67
+    assert last.embedding.table_VD.shape[0] == 0
+    whole = load_decoder(RandomCheckpoint(config, dtype=torch.float32, seed=1), read_decoder_config(config),
+                         dtype=torch.float32)  # fmt: skip
+    expected = whole.get_submodule("blocks.2.mlp.down").weight.unpack()
+    assert torch.equal(last.get_submodule("blocks.0.mlp.down").weight.unpack(), expected)
+
+
+def test_a_cut_of_fused_parts_finds_them_in_one_tensor_or_in_several():
+    cut = Cut((range(2, 4), range(1, 2)), range(3))
+    assert cut.by_file((8, 4), 2) == [[range(2, 4)], [range(1, 2)]]
+    assert cut.by_file((8, 4), 1) == [[range(2, 4), range(9, 10)]]
+    assert cut.shape(6) == (3, 3)
