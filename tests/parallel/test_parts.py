@@ -29,8 +29,8 @@ def split_decoders(config, parallel, quantize):
 
 @pytest.fixture
 def wide(configs):
-    """Heads and inner channels of which a half is whole groups of int4's."""
-    return {**configs["llama"], "hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 1}
+    """Heads and inner channels of which a half is whole tiles of int4's largest groups."""
+    return {**configs["llama"], "hidden_size": 64, "intermediate_size": 1024, "head_dim": 256, "num_hidden_layers": 1}
 
 
 @pytest.mark.parametrize("format", [None, "int8", "int4"])
@@ -49,8 +49,8 @@ def test_the_shards_of_a_matrix_make_the_whole_one(wide, format):
     gates, ups = zip(*(values(part, "blocks.0.mlp.gate_up").chunk(2) for part in parts), strict=True)
     assert torch.equal(torch.cat(gates), gate)
     assert torch.equal(torch.cat(ups), up)
-    heads = values(whole, "blocks.0.attention.qkv").view(8, 64, 256)  # 4 of queries, 2 of keys, 2 of values
-    own = [values(part, "blocks.0.attention.qkv").view(4, 64, 256) for part in parts]
+    heads = values(whole, "blocks.0.attention.qkv").view(8, 256, 64)  # 4 of queries, 2 of keys, 2 of values
+    own = [values(part, "blocks.0.attention.qkv").view(4, 256, 64) for part in parts]
     assert torch.equal(torch.stack([own[0][i] for i in range(4)]), heads[[0, 1, 4, 6]])
     assert torch.equal(torch.stack([own[1][i] for i in range(4)]), heads[[2, 3, 5, 7]])
     assert torch.equal(joined("head"), values(whole, "head"))

@@ -12,6 +12,7 @@ from paceline.engine.beam_request import BeamRequest
 from paceline.engine.request import Request, RequestSpec, child_id
 from paceline.engine.scheduler import Scheduler
 from paceline.engine.step import FinishReason, RequestUpdate, SchedulerOutput, StepOutput
+from paceline.errors import PacelineError
 from paceline.sampling.params import SamplingParams
 from paceline.sampling.random import bits64
 from paceline.speculative.ngram import NgramIndex
@@ -63,6 +64,7 @@ class Engine:
         self._in_flight: deque[tuple[SchedulerOutput, Launched]] = deque()
         self._proposers: dict[str, NgramIndex] = {}
         self._arrivals = 0
+        self._failure: PacelineError | None = None
 
     @property
     def has_work(self) -> bool:
@@ -106,7 +108,19 @@ class Engine:
     def step(self) -> list[RequestUpdate]:
         """Launch one step and return what changed: with async_depth d by the step d steps ago, or by this one where
         its results are there at once."""
+        if self._failure is not None:
+            raise self._failure
         output = self.scheduler.schedule()
+        try:
+            updates = self._run(output)
+        except PacelineError as error:
+            self._failure = error  # the runner's end: what is in flight is lost
+            raise
+        if self.config.speculative is not None:
+            self._propose(updates)
+        return updates
+
+    def _run(self, output: SchedulerOutput) -> list[RequestUpdate]:
         self._in_flight.append((output, self.runner.launch(output)))
         updates: list[RequestUpdate] = []
         # A step that is done is taken in at once, with those before it, and so is one in which nothing could run.
@@ -114,8 +128,6 @@ class Engine:
         while len(self._in_flight) > left:
             output, launched = self._in_flight.popleft()
             updates += self.scheduler.update(output, self.runner.collect(launched))
-        if self.config.speculative is not None:
-            self._propose(updates)
         return updates
 
     def _propose(self, updates: Sequence[RequestUpdate]) -> None:

@@ -2,7 +2,7 @@
 
 Values are cut as they are read and packed afterwards, so that every format is split alike. int8 and fp8 have a scale
 a row: the same numbers where rows are split, finer ones where columns are. int4's groups of columns are those of the
-whole matrix where a rank's columns are a multiple of them.
+whole matrix where a rank has whole tiles of them, multiples of 512 columns, and else maybe smaller.
 """
 
 from __future__ import annotations
