@@ -13,6 +13,7 @@ from multiprocessing import Pipe
 
 import pytest
 
+from paceline.cli.app import main
 from paceline.engine.rank import Facts, run_steps
 from paceline.engine.ranks import compare
 from paceline.engine.remote import RemoteRunner
@@ -231,3 +232,11 @@ def test_steps_ahead_come_back_in_order_whether_or_not_they_are_done():
     ours.close()
     thread.join(5)
     assert not thread.is_alive()
+
+
+def test_the_command_line_splits_too(tiny_directory, capsys):
+    asked = ["generate", "--model", str(tiny_directory), "--device", "cpu", "--max-tokens", "2", "Hi"]
+    assert main([*asked, "-tp", "4"]) == 2
+    assert "tensor_parallel_size 4 does not divide the model's 2 attention heads" in capsys.readouterr().err
+    assert main([*asked, "--pipeline-parallel-size", "3"]) == 2
+    assert "more than the model's 2 layers" in capsys.readouterr().err

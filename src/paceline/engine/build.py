@@ -322,7 +322,9 @@ def _sizes(
         device,
         options.scheduler,
         options.cache.block_size,
-        graphs=on_cuda and config_refusal(mode=options.step_mode, streamed=streamed) is None,
+        graphs=on_cuda
+        and options.parallel.pipeline == 1
+        and config_refusal(mode=options.step_mode, streamed=streamed) is None,
         workspace=_workspace(device),
         read_bytes=stored.itemsize if read_here and not streamed else 0,
     )

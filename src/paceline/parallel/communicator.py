@@ -86,15 +86,18 @@ def connect(rank: Rank, store: Store, device: torch.device) -> Communicator:
     stages = [dist.new_group(ranks) for ranks in by_shard][rank.tensor]
     world = dist.group.WORLD
     assert world is not None, "init_process_group has just made it"
-    found = Communicator(rank, world, shards, stages)
     one_shot = OneShot.open(shards, device) if tensor > 1 else None
     found = Communicator(rank, world, shards, stages, one_shot)
     # NCCL takes its buffers at the first call: now, before memory is measured.
     found.agree([0], device)
     if tensor > 1:
         shards.allreduce([torch.zeros(1, device=device)]).wait()
+    if not rank.is_first:
+        found.receive(torch.zeros(1, device=device))
+    if not rank.is_last:
+        found.send_on(torch.zeros(1, device=device))
     if pipeline > 1:
-        stages.allreduce([torch.zeros(1, device=device)]).wait()
+        found.from_last(torch.zeros(1, device=device))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return found
