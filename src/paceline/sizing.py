@@ -45,6 +45,16 @@ class FormatBytes:
 
 
 @dataclass(frozen=True)
+class Held:
+    """What one of the devices that share a model holds beside its part of the layers (parallel/split.py): rows of the
+    embedding and of the output head; `sum_biases`: those that are added once to a sum over the devices."""
+
+    embedding_rows: int
+    head_rows: int
+    sum_biases: bool = True
+
+
+@dataclass(frozen=True)
 class Matrices:
     """`count` matrices of one shape. `experts`: of `count`, a token visits `active` of every `experts`; 0 is all."""
 
@@ -92,19 +102,24 @@ def position_values(config: DecoderConfig) -> int:
     return (config.max_position + config.learned_position_offset) * config.hidden_size
 
 
-def small_values(config: DecoderConfig) -> int:
+def whole(config: DecoderConfig) -> Held:
+    """What the only device holds."""
+    return Held(config.vocab_size, config.vocab_size)
+
+
+def small_values(config: DecoderConfig, *, sum_biases: bool = True) -> int:
     """Values of norms, biases and routers, which stay in the model's dtype whatever the weight format."""
     a, m, r, hidden = config.attention, config.mlp, config.residual, config.hidden_size
     q, kv = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
     norm = hidden * (2 if config.norm.bias else 1)
-    layer = (q + 2 * kv) * a.qkv_bias + hidden * a.out_bias
+    layer = (q + 2 * kv) * a.qkv_bias + hidden * (a.out_bias and sum_biases)
     layer += {None: 0, "head": 2 * a.head_dim, "projection": q + kv}[a.qk_norm]
     layer += norm * ((1 if r.shared_norm else 2) * r.pre_norms + 2 * r.post_norms)
     moe_layers = routers = 0
     if config.moe is not None:
         moe_layers = len(config.moe.layers)
         routers = moe_layers * config.moe.num_experts * hidden
-    mlp_biases = ((2 if m.gated else 1) * m.intermediate_size + hidden) * m.bias
+    mlp_biases = ((2 if m.gated else 1) * m.intermediate_size + hidden * sum_biases) * m.bias
     return (
         config.num_layers * layer
         + (config.num_layers - moe_layers) * mlp_biases
@@ -145,30 +160,40 @@ class WeightBytes:
 
 
 def weight_bytes(
-    config: DecoderConfig, bytes_per_value: int, matrix_bytes: FormatBytes, *, tied_head_shares: bool
+    config: DecoderConfig,
+    bytes_per_value: int,
+    matrix_bytes: FormatBytes,
+    *,
+    tied_head_shares: bool,
+    held: Held | None = None,
 ) -> WeightBytes:
-    """Bytes resident after loading. `tied_head_shares`: a tied head is the embedding's own memory, not a copy."""
+    """Bytes resident after loading. `tied_head_shares`: a tied head is the embedding's own memory, not a copy. `held`:
+    None is the whole model's."""
+    held = held or whole(config)
     matrices = layer_matrices(config)
     sizes = [m.count * matrix_bytes.layers(m.rows, m.columns) for m in matrices]
     return WeightBytes(
         layers=sum(size for m, size in zip(matrices, sizes, strict=True) if not m.experts),
         experts=sum(size for m, size in zip(matrices, sizes, strict=True) if m.experts),
-        head=0
-        if config.tie_embeddings and tied_head_shares
-        else matrix_bytes.head(config.vocab_size, config.hidden_size),
-        embedding=(config.vocab_size * config.hidden_size + position_values(config)) * bytes_per_value,
-        small=small_values(config) * bytes_per_value + constant_bytes(config),
+        head=0 if config.tie_embeddings and tied_head_shares else matrix_bytes.head(held.head_rows, config.hidden_size),
+        embedding=(held.embedding_rows * config.hidden_size + position_values(config)) * bytes_per_value,
+        small=small_values(config, sum_biases=held.sum_biases) * bytes_per_value + constant_bytes(config),
     )
 
 
 def step_weight_bytes(
-    config: DecoderConfig, bytes_per_value: int, matrix_bytes: FormatBytes, num_tokens: int = 1
+    config: DecoderConfig,
+    bytes_per_value: int,
+    matrix_bytes: FormatBytes,
+    num_tokens: int = 1,
+    held: Held | None = None,
 ) -> int:
     """Bytes of weights that one decode step of `num_tokens` tokens reads: everything but the embedding tables, of which
     it reads a row a token, and the experts that no token visits (Matrices.visited)."""
+    held = held or whole(config)
     read = sum(m.visited(num_tokens) * matrix_bytes.layers(m.rows, m.columns) for m in layer_matrices(config))
-    read += matrix_bytes.head(config.vocab_size, config.hidden_size)
-    return round(read) + small_values(config) * bytes_per_value
+    read += matrix_bytes.head(held.head_rows, config.hidden_size)
+    return round(read) + small_values(config, sum_biases=held.sum_biases) * bytes_per_value
 
 
 def kv_bytes_per_token(group: KVGroup, bytes_per_value: int) -> int:
@@ -220,6 +245,7 @@ def activation_bytes(
     *,
     unpacked: FormatBytes | None = None,
     backend: Backend = PLAIN,
+    held: Held | None = None,
 ) -> int:
     """An upper bound of what a step holds at once beside weights and cache: the widest moment of a layer, or, after
     the last layer, the hidden states and what sampling makes of the logits. Tests hold it to a count of live tensors.
@@ -247,7 +273,7 @@ def activation_bytes(
     if unpacked and step.num_tokens > backend.packed_rows:
         copies = max(unpacked.layers(m.rows, m.columns) for m in layer_matrices(config))
     if unpacked and (rows > backend.packed_rows or step.scores):
-        head = unpacked.head(config.vocab_size, hidden)
+        head = unpacked.head((held or whole(config)).head_rows, hidden)
     at_once = min(rows, sampled_rows(config.vocab_size))
     sampled = rows * KEPT_LOGIT_BYTES + at_once * (backend.sampling_bytes - KEPT_LOGIT_BYTES)
     sampling = config.vocab_size * sampled + rows * step.context * PENALTY_BYTES
@@ -328,13 +354,15 @@ def loading_bytes(
     packing: FormatBytes,
     packed: FormatBytes,
     kept: bool,
+    held: Held | None = None,
 ) -> int:
     """The most that loading holds beside the weights, embedding first, then the layers, the output head last: a
     matrix before it is packed, and what packing takes beside. `kept`: it is stored as it is, without that; a tied
     head's values are the embedding's. `read_bytes`: of a value that is read onto the device itself, before it has its
     place and its dtype there.
     """
-    hidden, table = config.hidden_size, config.vocab_size * config.hidden_size
+    held = held or whole(config)
+    hidden = config.hidden_size
 
     def beside(values: int, size: int, packs: int) -> int:
         if kept:
@@ -345,9 +373,9 @@ def loading_bytes(
         beside(m.rows * m.columns, packed.layers(m.rows, m.columns), packing.layers(m.rows, m.columns))
         for m in layer_matrices(config)
     )
-    head, packs = packed.head(config.vocab_size, hidden), packing.head(config.vocab_size, hidden)
+    head, packs = packed.head(held.head_rows, hidden), packing.head(held.head_rows, hidden)
     if not config.tie_embeddings:
-        last = beside(table, head, packs)
+        last = beside(held.head_rows * hidden, head, packs)
     else:
         head, last = (0, 0) if kept else (head, packs)
     return max(layers - head, last)

@@ -39,14 +39,20 @@ def decode_buffer_bytes(num_groups: int, rows: int, context: int, block_size: in
 
 
 def graph_step_bytes(
-    config: DecoderConfig, rows: int, bytes_per_value: int, *, unpacked: sizing.FormatBytes, workspace: int
+    config: DecoderConfig,
+    rows: int,
+    bytes_per_value: int,
+    *,
+    unpacked: sizing.FormatBytes,
+    workspace: int,
+    held: sizing.Held | None = None,
 ) -> int:
     """What one captured decode of `rows` requests computes in. More rows than the GEMV kernel takes, and float32, go
     through cuBLAS, and its `workspace` for the stream that captures lies in the pool."""
     backend = replace(sizing.cuda_backend(bytes_per_value), sampling_bytes=sizing.STATIC_SAMPLING_BYTES)
     step = _decode(rows)
-    held = sizing.activation_bytes(config, step, bytes_per_value, unpacked=unpacked, backend=backend)
-    return held + (workspace if rows > backend.packed_rows else 0)
+    step_bytes = sizing.activation_bytes(config, step, bytes_per_value, unpacked=unpacked, backend=backend, held=held)
+    return step_bytes + (workspace if rows > backend.packed_rows else 0)
 
 
 def reserved_bytes(config: DecoderConfig, rows: int, step_bytes: int) -> int:

@@ -5,26 +5,49 @@ from __future__ import annotations
 import pytest
 import torch
 
+from paceline import sizing
 from paceline.config import ParallelConfig
+from paceline.formats import keeps_memory, resident_bytes
 from paceline.loading.random_checkpoint import RandomCheckpoint
 from paceline.models.load import Cut, load_decoder
 from paceline.models.registry import read_decoder_config
 from paceline.parallel.communicator import Communicator
-from paceline.parallel.parts import RankSplit
-from paceline.parallel.split import Rank
+from paceline.parallel.parts import RankSplit, join
+from paceline.parallel.split import Rank, held_by, local_config
 
 
 def split_decoders(config, parallel, quantize):
     """Each rank's decoder; its groups are never used, because nothing is run."""
     found = []
+    whole = read_decoder_config(config)
     for index in range(parallel.world_size):
         communicator = Communicator(Rank(index, parallel), None, None, None)
         checkpoint = RandomCheckpoint(config, dtype=torch.float32, seed=1)
-        whole = read_decoder_config(config)
-        found.append(
-            load_decoder(checkpoint, whole, dtype=torch.float32, quantize=quantize, split=RankSplit(communicator))
+        decoder = load_decoder(
+            checkpoint, whole, dtype=torch.float32, quantize=quantize, split=RankSplit(communicator)
         )
+        join(decoder, whole, communicator)
+        found.append(decoder)
     return found
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("split", [(2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("name", ["llama-mqa", "llama-bias", "gemma2", "qwen3-moe-mixed", "bloom", "gpt2", "opt"])
+def test_each_rank_holds_what_is_planned_for_it_to_the_byte(configs, held_bytes, name, split, quantize):
+    whole, parallel, cpu = read_decoder_config(configs[name]), ParallelConfig(*split), torch.device("cpu")
+    format = quantize or "dense"
+    for index, decoder in enumerate(split_decoders(configs[name], parallel, quantize)):
+        rank = Rank(index, parallel)
+        held = held_by(whole, rank)
+        planned = sizing.weight_bytes(
+            local_config(whole, rank),
+            4,
+            resident_bytes(format, torch.float32, cpu),
+            tied_head_shares=keeps_memory(format, (held.head_rows, whole.hidden_size), torch.float32, cpu),
+            held=held,
+        )
+        assert planned.total == held_bytes(decoder)
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ from paceline.models.model import Model
 from paceline.parallel.communicator import Communicator
 from paceline.parallel.parts import RankSplit, join
 from paceline.parallel.processes import Ranks
-from paceline.parallel.split import local_config, local_groups
+from paceline.parallel.split import held_by, local_config, local_groups
 from paceline.phases import Phases
 from paceline.registry import lookup
 from paceline.sampling.params import generation_defaults
@@ -209,10 +209,11 @@ def _load_decoder(
     communicator: Communicator | None,
 ) -> _Weights:
     config = settle_tied_head(checkpoint, config)
-    own, groups = config, config.kv_groups  # what this process holds of it
+    own, groups, held = config, config.kv_groups, None  # what this process holds of it
     if communicator is not None:
-        own, groups = local_config(config, communicator.rank), local_groups(config, communicator.rank)
-    sizes = _sizes(own, checkpoint, options, dtype, device)
+        rank = communicator.rank
+        own, groups, held = local_config(config, rank), local_groups(config, rank), held_by(config, rank)
+    sizes = _sizes(own, held, checkpoint, options, dtype, device)
     stream = None
     if options.offload is None:
         room = _room(sizes.weights.total, sizes.beside, options, dtype, device, loading=sizes.loading)
@@ -242,7 +243,7 @@ def _load_decoder(
         if stream is not None:
             stream.close()  # its file and its thread
         raise
-    step_bytes = sizing.step_weight_bytes(own, dtype.itemsize, stored_bytes(sizes.format, dtype))
+    step_bytes = sizing.step_weight_bytes(own, dtype.itemsize, stored_bytes(sizes.format, dtype), held=held)
     model: Model = decoder if communicator is None else join(decoder, config, communicator)
     return _Weights(config, model, max_model_len, num_blocks, step_bytes, stream, replace(sizes, config=own))
 
@@ -310,7 +311,12 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _sizes(
-    config: DecoderConfig, checkpoint: Checkpoint, options: LoadOptions, dtype: torch.dtype, device: torch.device
+    config: DecoderConfig,
+    held: sizing.Held | None,
+    checkpoint: Checkpoint,
+    options: LoadOptions,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Sizes:
     on_cuda, stored = device.type == "cuda", _stored_dtype(checkpoint)
     streamed = options.offload is not None
@@ -326,7 +332,9 @@ def _sizes(
         and options.parallel.pipeline == 1
         and config_refusal(mode=options.step_mode, streamed=streamed) is None,
         workspace=_workspace(device),
-        read_bytes=stored.itemsize if read_here and not streamed else 0,
+        # Of a matrix that is cut all of it is there first.
+        read_bytes=stored.itemsize * options.parallel.tensor if read_here and not streamed else 0,
+        held=held,
     )
 
 

@@ -26,7 +26,7 @@ class Sizes:
     sizing_cuda.py for one model as it is loaded and run.
 
     `graphs`: its decodes are captured. `workspace`: cuBLAS's. `read_bytes`: of a value that is read onto the device in
-    the checkpoint's own dtype first.
+    the checkpoint's own dtype first. `held`: of a rank, whose `config` is of its part alone; None: the whole model.
     """
 
     config: DecoderConfig
@@ -38,10 +38,13 @@ class Sizes:
     graphs: bool = False
     workspace: int = 0
     read_bytes: int = 0
+    held: sizing.Held | None = None
 
     @cached_property
     def weights(self) -> sizing.WeightBytes:
-        return sizing.weight_bytes(self.config, self.dtype.itemsize, self._resident, tied_head_shares=self._kept)
+        return sizing.weight_bytes(
+            self.config, self.dtype.itemsize, self._resident, tied_head_shares=self._kept, held=self.held
+        )
 
     @property
     def loading(self) -> int:
@@ -53,6 +56,7 @@ class Sizes:
             packing=packing_bytes(self.format, self.dtype, self.device),
             packed=self._resident,
             kept=self._kept,
+            held=self.held,
         )
 
     def step(self, context: int) -> int:
@@ -66,7 +70,9 @@ class Sizes:
     def step_of(self, shape: sizing.StepShape) -> int:
         size = self.dtype.itemsize
         backend = sizing.cuda_backend(size) if self.device.type == "cuda" else sizing.PLAIN
-        return sizing.activation_bytes(self.config, shape, size, unpacked=self._unpacked, backend=backend)
+        return sizing.activation_bytes(
+            self.config, shape, size, unpacked=self._unpacked, backend=backend, held=self.held
+        )
 
     @property
     def logprobs(self) -> int:
@@ -102,7 +108,8 @@ class Sizes:
 
     @property
     def _kept(self) -> bool:
-        return keeps_memory(self.format, (self.config.vocab_size, self.config.hidden_size), self.dtype, self.device)
+        rows = (self.held or sizing.whole(self.config)).head_rows
+        return keeps_memory(self.format, (rows, self.config.hidden_size), self.dtype, self.device)
 
     @property
     def _unpacked(self) -> sizing.FormatBytes:
@@ -111,7 +118,12 @@ class Sizes:
     @property
     def _graph_step(self) -> int:
         return sizing_cuda.graph_step_bytes(
-            self.config, self._rows, self.dtype.itemsize, unpacked=self._unpacked, workspace=self.workspace
+            self.config,
+            self._rows,
+            self.dtype.itemsize,
+            unpacked=self._unpacked,
+            workspace=self.workspace,
+            held=self.held,
         )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from paceline.config import DecoderConfig, KVGroup, ParallelConfig
+from paceline.sizing import Held
 
 
 @dataclass(frozen=True)
@@ -149,4 +150,14 @@ def local_groups(config: DecoderConfig, rank: Rank) -> tuple[KVGroup, ...]:
             num_kv_heads=heads,
         )
         for group in config.kv_groups
+    )
+
+
+def held_by(config: DecoderConfig, rank: Rank) -> Held:
+    """What `rank` holds of the whole model `config` beside its layers."""
+    looked_up = rank.is_first or (rank.is_last and config.tie_embeddings)
+    return Held(
+        embedding_rows=config.vocab_size if looked_up else 0,
+        head_rows=len(vocabulary_of(config.vocab_size, rank)) if rank.is_last else 0,
+        sum_biases=rank.leads,
     )
