@@ -46,6 +46,18 @@ def test_paceline(tiny_config):
     assert result.bandwidth > 1e8
 
 
+@pytest.mark.slow  # starts two ranks, 8 s of a core
+def test_a_model_over_two_devices_reads_half_of_it_from_each(tiny_config):
+    result = run(job(tiny_config, tensor_parallel_size=2))
+    halved = 2 * LAYER // 2 + 5 * 64 + 128 * 64
+    assert result.step_weight_bytes == 4 * halved
+    assert result.contexts[0].bytes_per_token == 4 * (halved + KV_VALUES / 2 * (48 + 175) / 2)
+    assert result.memory.planned["cache"] == 4 * KV_VALUES // 2 * 16 * (11 + 1)
+    assert result.memory.peak is None
+    assert result.head_bits == 32
+    assert {"ranks", "connect", "weights"} < set(result.phases)
+
+
 def test_int8_keeps_eight_bits_for_the_head(tiny_config):
     result = run(job(tiny_config, weight_format="int8"))
     assert 8 <= result.head_bits < 9

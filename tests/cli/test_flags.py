@@ -12,7 +12,8 @@ from paceline.formats import FORMATS
 FLAGS = {
     "bench": "--help",
     "bench latency": """
-        --against --context --debug --device --dtype --help --json --mode --plot --quantize --quiet --rounds --threads
+        --against --context --debug --device --dtype --help --json --mode --plot --quantize --quiet --rounds
+        --tensor-parallel-size --threads
     """,
     "bench throughput": """
         --against --batch --debug --decode-only --device --dtype --groups --help --input-len --json --max-num-seqs
@@ -22,21 +23,20 @@ FLAGS = {
     "chat": """
         --chat-template --debug --deterministic --device --dtype --help --ignore-eos --max-model-len --max-tokens
         --memory-gib --min-p --min-tokens --mode --model --model-impl --no-history --offload --offload-dir --offload-to
-        --quantize
-        --quiet --raw --repetition-penalty --revision --seed --speculative --stop --system --temperature --threads
-        --top-k --top-p
+        --pipeline-parallel-size --quantize --quiet --raw --repetition-penalty --revision --seed --speculative --stop
+        --system --temperature --tensor-parallel-size --threads --top-k --top-p
     """,
     "env": "--debug --help --json --measure",
     "explain": """
         --chat-template --debug --deterministic --device --dtype --help --json --max-model-len --memory-gib --mode
-        --model --model-impl --offload --offload-dir --offload-to --quantize --quiet --revision --rows --speculative
-        --threads
+        --model --model-impl --offload --offload-dir --offload-to --pipeline-parallel-size --quantize --quiet --revision
+        --rows --speculative --tensor-parallel-size --threads
     """,
     "generate": """
         --chat-template --debug --deterministic --device --dtype --help --ignore-eos --json --max-model-len --max-tokens
-        --memory-gib --min-p --min-tokens --mode --model --model-impl --offload --offload-dir --offload-to --quantize
-        --quiet --raw --repetition-penalty --revision --seed --speculative --stop --system --temperature --threads
-        --top-k --top-p
+        --memory-gib --min-p --min-tokens --mode --model --model-impl --offload --offload-dir --offload-to
+        --pipeline-parallel-size --quantize --quiet --raw --repetition-penalty --revision --seed --speculative --stop
+        --system --temperature --tensor-parallel-size --threads --top-k --top-p
     """,
     "models": "--debug --help --json",
     "models delete": "--debug --help --yes",
@@ -46,7 +46,7 @@ FLAGS = {
     "plan": """
         --bandwidth --block-size --debug --device --devices --dtype --fp32-gradients --gpu --help --json --kv-cache-gib
         --max-model-len --max-num-batched-tokens --max-num-seqs --measure --memory --micro-batch --precision --quantize
-        --recompute --revision --sequence-length --sequence-parallel --tensor-parallel --train
+        --recompute --revision --sequence-length --sequence-parallel --tensor-parallel-size --train
     """,
 }
 

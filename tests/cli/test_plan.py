@@ -27,6 +27,14 @@ def test_the_tables(capsys):
     assert "✗" in out
 
 
+def test_a_model_over_two_gpus(capsys):
+    assert main(["plan", LLAMA, "--gpu", "H100", "-tp", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "Memory of each of 2 devices" in out
+    assert "32 layers, 64.0 KiB a token" in out
+    assert "without what their sums take" in out
+
+
 def test_json_has_everything(capsys):
     assert main(["plan", MIXTRAL, "--memory", "100GiB", "--bandwidth", "2000", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -63,7 +71,7 @@ def test_training(capsys):
         (["--devices", "8"], "--devices needs --train", 2),
         (["--train", "--quantize", "int8"], "--quantize has no meaning with --train", 2),
         (["--train", "--gpu", "h100", "--memory", "24GiB"], "give one of them", 2),
-        (["--train", "--devices", "6", "--tensor-parallel", "4"], "must be a multiple of tensor_parallel", 2),
+        (["--train", "--devices", "6", "--tensor-parallel-size", "4"], "must be a multiple of tensor_parallel", 2),
         (["--train", "--sequence-length", "200000"], "more than the 131072 positions", 2),
     ],
 )

@@ -21,6 +21,7 @@ from paceline.engine.step import ScheduledRequest, SchedulerOutput, StepOutput
 from paceline.errors import EngineError, UsageError
 from paceline.kernels import Choice
 from paceline.llm import LLM
+from paceline.planner.inference import plan
 from paceline.sampling.params import SamplingParams
 
 CONFIG = {
@@ -86,6 +87,8 @@ def test_two_processes_answer_as_one_and_one_that_dies_ends_the_run_with_its_rea
             )
         assert len(outputs[0].prompt_logprobs) == len(whole[0].prompt_logprobs)
         assert llm.stats().kv_bytes_per_token == figures.kv_bytes_per_token / 2
+        planned = plan(model, device="cpu", dtype="float32", max_model_len=64, tensor_parallel_size=2)
+        assert llm.model.sizes.weights == planned.weights
         assert any("sum of down" in choice.operation for choice in llm.choices(1))
         stream = llm.stream([1, 2, 3], SamplingParams(temperature=0, max_tokens=50, ignore_eos=True))
         next(stream)

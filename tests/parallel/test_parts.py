@@ -23,9 +23,7 @@ def split_decoders(config, parallel, quantize):
     for index in range(parallel.world_size):
         communicator = Communicator(Rank(index, parallel), None, None, None)
         checkpoint = RandomCheckpoint(config, dtype=torch.float32, seed=1)
-        decoder = load_decoder(
-            checkpoint, whole, dtype=torch.float32, quantize=quantize, split=RankSplit(communicator)
-        )
+        decoder = load_decoder(checkpoint, whole, dtype=torch.float32, quantize=quantize, split=RankSplit(communicator))
         join(decoder, whole, communicator)
         found.append(decoder)
     return found

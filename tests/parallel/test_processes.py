@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
@@ -117,6 +118,17 @@ def test_a_rank_that_dies_between_messages_is_told_at_the_next(start):
     os.kill(ranks.pids[1], signal.SIGKILL)
     with pytest.raises(EngineError, match=r"rank 1 of 2 .* was killed by SIGKILL"):
         ranks.gather()
+
+
+def test_ranks_that_are_forgotten_end(tmp_path, monkeypatch):
+    (tmp_path / "forgotten_of_test.py").write_text(MEMBER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    ranks = Ranks("forgotten_of_test:main", 2)
+    pids = ranks.pids
+    ranks.send_each([0, 1])
+    del ranks
+    gc.collect()
+    assert all(map(gone, pids))
 
 
 def test_close_ends_a_rank_that_hangs(start, monkeypatch):

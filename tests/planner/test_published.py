@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import paceline
-from paceline.errors import UnsupportedModelError
+from paceline.errors import UnsupportedModelError, UsageError
 from paceline.planner.inference import Plan
 
 CONFIGS = Path(__file__).parents[1] / "models" / "configs"
@@ -96,6 +96,27 @@ def test_the_bound_is_bandwidth_over_bytes():
     (speed,) = [s for s in found.speeds if (s.batch, s.context) == (4, 4096)]
     assert speed.nbytes == pytest.approx(2 * (8_030_261_248 - 128256 * 4096) + 4 * 4096 * 131072, rel=1e-9)
     assert speed.tokens_per_second == pytest.approx(4 * 3.35e12 / speed.nbytes)
+
+
+def test_two_devices_hold_half_of_the_layers_and_the_head_each_and_all_of_the_embedding():
+    one, two = (plan("llama-3.1-8b", memory="80GiB", bandwidth=3e12, tensor_parallel_size=n) for n in (1, 2))
+    assert (one.num_devices, two.num_devices) == (1, 2)
+    assert two.num_parameters == one.num_parameters
+    assert two.weights.layers == one.weights.layers // 2
+    assert two.weights.head == one.weights.head // 2
+    assert two.weights.embedding == one.weights.embedding
+    assert two.weights.small == one.weights.small
+    assert two.cache[0].bytes_per_token == one.cache[0].bytes_per_token // 2
+    assert two.cache[0].num_blocks > one.cache[0].num_blocks
+    first = {(s.batch, s.context): s.tokens_per_second for s in one.speeds}
+    for speed in two.speeds:  # norms are read by both
+        assert 1.99 < speed.tokens_per_second / first[speed.batch, speed.context] < 2
+    assert dict(two.largest_batch)[4096] > 2 * dict(one.largest_batch)[4096]
+
+
+def test_a_model_that_does_not_divide_is_refused():
+    with pytest.raises(UsageError, match="3 does not divide the model's 32 attention heads: use 2"):
+        plan("llama-3.1-8b", memory="80GiB", tensor_parallel_size=3)
 
 
 def test_what_fits_is_consistent():

@@ -107,7 +107,7 @@ def test_activations_are_the_papers_formula(heads, hidden, term, saved):
     assert kept(recompute="selective") == sbh * 34
     assert 1 - 34 * sbh / everything == pytest.approx(saved, abs=0.006)
     assert kept(recompute="full") == 2 * sbh
-    eight = {"tensor_parallel": 8, "devices": 8}
+    eight = {"tensor_parallel_size": 8, "devices": 8}
     assert kept(recompute="none", **eight) == sbh * (10 + 24 / 8 + term / 8)
     assert kept(recompute="none", sequence_parallel=True, **eight) == sbh * (34 + term) / 8
     assert kept(recompute="full", sequence_parallel=True, **eight) == 2 * sbh / 8
@@ -135,7 +135,10 @@ def test_an_expert_layer_keeps_each_tokens_experts():
     [
         ({"precision": "fp8"}, "unknown precision 'fp8'"),
         ({"recompute": "some"}, "unknown recompute 'some'"),
-        ({"devices": 6, "tensor_parallel": 4}, "devices \\(6\\) must be a multiple of tensor_parallel \\(4\\)"),
+        (
+            {"devices": 6, "tensor_parallel_size": 4},
+            "devices \\(6\\) must be a multiple of tensor_parallel_size \\(4\\)",
+        ),
         ({"micro_batch": 0}, "micro_batch must be at least 1, got 0"),
         ({"precision": "fp32", "fp32_gradients": True}, "float32 already"),
     ],

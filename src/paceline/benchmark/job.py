@@ -12,8 +12,8 @@ from paceline.benchmark.protocol import Generate, Timing
 @dataclass(frozen=True)
 class Job:
     """One engine at one precision. `engine`: a key of worker.ENGINES; `weight_format`: "dense" or a format's name;
-    `gpt_fast`: the directory of its checkout; `mode`: paceline's, as LLM takes it; `started`: time.time() when its
-    process was started."""
+    `gpt_fast`: the directory of its checkout; `mode`, `tensor_parallel_size`: paceline's, as LLM takes them; `started`:
+    time.time() when its process was started."""
 
     engine: str
     shape: str
@@ -26,6 +26,7 @@ class Job:
     threads: int | None = None
     gpt_fast: str | None = None
     mode: str = "auto"
+    tensor_parallel_size: int = 1
     started: float = 0.0
 
 
@@ -33,11 +34,12 @@ class Job:
 class Memory:
     """Bytes of each part, as planned and as counted on the device. None: not counted there (the CPU's allocator keeps
     no count), or not planned (another engine). The part "loading" lies beside the weights before the others come.
-    `peak`: the most at once, of the device, or on the CPU of the process, its code included."""
+    `peak`: the most at once, of the device, or on the CPU of the process, its code included; None for a model that is
+    split, whose processes are not this one."""
 
     planned: Mapping[str, int] | None
     measured: Mapping[str, int] | None
-    peak: int
+    peak: int | None
 
 
 def at_once(parts: Mapping[str, int]) -> int:

@@ -25,7 +25,7 @@ Run = Callable[[Job], Result]
 @dataclass(frozen=True)
 class Options:
     """`shape`: as read_shape takes it. `weight_formats`: "dense" or a format's name, a row each. `against`: RIVALS,
-    or "gpt-fast=DIR". `mode`: paceline's, as LLM takes it."""
+    or "gpt-fast=DIR". `mode`, `tensor_parallel_size`: paceline's, as LLM takes them; the others run on one device."""
 
     shape: str
     weight_formats: tuple[str, ...] = ("dense",)
@@ -36,6 +36,7 @@ class Options:
     threads: int | None = None
     against: tuple[str, ...] = ()
     mode: str = "auto"
+    tensor_parallel_size: int = 1
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
@@ -133,6 +134,7 @@ def run(options: Options, *, tell: Callable[[str], None] = lambda line: None, ru
         device=options.device,
         threads=options.threads,
         mode=options.mode,
+        tensor_parallel_size=options.tensor_parallel_size,
     )
     for weight_format in options.weight_formats:
         attempt(dataclasses.replace(base, weight_format=weight_format))

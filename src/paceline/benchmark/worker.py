@@ -80,7 +80,8 @@ def run(job: Job) -> Result:
         torch.set_num_threads(job.threads)
     with phases.time("device"):
         torch.zeros(1, device=device)
-    memory = None if device.type == "cpu" else CudaMemory(device)
+    split = job.tensor_parallel_size > 1  # over processes of their own, whose memory is not counted here
+    memory = None if device.type == "cpu" or split else CudaMemory(device)
     subject = build(job, device, phases)
     if memory is not None:
         memory.loaded()
@@ -89,7 +90,10 @@ def run(job: Job) -> Result:
     with phases.time("first token"):
         subject.generate(prompts[0], 1)
     contexts = tuple(_measure(job, subject, prompt) for prompt in prompts)
-    counted = Memory(subject.planned, None, peak_of_process()) if memory is None else memory.counted(subject)
+    if memory is None:
+        counted = Memory(subject.planned, None, None if split else peak_of_process())
+    else:
+        counted = memory.counted(subject)
     from paceline.benchmark.bandwidth import read_bandwidth
 
     return Result(
@@ -112,12 +116,15 @@ def _measure(job: Job, subject: Subject, prompt: list[int]) -> Context:
     import torch
 
     from paceline.benchmark.mbu import mean_context_bytes
+    from paceline.config import ParallelConfig
     from paceline.models.registry import read_decoder_config
+    from paceline.parallel.split import Rank, local_groups
 
     timing = measure(subject.generate, prompt, job.rounds)
     # The step that makes token n attends to the prompt and the n - 1 tokens before it.
+    rank = Rank(0, ParallelConfig(job.tensor_parallel_size))  # a step reads as much of each device
     kv_bytes = mean_context_bytes(
-        read_decoder_config(job.config).kv_groups,
+        local_groups(read_decoder_config(job.config), rank),
         len(prompt) + FIRST,
         DECODED,
         getattr(torch, subject.dtype).itemsize,

@@ -19,7 +19,7 @@ from paceline.benchmark.protocol import PROMPT
 from paceline.benchmark.throughput import STEP_TOKENS
 from paceline.benchmark.workload import Workload
 from paceline.cli.group import NearestGroup
-from paceline.cli.options import QUANTIZATIONS, configure_logging, debug_option, mode_option
+from paceline.cli.options import QUANTIZATIONS, configure_logging, debug_option, mode_option, tensor_parallel_option
 from paceline.errors import EngineError, UsageError
 
 
@@ -80,6 +80,7 @@ def _reported(command: Command) -> Command:
 )
 @click.option("--rounds", type=int, default=5, show_default=True, metavar="N", help="Figures are medians of N.")
 @_measured
+@tensor_parallel_option
 @click.option(
     "--against",
     multiple=True,
@@ -105,6 +106,7 @@ def latency(shape: str, **options: Any) -> None:
         device=options["device"],
         threads=options["threads"],
         mode=options["mode"],
+        tensor_parallel_size=options["tensor_parallel_size"],
         against=options["against"],
     )
     plot = _check_paths(options)

@@ -94,7 +94,9 @@ def _memory(results: Sequence[Result]) -> Table:
         both = [sizes for sizes in (memory.measured, memory.planned) if sizes is not None]
         cells = [" / ".join(f"{sizes[part] / GIB:,.3f}" for sizes in both if part in sizes) for part in parts]
         cells.append(" / ".join(f"{at_once(sizes) / GIB:,.3f}" for sizes in both))
-        table.add_row(result.engine, result.weight_format, *cells, f"{memory.peak / GIB:,.3f}")
+        table.add_row(
+            result.engine, result.weight_format, *cells, "" if memory.peak is None else f"{memory.peak / GIB:,.3f}"
+        )
     return table
 
 

@@ -27,6 +27,15 @@ mode_option = click.option(
     help="How steps run: plainly (eager), as CUDA graphs (graph; auto, where it can), or so with torch.compile too.",
 )
 
+tensor_parallel_option = click.option(
+    "--tensor-parallel-size",
+    "-tp",
+    type=click.IntRange(min=1),
+    default=1,
+    metavar="N",
+    help="Split every matrix over N GPUs of this machine: faster.",
+)
+
 
 def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that fill SamplingParams."""
@@ -88,14 +97,7 @@ def engine_options(command: Callable[..., None]) -> Callable[..., None]:
             "--offload-to", type=click.Choice(["host", "disk"]), help="Where --offload keeps them [default: what fits]."
         ),
         click.option("--offload-dir", metavar="DIR", help="Where a file of offloaded weights may lie."),
-        click.option(
-            "--tensor-parallel-size",
-            "-tp",
-            type=click.IntRange(min=1),
-            default=1,
-            metavar="N",
-            help="Split every matrix over N GPUs of this machine: faster.",
-        ),
+        tensor_parallel_option,
         click.option(
             "--pipeline-parallel-size",
             "-pp",

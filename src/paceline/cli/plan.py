@@ -11,13 +11,13 @@ import click
 from paceline.cli.options import QUANTIZATIONS, configure_logging
 from paceline.errors import UsageError
 
-_SHARED = ("gpu", "memory", "revision")
+_SHARED = ("gpu", "memory", "revision", "tensor_parallel_size")
 _INFERENCE = (
     *("dtype", "device", "measure", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"),
     *("kv_cache_gib",),
 )
 _TRAINING = (
-    *("precision", "fp32_gradients", "devices", "tensor_parallel", "sequence_parallel", "micro_batch"),
+    *("precision", "fp32_gradients", "devices", "sequence_parallel", "micro_batch"),
     *("sequence_length", "recompute"),
 )
 
@@ -36,6 +36,7 @@ _TRAINING = (
 @click.option("--max-num-batched-tokens", type=int, metavar="N", help="Tokens of one step [default: 2048].")
 @click.option("--block-size", type=int, metavar="N", help="Tokens of a cache block [default: 16].")
 @click.option("--kv-cache-gib", type=float, metavar="GIB", help="Size of the cache [default: what is left].")
+@click.option("--tensor-parallel-size", "-tp", type=int, metavar="N", help="GPUs that share each layer [default: 1].")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")
 @click.option("--train", is_flag=True, help="Plan training with Adam instead; the options below are its own.")
 @click.option(
@@ -45,7 +46,6 @@ _TRAINING = (
 )
 @click.option("--fp32-gradients", is_flag=True, default=None, help="Sum 16-bit gradients in float32.")
 @click.option("--devices", type=int, metavar="N", help="GPUs in all [default: 1].")
-@click.option("--tensor-parallel", type=int, metavar="T", help="GPUs that share each layer [default: 1].")
 @click.option("--sequence-parallel", is_flag=True, default=None, help="Divide norms over them too.")
 @click.option("--micro-batch", type=int, metavar="B", help="Sequences of one forward pass [default: 1].")
 @click.option("--sequence-length", type=int, metavar="S", help="Tokens of each [default: the model's context].")

@@ -31,13 +31,15 @@ def print_plan(plan: Plan) -> None:
     console.print(f"{held}")
     console.print(f"[dim]Loading holds {gib(plan.loading)} beside the weights, before there is a cache.[/dim]\n")
     console.print(_fits(plan))
-    console.print(f"[dim]GiB of everything, steps of {plan.max_num_batched_tokens} tokens; ✗ does not fit.[/dim]\n")
+    everything = "everything" if plan.num_devices == 1 else "everything on each device"
+    console.print(f"[dim]GiB of {everything}, steps of {plan.max_num_batched_tokens} tokens; ✗ does not fit.[/dim]\n")
     if plan.bandwidth is None:
         console.print("For the bound on tokens/s say what the memory reads: --bandwidth GB/S, --measure or --gpu NAME.")
         return
     console.print(_speeds(plan))
     roof = f"{plan.bandwidth.value / 1e9:.0f} GB/s ({plan.bandwidth.source})"
-    console.print(f"[dim]{roof}, over the weights and the keys and values that a step reads.[/dim]")
+    each = "" if plan.num_devices == 1 else " of each device, without what their sums take"
+    console.print(f"[dim]{roof}, over the weights and the keys and values that a step reads{each}.[/dim]")
     if plan.weights.experts:
         console.print("[dim]Experts: as many as independent, equal choices visit; real ones visit fewer.[/dim]")
 
@@ -46,7 +48,7 @@ def print_training(plan: TrainingPlan) -> None:
     console = _console()
     options = plan.options
     console.print(f"[bold]{plan.model}[/bold]  {_count(plan.num_parameters)} parameters, training with Adam")
-    devices = f"{options.devices} devices, tensor parallel {options.tensor_parallel}"
+    devices = f"{options.devices} devices, tensor parallel {options.tensor_parallel_size}"
     batch = f"micro-batch {options.micro_batch} x {_tokens(plan.sequence_length)}, recompute {options.recompute}"
     console.print(f"[dim]{plan.source}; {options.precision}, {devices}, {batch}[/dim]\n")
     table = _table("GiB on each device", ("parameters", "gradients", "optimizer", "activations", "device", "host"))
@@ -75,7 +77,9 @@ def _console() -> Console:
 
 def _memory(plan: Plan) -> Table:
     w = plan.weights
-    table = _table("Memory", ("GiB",), "", "")
+    table = _table(
+        "Memory" if plan.num_devices == 1 else f"Memory of each of {plan.num_devices} devices", ("GiB",), "", ""
+    )
     parts = [
         ("weights: layers", w.layers),
         ("weights: experts", w.experts),

@@ -22,12 +22,14 @@ from paceline.engine.build import load_part
 from paceline.engine.engine import Launched, Runner
 from paceline.engine.graphs import step_choices
 from paceline.engine.load_options import LoadOptions
+from paceline.engine.memory import Sizes
 from paceline.engine.model_runner import ModelRunner
 from paceline.engine.wire import Receiver
 from paceline.kernels.choices import Choice
 from paceline.parallel.communicator import connect
 from paceline.parallel.processes import failure_of
 from paceline.parallel.split import Rank
+from paceline.phases import Phases
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Part:
     dtype: torch.dtype
     step_weight_bytes: int
     kv_bytes_per_token: int
+    sizes: Sizes
     load_peak: int
     phases: dict[str, float]
 
@@ -89,11 +92,14 @@ def _serve(connection: Connection[Any, Any]) -> None:
     connection.send(facts(device))
     connection.recv()  # the driver has compared them
     store = TCPStore("127.0.0.1", job.port, is_master=False, wait_for_workers=False)
-    communicator = connect(job.rank, store, device)
+    phases = Phases()
+    with phases.time("connect"):
+        communicator = connect(job.rank, store, device)
     loaded = load_part(job.options, communicator)
     engine, runner = loaded.engine, loaded.engine.runner
     assert isinstance(runner, ModelRunner)
     assert isinstance(loaded.config, DecoderConfig)
+    assert loaded.sizes is not None  # a decoder's are planned
     connection.send(
         Part(
             engine.config,
@@ -102,8 +108,9 @@ def _serve(connection: Connection[Any, Any]) -> None:
             loaded.dtype,
             loaded.step_weight_bytes,
             loaded.kv_bytes_per_token,
+            loaded.sizes,
             loaded.load_peak,
-            dict(loaded.phases),
+            {**phases.seconds, **loaded.phases},
         )
     )
     run_steps(

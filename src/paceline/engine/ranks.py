@@ -67,9 +67,9 @@ def load_ranks(options: LoadOptions, progress: Progress | None = None) -> Loaded
         device=device,
         step_weight_bytes=max(one.step_weight_bytes for one in parts),
         kv_bytes_per_token=max(one.kv_bytes_per_token for one in parts),
-        phases={**phases.seconds, **part.phases},
+        phases={**phases.seconds, **part.phases, **phases.seconds},  # the driver's, then what only the ranks did
         stream=None,
-        sizes=None,
+        sizes=part.sizes,
         load_peak=max(one.load_peak for one in parts),
         ranks=ranks,
     )

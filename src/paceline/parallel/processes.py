@@ -16,8 +16,9 @@ import subprocess
 import sys
 import time
 import traceback
+import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -59,7 +60,7 @@ def failure_of(error: BaseException) -> Failure:
 
 class Ranks:
     """`count` processes that run `entry` ("module:function", called with a Connection). Messages are pickled; a rank
-    sends Failure before it ends for a reason of its own.
+    sends Failure before it ends for a reason of its own. They end with this object, if not closed before.
 
     Every method raises the error of the first rank that fails, once all are ended, and so does every later call.
     """
@@ -69,6 +70,7 @@ class Ranks:
         self._connections: list[Connection[Any, Any]] = []
         self._arrived: list[deque[Any]] = [deque() for _ in range(count)]
         self._error: PacelineError | None = None
+        self._finish = weakref.finalize(self, _finish, self._processes, self._connections)
         try:
             for _ in range(count):
                 self._start(entry, env or {})
@@ -152,7 +154,7 @@ class Ranks:
         reasons = [(*self._reason(index), index) for index in silent]
         _, error, _ = min(reasons, key=lambda reason: (reason[0], reason[2]), default=(3, _stuck(), 0))
         self._error = error
-        self._end()
+        _kill(self._processes)
         raise error
 
     def _reason(self, index: int) -> tuple[int, PacelineError]:
@@ -169,24 +171,29 @@ class Ranks:
         text = f"{who} (pid {process.pid}) failed: {failure.kind}: {failure.message}: make a new LLM"
         return (2 if failure.consequence else 1), EngineError(text)
 
-    def _end(self) -> None:
-        for process in self._processes:
-            if process.poll() is None:
-                process.kill()
-        for process in self._processes:
-            process.wait()
-
     def close(self) -> None:
         """End the ranks. Later calls raise UsageError."""
         if self._error is None:
             self._error = UsageError("the ranks were ended: make a new LLM")
-        for connection in self._connections:
-            connection.close()  # which a rank understands
-        deadline = time.monotonic() + PATIENCE
-        for process in self._processes:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(max(deadline - time.monotonic(), 0))
-        self._end()
+        self._finish()
+
+
+def _finish(processes: Sequence[subprocess.Popen[bytes]], connections: Sequence[Connection[Any, Any]]) -> None:
+    for connection in connections:
+        connection.close()  # which a rank understands
+    deadline = time.monotonic() + PATIENCE
+    for process in processes:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(max(deadline - time.monotonic(), 0))
+    _kill(processes)
+
+
+def _kill(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+    for process in processes:
+        process.wait()
 
 
 def _ending(code: int | None) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from paceline import sizing
 from paceline.benchmark.bandwidth import read_bandwidth
-from paceline.config import CacheConfig, DecoderConfig, SchedulerConfig
+from paceline.config import CacheConfig, DecoderConfig, ParallelConfig, SchedulerConfig
 from paceline.engine.device import DTYPES, available_bytes, pick_device, pick_dtype
 from paceline.engine.graphs import config_refusal
 from paceline.engine.memory import CPU_CACHE_SHARE, CUDA_MEMORY_SHARE, Room, Sizes, divide
@@ -23,6 +23,7 @@ from paceline.formats import FORMATS, stored_bytes
 from paceline.kernels.gpu import gpu
 from paceline.loading.description import Description, describe
 from paceline.models.registry import read_decoder_config
+from paceline.parallel.split import Rank, held_by, local_config, split_refusal
 from paceline.planner.devices import find_gpu, parse_bytes, recognise_gpu
 from paceline.registry import lookup, refuse_unknown_keys
 from paceline.sizing_cuda import workspace_bytes
@@ -36,7 +37,8 @@ MOST_REQUESTS = 1 << 16  # where the search for the largest batch ends
 class PlanOptions:
     """As LLM's options of the same names, and the device planned for: this machine's `device`; a `gpu` of
     planner/devices.py; or `memory` ("24GiB" or bytes, all of it for the model). `bandwidth`: bytes a second that it
-    reads; None takes the data sheet's; `measure` reads this machine's memory for 0.15 s."""
+    reads; None takes the data sheet's; `measure` reads this machine's memory for 0.15 s. `tensor_parallel_size`: over
+    how many such devices the model is split; the plan is of one of them."""
 
     dtype: str = "auto"
     quantization: str | None = None
@@ -50,6 +52,7 @@ class PlanOptions:
     max_num_batched_tokens: int = 2048
     block_size: int = 16
     kv_cache_gib: float | None = None
+    tensor_parallel_size: int = 1
     revision: str | None = None
     hf_token: str | None = None
     download_dir: str | None = None
@@ -72,6 +75,7 @@ class PlanOptions:
         if self.measure and self.gpu is not None:
             raise UsageError("measure reads this machine's memory, not that of another GPU: give bandwidth, or no gpu")
         SchedulerConfig(self.max_num_seqs, self.max_num_batched_tokens)  # checks both
+        ParallelConfig(self.tensor_parallel_size)
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,8 @@ class Speed:
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes in bytes, lengths in tokens. `stored`: values of each dtype in the checkpoint, by its headers.
+    """Sizes in bytes, lengths in tokens, all of each of `num_devices` devices but for `num_parameters` and `stored`:
+    values of each dtype in the checkpoint, by its headers.
 
     `loading`: beside the weights while they are loaded; given back before there is a cache. `decode_buffers`,
     `graph_pool`, `blas_workspace`: of CUDA graphs and of cuBLAS. `cache`: what the engine would allocate within
@@ -128,6 +133,7 @@ class Plan:
     model: str
     source: str
     architecture: str
+    num_devices: int
     num_parameters: int
     stored: dict[str, int]
     dtype: str
@@ -245,8 +251,8 @@ def _plan(description: Description, config: DecoderConfig, options: PlanOptions)
     here = options.gpu is None and options.memory is None
     device = pick_device(options.device) if here else torch.device("cuda")
     dtype = _dtype(description, options, device)
-    planned = _Planned(_sizes(config.with_context(longest), description, options, dtype, device), options)
-    sizes = planned.sizes
+    sizes = _sizes(config.with_context(longest), description, options, dtype, device)
+    planned = _Planned(sizes, options)
     memory = _memory(options, device)
     share = CPU_CACHE_SHARE if here and device.type == "cpu" else 1.0
     context, cache = planned.divide(memory, longest, share)
@@ -257,6 +263,7 @@ def _plan(description: Description, config: DecoderConfig, options: PlanOptions)
         model=description.name,
         source=description.note,
         architecture=str(description.config["architectures"][0]),
+        num_devices=options.tensor_parallel_size,
         num_parameters=sizing.num_parameters(config),
         stored=dict(description.stored),
         dtype=str(dtype).removeprefix("torch."),
@@ -269,7 +276,7 @@ def _plan(description: Description, config: DecoderConfig, options: PlanOptions)
         graph_pool=sizes.graph_pool,
         blas_workspace=sizes.workspace,
         memory=memory,
-        cache=_groups(config, cache, dtype.itemsize),
+        cache=_groups(sizes.config, cache, dtype.itemsize),
         max_model_len=context,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
@@ -280,7 +287,7 @@ def _plan(description: Description, config: DecoderConfig, options: PlanOptions)
         largest_batch=tuple((c, planned.largest_batch(c, memory)) for c in contexts),
         longest_context=tuple((b, planned.longest_context(b, longest, memory)) for b in BATCHES),
         bandwidth=bandwidth,
-        speeds=() if bandwidth is None else _speeds(config, options, dtype, contexts, bandwidth),
+        speeds=() if bandwidth is None else _speeds(sizes, contexts, bandwidth),
     )
 
 
@@ -288,9 +295,10 @@ def _sizes(
     config: DecoderConfig, description: Description, options: PlanOptions, dtype: torch.dtype, device: torch.device
 ) -> Sizes:
     on_cuda = device.type == "cuda"
+    rank = _largest_rank(config, options)
     stored = DTYPES.get(description.stored_dtype, dtype)  # a quantised GGUF file is cast on the host
     return Sizes(
-        config,
+        local_config(config, rank),
         dtype,
         options.quantization or "dense",
         device,
@@ -298,8 +306,19 @@ def _sizes(
         options.block_size,
         graphs=on_cuda and config_refusal() is None,
         workspace=workspace_bytes(_capability(options, device)) if on_cuda else 0,
-        read_bytes=stored.itemsize if on_cuda and stored != dtype else 0,
+        read_bytes=stored.itemsize * rank.parallel.tensor if on_cuda and stored != dtype else 0,
+        held=held_by(config, rank),
     )
+
+
+def _largest_rank(config: DecoderConfig, options: PlanOptions) -> Rank:
+    """The first: of biases and of the vocabulary it has no less than any other. Raises UsageError where the model
+    cannot be split so."""
+    parallel = ParallelConfig(options.tensor_parallel_size)
+    refusal = split_refusal(config, parallel)
+    if refusal is not None:
+        raise UsageError(refusal)
+    return Rank(0, parallel)
 
 
 def _capability(options: PlanOptions, device: torch.device) -> tuple[int, int] | None:
@@ -372,18 +391,13 @@ def _groups(config: DecoderConfig, cache: sizing.CachePlan, bytes_per_value: int
     )
 
 
-def _speeds(
-    config: DecoderConfig,
-    options: PlanOptions,
-    dtype: torch.dtype,
-    contexts: Sequence[int],
-    bandwidth: Figure,
-) -> tuple[Speed, ...]:
-    """Weights once a step, and the keys and values that each request sees."""
-    matrix_bytes = stored_bytes(options.quantization or "dense", dtype)
+def _speeds(sizes: Sizes, contexts: Sequence[int], bandwidth: Figure) -> tuple[Speed, ...]:
+    """Weights once a step, and the keys and values that each request sees; devices that share them read at once."""
+    config, dtype = sizes.config, sizes.dtype
+    matrix_bytes = stored_bytes(sizes.format, dtype)
     speeds = []
     for batch in BATCHES:
-        weights = sizing.step_weight_bytes(config, dtype.itemsize, matrix_bytes, batch)
+        weights = sizing.step_weight_bytes(config, dtype.itemsize, matrix_bytes, batch, sizes.held)
         for context in contexts:
             nbytes = weights + batch * sizing.context_bytes(config.kv_groups, context, dtype.itemsize)
             speeds.append(Speed(batch, context, nbytes, batch * bandwidth.value / nbytes))

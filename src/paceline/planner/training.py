@@ -42,7 +42,7 @@ Offload = Literal["none", "optimizer", "parameters"]
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """`devices` in all; `tensor_parallel` of them share each layer, and ZeRO divides the states over the others.
+    """`devices` in all; `tensor_parallel_size` of them share each layer, and ZeRO divides the states over the others.
     `fp32_gradients`: 16-bit gradients are summed in a float32 copy. `recompute` "selective": the attention's scores (or
     an attention kernel that never stores them), "full": all but each layer's input. `sequence_parallel`: norms and
     dropouts are divided over the tensor-parallel devices too. `dropout`: the model trains with it, as GPT-3 did."""
@@ -50,7 +50,7 @@ class TrainingOptions:
     precision: str = "bf16"
     fp32_gradients: bool = False
     devices: int = 1
-    tensor_parallel: int = 1
+    tensor_parallel_size: int = 1
     sequence_parallel: bool = False
     micro_batch: int = 1
     sequence_length: int | None = None
@@ -65,16 +65,16 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         lookup(PRECISIONS, "precision", self.precision)
         lookup(dict.fromkeys(RECOMPUTE), "recompute", self.recompute)
-        for name in ("devices", "tensor_parallel", "micro_batch", "sequence_length"):
+        for name in ("devices", "tensor_parallel_size", "micro_batch", "sequence_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be at least 1, got {value}")
         if self.gpu is not None and self.memory is not None:
             raise UsageError("gpu and memory both say how much memory there is: give one of them")
-        if self.devices % self.tensor_parallel:
+        if self.devices % self.tensor_parallel_size:
             raise UsageError(
-                f"devices ({self.devices}) must be a multiple of tensor_parallel ({self.tensor_parallel}): each group "
-                "of that many devices holds one copy of the model"
+                f"devices ({self.devices}) must be a multiple of tensor_parallel_size ({self.tensor_parallel_size}): "
+                "each group of that many devices holds one copy of the model"
             )
         if self.fp32_gradients and self.precision == "fp32":
             raise UsageError("fp32_gradients with precision 'fp32': its gradients are float32 already")
@@ -137,7 +137,7 @@ def layer_activations(config: DecoderConfig, options: TrainingOptions, layer: in
     equation 4, all of it over t. Selective recomputation leaves the term of the a heads' scores out (equation 6), full
     recomputation leaves the layer's input, 2sbh (table 2).
     """
-    a, hidden, t = config.attention, config.hidden_size, options.tensor_parallel
+    a, hidden, t = config.attention, config.hidden_size, options.tensor_parallel_size
     tokens = sequence * options.micro_batch
     if options.recompute == "full":
         return tokens * 2 * hidden / (t if options.sequence_parallel else 1)
@@ -161,7 +161,7 @@ def activation_bytes(config: DecoderConfig, options: TrainingOptions, sequence: 
     logits (Korthikanti et al., section 4.3)."""
     tokens = sequence * options.micro_batch
     layers = sum(layer_activations(config, options, layer, sequence) for layer in range(config.num_layers))
-    return layers + tokens * (4 * config.hidden_size + 4 * config.vocab_size) / options.tensor_parallel
+    return layers + tokens * (4 * config.hidden_size + 4 * config.vocab_size) / options.tensor_parallel_size
 
 
 @dataclass(frozen=True)
@@ -223,14 +223,14 @@ def plan_training(model: str, **options: Any) -> TrainingPlan:
         memory = find_gpu(asked.gpu).memory_gib * sizing.GIB
     activations = activation_bytes(config, asked, sequence)
     parameters = sizing.num_parameters(config)
-    largest = max(m.rows * m.columns for m in sizing.layer_matrices(config)) // asked.tensor_parallel
+    largest = max(m.rows * m.columns for m in sizing.layer_matrices(config)) // asked.tensor_parallel_size
     rows = []
     for stage, offload in WAYS:
         states = model_states(
-            parameters / asked.tensor_parallel,
+            parameters / asked.tensor_parallel_size,
             asked.bytes,
             stage,
-            asked.devices // asked.tensor_parallel,
+            asked.devices // asked.tensor_parallel_size,
             offload,
             largest,
         )
@@ -255,8 +255,8 @@ def plan_training(model: str, **options: Any) -> TrainingPlan:
 
 
 def _formulas(options: TrainingOptions) -> tuple[tuple[str, str, str], ...]:
-    size, shards = options.bytes, options.devices // options.tensor_parallel
-    t = options.tensor_parallel
+    size, shards = options.bytes, options.devices // options.tensor_parallel_size
+    t = options.tensor_parallel_size
     kept = {
         "none": "sbh(34 + 5as/h) for a GPT layer",
         "selective": "34sbh for a GPT layer",

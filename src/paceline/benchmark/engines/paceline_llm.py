@@ -15,8 +15,8 @@ from paceline.benchmark.protocol import LAST
 from paceline.engine.memory import Sizes
 from paceline.engine.model_runner import ModelRunner
 from paceline.errors import UsageError
+from paceline.formats import stored_bytes
 from paceline.llm import LLM
-from paceline.models.decoder import Decoder
 from paceline.phases import Phases
 from paceline.sampling.params import SamplingParams
 
@@ -37,6 +37,7 @@ def build(job: Job, device: torch.device, phases: Phases) -> Subject:
             dtype=job.dtype,
             device=str(device),
             mode=job.mode,
+            tensor_parallel_size=job.tensor_parallel_size,
             quantization=None if job.weight_format == "dense" else job.weight_format,
             max_model_len=longest,
             max_num_seqs=1,
@@ -45,16 +46,12 @@ def build(job: Job, device: torch.device, phases: Phases) -> Subject:
         )
     phases.seconds |= {name: s for name, s in llm.stats().phases.items() if name not in phases.seconds}  # the device's
     runner = llm.model.engine.runner
-    assert isinstance(runner, ModelRunner)  # nothing is split here
-    model = runner.model
-    if not isinstance(model, Decoder):
-        raise UsageError(f"{job.shape} runs through transformers' modules: only models of a family are measured")
-    head = model.head.weight
-    kv = runner.kv
-    cache = sum(tensor.nbytes for layer in kv for tensor in (layer.k_HSD, layer.v_HSD))
     sizes = llm.model.sizes
-    assert sizes is not None  # a Decoder's are planned
-    decode = runner.decode
+    if sizes is None:
+        raise UsageError(f"{job.shape} runs through transformers' modules: only models of a family are measured")
+    cache = sizing.cache_bytes(sizes.config.kv_groups, llm.model.num_blocks, sizes.block_size, sizes.dtype.itemsize)
+    decode = runner.decode if isinstance(runner, ModelRunner) else None  # of a model that is split the ranks have it
+    head = (sizes.config.vocab_size, sizes.config.hidden_size)
 
     def generate(prompt: Sequence[int], num_tokens: int) -> list[int]:
         params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
@@ -66,7 +63,7 @@ def build(job: Job, device: torch.device, phases: Phases) -> Subject:
         dtype=str(llm.model.dtype).removeprefix("torch."),
         weight_format=job.weight_format,
         step_weight_bytes=llm.stats().step_weight_bytes,
-        head_bits=8 * head.nbytes / (head.shape[0] * head.shape[1]),
+        head_bits=8 * stored_bytes(sizes.format, sizes.dtype).head(*head) / (head[0] * head[1]),
         planned=_planned(sizes, job, cache),
         held={"cache": cache, "decode buffers": 0 if decode is None else decode.nbytes},
         load_peak=llm.model.load_peak,
