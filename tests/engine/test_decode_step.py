@@ -396,6 +396,22 @@ def test_a_decode_that_memory_does_not_hold_is_built_anew(caplog: pytest.LogCapt
         assert tuple(answers.tokens[str(p)]) == alone(0, p, 12)[""][0]
 
 
+def test_a_size_that_memory_does_not_hold_leaves_the_next_smaller_one(caplog: pytest.LogCaptureFixture) -> None:
+    model = decoder()
+
+    def decode(kv: Any) -> DecodeStep:
+        return DecodeStep(model, kv, BLOCK, max_rows=16, max_model_len=MAX_LEN, round_up=graph_rows)
+
+    step = ModelRunner(model, (ROOMY, ROOMY), BLOCK, decode).decode
+    assert step is not None
+    left = []
+    for count in (13, 8, 3, 2, 1):
+        step.lower(count)
+        left.append(step.max_rows)
+    assert left == [8, 4, 2, 1, 0]
+    assert "no memory is left for decodes of 13 requests ahead" in caplog.text
+
+
 def test_a_steady_step_sends_only_what_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens go to the device when rows move, block tables when a block is added: not at every step."""
     engine = make_engine(decoder(), static=True, depth=1)

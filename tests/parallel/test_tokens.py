@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from paceline.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
+from paceline.engine.decode_step import DecodeStep
 from paceline.engine.engine import Engine, EngineRequest
 from paceline.engine.model_runner import ModelRunner
 from paceline.loading.random_checkpoint import RandomCheckpoint
@@ -54,16 +55,23 @@ def requests():
     return [EngineRequest(f"request {i}", [*shared[: 10 - i], *range(i, i + 9)], params[i % 3]) for i in range(5)]
 
 
-def answers(model):
-    """Every request's tokens, and how often one was preempted, of an engine with little room."""
+def plain_requests():
+    """That decode together, greedily, and end one after the other."""
+    params = [SamplingParams(temperature=0, max_tokens=8 + 2 * i, ignore_eos=True) for i in range(5)]
+    return [EngineRequest(f"plain {i}", [i + 1, 5, 9], params[i]) for i in range(5)]
+
+
+def answers(model, asked, **options):
+    """Every request's tokens, and how often one was preempted, of an engine with little room. `options`: its
+    runner's."""
     config = EngineConfig(
         max_model_len=64,
         cache=CacheConfig(block_size=4, num_blocks=BLOCKS),
         scheduler=SchedulerConfig(max_num_seqs=6, max_num_batched_tokens=16, max_chunk=5),
     )
     blocks = (BLOCKS,) * len(model.kv_groups)
-    engine = Engine(config, model.kv_groups, blocks, ModelRunner(model, blocks, 4))
-    for request in requests():
+    engine = Engine(config, model.kv_groups, blocks, ModelRunner(model, blocks, 4, **options))
+    for request in asked:
         engine.add_request(request)
     tokens: dict[str, list[int]] = {}
     while engine.has_work:
@@ -84,7 +92,7 @@ def expected(configs):
 
     def of(name):
         if name not in found:
-            found[name] = answers(whole_model(configs[name]))
+            found[name] = answers(whole_model(configs[name]), requests())
         return found[name]
 
     return of
@@ -99,10 +107,40 @@ def test_the_ranks_choose_the_tokens_of_the_whole_model(configs, run_ranks, expe
     def work(communicator):
         checkpoint = RandomCheckpoint(config, dtype=torch.float32, seed=1)
         decoder = load_decoder(checkpoint, whole, dtype=torch.float32, split=RankSplit(communicator))
-        return answers(join(decoder, whole, communicator))
+        return answers(join(decoder, whole, communicator), requests())
 
     tokens, stats = expected(name)
     assert stats.num_preemptions > 0
     assert stats.cache.prefix_hit_tokens > 0
     for found, _ in run_ranks(parallel, work):
         assert found == tokens
+
+
+def test_where_one_rank_has_no_memory_for_a_decode_all_take_smaller_ones(configs, run_ranks):
+    config, parallel = configs["llama"], ParallelConfig(2)
+    whole = read_decoder_config(config)
+
+    def work(communicator):
+        asked, made = [], []
+
+        def decode(kv):
+            made.append(DecodeStep(model, kv, 4, max_rows=6, max_model_len=64))
+            return made[0]
+
+        def all_have_room(rows):
+            asked.append(rows)
+            fits = rows < 5 or communicator.rank.index == 0
+            return bool(communicator.agree([fits], torch.device("cpu"))[0])
+
+        checkpoint = RandomCheckpoint(config, dtype=torch.float32, seed=1)
+        decoder = load_decoder(checkpoint, whole, dtype=torch.float32, split=RankSplit(communicator))
+        model = join(decoder, whole, communicator)
+        tokens, _ = answers(model, plain_requests(), decode=decode, all_have_room=all_have_room)
+        return tokens, asked, made[0].max_rows
+
+    tokens, _ = answers(whole_model(config), plain_requests())
+    first, second = run_ranks(parallel, work)
+    assert first == second
+    assert first[0] == tokens
+    assert first[1] == [5, 4, 3, 2, 1]  # each size is asked for once
+    assert first[2] == 4

@@ -92,6 +92,7 @@ class _Weights:
     step_bytes: int  # of weights that one decode step reads
     stream: WeightStream | None = None
     sizes: Sizes | None = None  # of a decoder
+    all_have_room: Callable[[int], bool] | None = None  # of a rank (engine/model_runner.py)
 
 
 def load_model(options: LoadOptions, progress: Progress | None = None) -> LoadedModel:
@@ -244,8 +245,23 @@ def _load_decoder(
             stream.close()  # its file and its thread
         raise
     step_bytes = sizing.step_weight_bytes(own, dtype.itemsize, stored_bytes(sizes.format, dtype), held=held)
-    model: Model = decoder if communicator is None else join(decoder, config, communicator)
-    return _Weights(config, model, max_model_len, num_blocks, step_bytes, stream, replace(sizes, config=own))
+    sizes = replace(sizes, config=own)
+    if communicator is None:
+        return _Weights(config, decoder, max_model_len, num_blocks, step_bytes, stream, sizes)
+    model, have_room = join(decoder, config, communicator), partial(_all_have_room, communicator, sizes)
+    return _Weights(config, model, max_model_len, num_blocks, step_bytes, stream, sizes, have_room)
+
+
+def _all_have_room(communicator: Communicator, sizes: Sizes, rows: int) -> bool:
+    """Whether every rank can allocate what a decode of so many rows computes in: found before any waits for another."""
+    try:
+        torch.empty(sizes.graph_step(rows), dtype=torch.uint8, device=sizes.device)
+        fits = True
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        fits = False
+    return bool(communicator.agree([fits], sizes.device)[0])
 
 
 def _load_fallback(
@@ -488,6 +504,6 @@ def _build_engine(weights: _Weights, options: LoadOptions) -> tuple[Engine, Deco
         options.cache.block_size,
         decode,
         deterministic=options.deterministic,
-        with_others=options.parallel.world_size > 1,
+        all_have_room=weights.all_have_room,
     )
     return Engine(engine_config, model.kv_groups, weights.num_blocks, runner), runner.decode

@@ -24,10 +24,13 @@ from paceline.engine.request_tokens import RequestTokens
 from paceline.engine.step import PLACEHOLDER, ScheduledRequest
 from paceline.inputs import AttentionMetadata, GroupMetadata, KVLayer, ModelInputs
 from paceline.kernels.decode_attention import make_counts
+from paceline.log import get_logger
 from paceline.models.model import Model
 from paceline.phases import Phases
 from paceline.sampling.random import MASK, uniforms
 from paceline.sampling.static import CHOOSERS, KINDS, TOP_P_OFF, Chosen, Kind, RowParams
+
+log = get_logger(__name__)
 
 # Steps whose staging buffers may be in use at once: one that the host writes, and two that it has not collected.
 RING = 3
@@ -53,6 +56,11 @@ def fits(scheduled: Sequence[ScheduledRequest], states: Sequence[RequestTokens])
     )
 
 
+def _kind_of(states: Sequence[RequestTokens]) -> Kind:
+    """That serves them all."""
+    return max({state.kind for state in states}, key=KINDS.index)
+
+
 @dataclass(frozen=True)
 class PendingDecode:
     """A decode on its way. `rows_N`: each request's."""
@@ -72,7 +80,7 @@ class DecodeStep:
     """`run` is given (rows, kind of sampling) and what computes a step of them: once, or by a graph of it.
 
     `round_up`: the rows that a step of so many requests computes. Unused rows have length 0 and slots of -1: only
-    kernels that know them may get any. `max_rows` is the most requests of a step, and one of the sizes.
+    kernels that know them may get any. `max_rows` is the most requests of a step.
     """
 
     def __init__(
@@ -159,6 +167,17 @@ class DecodeStep:
         with phases.time("graphs"):
             self._run((rows, kind), compute)
 
+    def new_rows(self, states: Sequence[RequestTokens]) -> int | None:
+        """The rows that a step of these requests computes, where none of its kind has been before."""
+        key = self._round_up(len(states)), _kind_of(states)
+        return None if key in self._steps else key[0]
+
+    def lower(self, num_requests: int) -> None:
+        """Memory does not hold a step of so many requests: the next smaller size is the largest from now on."""
+        rows = self._round_up(num_requests)
+        self.max_rows = max((n for n in range(1, num_requests) if self._round_up(n) < rows), default=0)
+        log.warning("no memory is left for decodes of %d requests ahead of the host", num_requests)
+
     def forget_rows(self) -> None:
         """Tokens were chosen elsewhere since the last launch: the next one sends what it needs."""
         self._states = None
@@ -174,7 +193,7 @@ class DecodeStep:
         rows = [row if row < count else next(free) for row in had]
         self._rows_N = np.array(rows, dtype=np.int64)
         self._num_rows = self._round_up(count)
-        self._kind = max({state.kind for state in states}, key=KINDS.index)
+        self._kind = _kind_of(states)
         self._clear(count, self._num_rows)
 
     def _clear(self, first: int, end: int) -> None:

@@ -87,12 +87,23 @@ class Sizes:
 
     @property
     def graph_pool(self) -> int:
-        return sizing_cuda.graph_pool_bytes(self.config, self._rows, self._graph_step) if self.graphs else 0
+        return sizing_cuda.graph_pool_bytes(self.config, self._rows, self.graph_step(self._rows)) if self.graphs else 0
 
     @property
     def graph_reserve(self) -> int:
         """The part of it that one segment holds, taken before the first capture."""
-        return sizing_cuda.reserved_bytes(self.config, self._rows, self._graph_step) if self.graphs else 0
+        return sizing_cuda.reserved_bytes(self.config, self._rows, self.graph_step(self._rows)) if self.graphs else 0
+
+    def graph_step(self, rows: int) -> int:
+        """What one captured decode of so many rows computes in."""
+        return sizing_cuda.graph_step_bytes(
+            self.config,
+            rows,
+            self.dtype.itemsize,
+            unpacked=self._unpacked,
+            workspace=self.workspace,
+            held=self.held,
+        )
 
     def beside(self, context: int) -> int:
         """All but weights and cache."""
@@ -114,17 +125,6 @@ class Sizes:
     @property
     def _unpacked(self) -> sizing.FormatBytes:
         return unpack_bytes(self.format, self.dtype)
-
-    @property
-    def _graph_step(self) -> int:
-        return sizing_cuda.graph_step_bytes(
-            self.config,
-            self._rows,
-            self.dtype.itemsize,
-            unpacked=self._unpacked,
-            workspace=self.workspace,
-            held=self.held,
-        )
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,9 @@ class Launched:
 class ModelRunner:
     """`num_blocks`: blocks of each KV group, the null block not counted. `decode`, given the cache, makes what runs
     plain decodes on buffers of its own; None: every step is built anew. `deterministic`: attention adds up as if each
-    request were alone (models/deterministic.py does the rest). `with_others`: other ranks compute the same steps, and
-    wait for this one's part of each, so that none may be computed again without some of its requests."""
+    request were alone (models/deterministic.py does the rest). `all_have_room`, where other ranks compute the same
+    steps: whether the memory of each holds a decode of so many rows. They wait for this one's part of every step, so
+    that none may be computed again without some of its requests."""
 
     def __init__(
         self,
@@ -66,10 +67,10 @@ class ModelRunner:
         decode: Callable[[Sequence[KVLayer]], DecodeStep] | None = None,
         *,
         deterministic: bool = False,
-        with_others: bool = False,
+        all_have_room: Callable[[int], bool] | None = None,
     ) -> None:
         self.model = model
-        self._with_others = with_others
+        self._all_have_room = all_have_room
         self.block_size = block_size
         self.deterministic = deterministic
         self.windows = tuple(group.window for group in model.kv_groups)
@@ -120,14 +121,18 @@ class ModelRunner:
         states = [self._requests[request.request_id] for request in scheduled]
         if not fits(scheduled, states):
             return None
+        if self._all_have_room is not None:
+            rows = self.decode.new_rows(states)
+            if rows is not None and not self._all_have_room(rows):
+                self.decode.lower(len(scheduled))
+                return None
         self._copy(output.copies)  # a second time, where memory does not suffice, changes nothing
         try:
             pending = self.decode.launch(scheduled, states)
         except Exception as error:
-            if self._with_others or not is_out_of_memory(error):
+            if self._all_have_room is not None or not is_out_of_memory(error):
                 raise
-            self.decode.max_rows = len(scheduled) - 1  # the next ones of that size would fail alike
-            log.warning("no memory is left for decodes of %d requests ahead of the host", len(scheduled))
+            self.decode.lower(len(scheduled))
             return None
         launched = Launched(None, pending, [request.request_id for request in scheduled], states)
         self._in_flight.append(launched)
@@ -172,7 +177,7 @@ class ModelRunner:
         try:
             return self._compute(scheduled)
         except Exception as error:
-            if self._with_others or not is_out_of_memory(error):
+            if self._all_have_room is not None or not is_out_of_memory(error):
                 raise
             largest = max(scheduled, key=lambda request: len(request.token_ids))
         # Out here the error is gone, and with it the tensors that its traceback held.
