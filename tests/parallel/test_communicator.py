@@ -1,4 +1,4 @@
-"""Sums and gathers over the ranks, and the one-shot sum's twin."""
+"""Sums and gathers over the ranks."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import torch
 
 from paceline.config import ParallelConfig
 from paceline.formats.dense import DenseWeight
+from paceline.kernels.one_shot import one_shot_ref
 from paceline.layers.linear import Linear
 from paceline.parallel.linear import RowParallel, VocabParallel
-from paceline.parallel.one_shot import one_shot_ref, one_shot_refusal, size_refusal
 
 CPU = torch.device("cpu")
 
@@ -32,13 +32,6 @@ def test_a_sum_is_the_same_bits_on_every_rank_and_the_twins_value(run_ranks, dty
     torch.testing.assert_close(
         found[0], expected, rtol=count * torch.finfo(dtype).eps, atol=count * torch.finfo(dtype).eps
     )
-
-
-def test_the_twin_rounds_once():
-    parts = [torch.tensor([1.0]), torch.tensor([2.0**-9]), torch.tensor([2.0**-9])]
-    assert one_shot_ref([part.bfloat16() for part in parts]).item() == 1.0
-    parts = [torch.tensor([1.0]), *[torch.tensor([2.0**-9])] * 3]
-    assert one_shot_ref([part.bfloat16() for part in parts]).item() == 1.0 + 2.0**-7
 
 
 def test_gathered_columns_lie_in_the_order_of_the_ranks(run_ranks):
@@ -78,21 +71,3 @@ def test_a_head_whose_words_do_not_divide_gives_them_all(run_ranks):
 
     for found in run_ranks(ParallelConfig(4), work):
         torch.testing.assert_close(found, x_TK @ w_VK.T)
-
-
-@pytest.mark.parametrize(
-    ("nbytes", "dtype", "words"),
-    [
-        (8192, torch.float16, "float16"),
-        (300_000, torch.bfloat16, "ring"),
-        (24, torch.bfloat16, "multiple of 16"),
-        (0, torch.bfloat16, "multiple of 16"),
-    ],
-)
-def test_what_the_one_shot_sum_refuses(nbytes, dtype, words):
-    assert words in (size_refusal(nbytes, dtype) or "")
-
-
-def test_the_one_shot_sum_takes_what_is_small_and_on_cuda():
-    assert size_refusal(8192, torch.bfloat16) is None
-    assert one_shot_refusal(torch.zeros(4)) == "device is cpu"

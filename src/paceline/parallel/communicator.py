@@ -10,32 +10,33 @@ Shapes: T tokens, N columns of a shard, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
-from paceline.parallel.one_shot import OneShot, one_shot_refusal
+from paceline.kernels.one_shot import Inboxes, one_shot, size_refusal
+from paceline.parallel.one_shot import open_inboxes
 from paceline.parallel.split import Rank
 
 
 @dataclass(frozen=True)
 class Communicator:
     """`world`: all ranks. `shards`: those of this rank's stage, in the order of `rank.tensor`. `stages`: those that
-    hold this shard, one a stage. `one_shot`: sums small tensors, where it can."""
+    hold this shard, one a stage. `inboxes`: through which the shards sum small tensors, where they can."""
 
     rank: Rank
     world: dist.ProcessGroup
     shards: dist.ProcessGroup
     stages: dist.ProcessGroup
-    one_shot: OneShot | None = None
+    inboxes: Inboxes | None = None
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over the shards; x may hold it or be left as it is."""
-        if self.one_shot is not None and one_shot_refusal(x, self.one_shot.limit) is None:
-            return self.one_shot.all_reduce(x)
         x = x.contiguous()
+        if self.inboxes is not None and size_refusal(x.numel() * x.element_size(), x.dtype) is None:
+            return one_shot(x, self.inboxes)
         self.shards.allreduce([x]).wait()
         return x
 
@@ -86,10 +87,11 @@ def connect(rank: Rank, store: Store, device: torch.device) -> Communicator:
     stages = [dist.new_group(ranks) for ranks in by_shard][rank.tensor]
     world = dist.group.WORLD
     assert world is not None, "init_process_group has just made it"
-    one_shot = OneShot.open(shards, device) if tensor > 1 else None
-    found = Communicator(rank, world, shards, stages, one_shot)
+    found = Communicator(rank, world, shards, stages)
     # NCCL takes its buffers at the first call: now, before memory is measured.
-    found.agree([0], device)
+    inboxes = open_inboxes(shards, device) if tensor > 1 else None
+    if found.agree([inboxes is not None], device)[0]:  # all shards sum through them, or none does
+        found = replace(found, inboxes=inboxes)
     if tensor > 1:
         shards.allreduce([torch.zeros(1, device=device)]).wait()
     if not rank.is_first:

@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from paceline.kernels.choices import Choice, either
+from paceline.kernels.one_shot import size_refusal
 from paceline.layers.linear import Linear
 from paceline.layers.moe import MoE
 from paceline.layers.norm import Norm
 from paceline.parallel.communicator import Communicator
-from paceline.parallel.one_shot import size_refusal
 
 
 class RowParallel(Linear):
@@ -47,9 +47,11 @@ class RowParallel(Linear):
         summing = Choice(f"sum of {name} over the ranks", "gloo")
         if device.type == "cuda":
             refusal = size_refusal(rows * self.weight.shape[0] * dtype.itemsize, dtype)
-            if self.communicator.one_shot is None:
+            if self.communicator.inboxes is None:
                 refusal = "the GPUs do not see each other's memory"
-            summing = Choice(summing.operation, *either(refusal, "one-shot, through symmetric memory", "NCCL"))
+            summing = Choice(
+                summing.operation, *either(refusal, "Triton, one-shot through each other's memory", "NCCL")
+            )
         return [*super().choices(rows, dtype, device, name), summing]
 
 
