@@ -126,6 +126,11 @@ def _device(options: LoadOptions) -> torch.device:
 
 
 def _check_split(config: object, options: LoadOptions) -> None:
+    if options.deterministic:
+        raise UsageError(
+            "deterministic=True is of one device, because how ranks add up depends on a step's size: leave it out, or "
+            "do not split the model"
+        )
     if options.offload is not None:
         raise UsageError(f"offload={options.offload!r} streams to one device: leave it out, or do not split the model")
     if not isinstance(config, DecoderConfig):

@@ -195,7 +195,7 @@ class Decoder(nn.Module):
         yield Choice("embedding, rotary angles", *either(refusal, "Triton, one kernel", "torch, an operation each"))
         inside = {norm for block in self.blocks if isinstance(block, Block) for norm in block.norms_inside(*where)}
         for name, module in self.named_modules():
-            if ".attention." in name or ".mlp.experts" in name:  # told by the attention and the mixture themselves
+            if ".attention." in name or ".experts" in name:  # told by the attention and the mixture themselves
                 continue
             if isinstance(module, MoE):
                 yield from module.choices(self.dtype, self.device)
