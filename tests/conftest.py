@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Before torch is first imported: 2 threads, so that reductions and timings are alike on every machine.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Before torch is first imported: 2 threads, or 1 where processes share the cores, whatever the machine has.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # No test asks the hub: the default model comes from the package index, the others are made by the tests.
 os.environ["HF_HUB_OFFLINE"] = "1"
