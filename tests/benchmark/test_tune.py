@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from paceline.benchmark.shapes import read_shape
-from paceline.benchmark.tune import Linear, check_device, linears, time_on, tune
+from paceline.benchmark.tune import Linear, check_device, compile_ahead, kernels, linears, time_on, tune
 from paceline.errors import EngineError, UsageError
 from paceline.kernels.gemv_launch import Product, candidates
 from paceline.kernels.gpu import gpu
@@ -41,6 +41,17 @@ def test_several_numbers_of_rows_and_an_expert_is_a_linear_too():
     found = linears(mixtral, ["int8"], [1, 16])
     assert {one.product.rows for one in found} == {1, 16}
     assert (28672, 4096) in {one.product.shape for one in found}
+
+
+def test_weights_of_as_many_columns_share_what_is_compiled():
+    wanted = [
+        Linear(Product("int8", (rows, 4096), 1), gated) for rows, gated in ((6144, False), (4096, False), (28672, True))
+    ]
+    found = kernels(wanted, 132)
+    assert len(found) == 2 * len(candidates(QKV.product, 132))
+    assert {(one.product.shape, one.gated) for one, _ in found} == {((256, 4096), False), ((256, 4096), True)}
+    ((odd, _), *_) = kernels([Linear(Product("int8", (50257, 64), 1), gated=False)], 132)
+    assert odd.product.shape == (50257, 64)
 
 
 def test_the_fastest_wins_and_what_fails_is_passed_over():
@@ -84,6 +95,7 @@ def test_without_a_gpu_there_is_nothing_to_tune():
 def test_on_a_gpu_the_rule_is_at_best_beaten():
     device = torch.device("cuda")
     wanted = [Linear(Product("int8", (3072, 576), 1), gated=True)]
+    compile_ahead(wanted, gpu(device).processors, torch.bfloat16, device)
     (found,) = tune(wanted, gpu(device).processors, time_on(device, torch.bfloat16))
     assert found.rule_seconds is not None
     assert 3072 * 576 / 10e12 < found.seconds <= found.rule_seconds < 1e-3

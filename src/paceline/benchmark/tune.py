@@ -6,8 +6,13 @@ than the cache holds, so that every value comes from memory.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from statistics import median
 
 import torch
@@ -26,6 +31,8 @@ log = get_logger(__name__)
 
 ROUNDS = 7  # a figure is their median
 MOST_COPIES = 512
+MOST_PROCESSES = 16  # that compile: each has a context on the GPU, some 0.5 GB
+COMPILED_ROWS = 256  # of a weight, where its kernel is compiled ahead
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,35 @@ def check_device(device: torch.device, dtype: torch.dtype) -> None:
         raise UsageError(f"nothing to tune: Triton's kernels do not run here ({refusal})")
 
 
+def kernels(wanted: Iterable[Linear], processors: int) -> list[tuple[Linear, Launch]]:
+    """The distinct ones that `tune` will time. Triton compiles for K and for what 16 divides, not for N: all weights
+    of so many columns share a kernel, here one of COMPILED_ROWS rows."""
+    found: dict[tuple[Linear, Launch], None] = {}
+    for linear in wanted:
+        outputs, inputs = linear.product.shape
+        shape = (COMPILED_ROWS if outputs % 32 == 0 else outputs, inputs)
+        for launch in candidates(linear.product, processors):
+            found[replace(linear, product=replace(linear.product, shape=shape)), launch] = None
+    return list(found)
+
+
+def compile_ahead(wanted: Iterable[Linear], processors: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Compiles what `tune` will time, a process a core, so that it finds everything in Triton's cache. What fails here
+    is told when it is timed."""
+    jobs = kernels(wanted, processors)
+    workers = min(len(jobs), os.cpu_count() or 1, MOST_PROCESSES)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool, suppress(BrokenProcessPool):
+        for done in [pool.submit(_compile, *job, dtype, device) for job in jobs]:
+            done.result()
+
+
+def _compile(linear: Linear, launch: Launch, dtype: torch.dtype, device: torch.device) -> None:
+    with suppress(Exception):
+        product = linear.product
+        _multiply(linear, _like_x(product, dtype, device), _packed(product, dtype, device), launch)
+        torch.cuda.synchronize()
+
+
 def tune(wanted: Iterable[Linear], processors: int, time: Time) -> Iterator[Tuned]:
     """The fastest candidate for each. A launch that fails, for want of registers or shared memory, is passed over.
 
@@ -99,20 +135,32 @@ def time_on(device: torch.device, dtype: torch.dtype) -> Time:
         if linear not in held:
             held.clear()
             held[linear] = _copies(linear.product, dtype, device)
-        x_TK = torch.randn(linear.product.rows, linear.product.shape[1], dtype=dtype, device=device)
-        epilogue = Epilogue(activation="silu", gated=True) if linear.gated else Epilogue()
-        return _seconds(held[linear], lambda planes: gemv(x_TK, planes, epilogue=epilogue, launch=launch))
+        x_TK = _like_x(linear.product, dtype, device)
+        return _seconds(held[linear], lambda planes: _multiply(linear, x_TK, planes, launch))
 
     return time
 
 
-def _copies(product: Product, dtype: torch.dtype, device: torch.device) -> list[Planes]:
+def _like_x(product: Product, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.randn(product.rows, product.shape[1], dtype=dtype, device=device)
+
+
+def _multiply(linear: Linear, x_TK: torch.Tensor, planes: Planes, launch: Launch) -> torch.Tensor:
+    epilogue = Epilogue(activation="silu", gated=True) if linear.gated else Epilogue()
+    return gemv(x_TK, planes, epilogue=epilogue, launch=launch)
+
+
+def _packed(product: Product, dtype: torch.dtype, device: torch.device) -> Planes:
     weight = pack(torch.randn(product.shape, dtype=dtype, device=device), product.format, dtype=dtype, device=device)
-    planes = weight.planes
-    if planes is None:
+    if weight.planes is None:
         raise EngineError(f"{product}: its columns are no whole words")
+    return weight.planes
+
+
+def _copies(product: Product, dtype: torch.dtype, device: torch.device) -> list[Planes]:
+    planes = _packed(product, dtype, device)
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    count = min(MOST_COPIES, max(2, -(-4 * cache // weight.nbytes)))
+    count = min(MOST_COPIES, max(2, -(-4 * cache // planes.values.nbytes)))
 
     def copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else tensor.clone()

@@ -44,14 +44,15 @@ def tune(model: str, **options: Any) -> None:
     """Find the fastest launch of each linear of a model on this GPU, and write a table of them.
 
     A shape by name (see paceline bench latency), or a model: a hub id, a directory, a config.json, an alias; its
-    weights are not read. Some minutes, most of them compiling. What the table already had for this GPU stays, unless it
-    is measured anew. Without --out the table is used from now on; another FILE where PACELINE_TUNED names it.
+    weights are not read. Most of the time goes by compiling, a process a core. What the table already had for this GPU
+    stays, unless it is measured anew. Without --out the table is used from now on; another FILE where PACELINE_TUNED
+    names it.
     """
     configure_logging(options["debug"])
     import torch
 
     from paceline.benchmark.shapes import SHAPES, read_shape
-    from paceline.benchmark.tune import check_device, device_of, linears, time_on
+    from paceline.benchmark.tune import check_device, compile_ahead, device_of, linears, time_on
     from paceline.benchmark.tune import tune as run
     from paceline.engine.device import pick_device
     from paceline.kernels.gemv_launch import read_table, user_table, write_table
@@ -71,6 +72,7 @@ def tune(model: str, **options: Any) -> None:
         written.update(known)
     formats = ["dense" if one == "none" else one for one in options["quantize"]] or ["dense", *STORED]
     wanted = linears(config, formats, [int(count) for count in options["rows"]] or [1])
+    compile_ahead(wanted, processors, dtype, device)
     rows = [("linear", "rows", "by rule", "tuned", "")]
     for found in run(wanted, processors, time_on(device, dtype)):
         written[found.product] = found.launch
