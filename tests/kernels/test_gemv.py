@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ if DEVICE == "cpu":
 pytest.importorskip("triton", reason="the kernel is Triton's")
 DTYPES = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
 LAUNCH = Launch(block_n=16, block_k=64, warps=1, stages=2)
+INT4_LAUNCH = replace(LAUNCH, block_k=128)  # of several rows
 
 
 def words_of(values_NK: torch.Tensor) -> torch.Tensor:
@@ -132,7 +134,8 @@ def test_a_few_rows_with_a_stride(kind: str, tokens: int, dtype: torch.dtype) ->
     planes, weight = random_planes(kind, 33, 128, dtype)
     x = torch.randn(tokens, 300, device=DEVICE).to(dtype)[:, 50:178]
     norm = Norm(torch.rand(128, device=DEVICE).to(dtype) + 0.5, 1e-5)
-    assert_as_exact(run(x, on_device(planes), LAUNCH, norm), x, weight, norm, Epilogue())
+    launch = INT4_LAUNCH if kind == "int4" else LAUNCH
+    assert_as_exact(run(x, on_device(planes), launch, norm), x, weight, norm, Epilogue())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -145,7 +148,7 @@ def test_every_part_of_the_epilogue_with_k_split(kind: str, split: int, dtype: t
     norm = Norm(torch.rand(columns, device=DEVICE).to(dtype) + 0.5, 1e-5)
     residual = torch.randn(2, 30, device=DEVICE).to(dtype)[:, :22]
     epilogue = Epilogue(torch.randn(44, device=DEVICE).to(dtype), "silu", True, residual)
-    launch = Launch(16, 64, warps=1, stages=2, split=split)
+    launch = replace(INT4_LAUNCH if kind == "int4" else LAUNCH, split=split)
     first = run(x, on_device(planes), launch, norm, epilogue)
     assert_as_exact(first, x, weight, norm, epilogue)
     assert torch.equal(first, run(x, on_device(planes), launch, norm, epilogue))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option(
     "--rows",
     multiple=True,
-    type=click.Choice(["1", "8", "16", "32", "64", "128"]),
+    type=click.Choice(["1", "16", "32", "64", "128", "256"]),
     help="Requests a step, up to so many; several [default: 1].",
 )
 @click.option(

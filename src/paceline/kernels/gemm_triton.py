@@ -8,7 +8,7 @@ The weight is the product's left operand: it has the many rows that the matrix u
 format's `unpack` gives. x comes from the L2 cache, once for each block of the weight's rows: BLOCK_N is at least M, or
 the cache is what bounds it.
 
-Shapes: T rows of x, N outputs, K inputs; M columns of the product: up to as many rows of x, padded to 8, 16, 32, 64 or
+Shapes: T rows of x, N outputs, K inputs; M columns of the product: up to as many rows of x, padded to 16, 32, 64 or
 128. A program owns BLOCK_N rows of the weight, one of SPLIT parts of K and one group of M.
 """
 

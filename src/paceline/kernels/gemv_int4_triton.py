@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment"
-"""y = w x over int4 weights for up to 8 rows of x: the Triton side of kernels/gemv.py for this format.
+"""y = w x over int4 weights for one row of x: the Triton side of kernels/gemv.py for this format.
 
 What lets half a byte a value keep up with the memory:
 - One LOP3 makes two numbers OFFSET + q of two nibbles, and the matrix unit multiplies them: the fewest instructions
@@ -9,7 +9,7 @@ What lets half a byte a value keep up with the memory:
 - Each warp has tiles of 4 groups of columns of its own, so that no warp waits for another's weights: a batched product
   of 4 * WARPS batches (group of the tile, warp), added at the end.
 
-Shapes: T rows of x, N rows of the weight, K columns; M columns of the product: the T rows, padded to 8.
+Shapes: N rows of the weight, K columns; M columns of the product, the fewest that the unit takes, all the same.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from paceline.kernels.gemv_triton import block_rows, finish, load_x, weight_rows
+from paceline.kernels.gemv_triton import block_rows, finish, weight_rows
 from paceline.kernels.prefetch_triton import LINE_BYTES, prefetch_l2
 
+M = tl.constexpr(8)
 # On two halves of a word at once; the bits under the nibbles are OFFSET, twice.
 NIBBLES = "{ .reg .b32 t; and.b32 t, $2, 15; shr.u32 t, $1, t; lop3.b32 $0, t, 0x000F000F, %s, 0xEA; }"
 BF16_NIBBLES = tl.constexpr(NIBBLES % "0x43004300")
@@ -42,24 +43,18 @@ def nibble_floats(halves, shift, DTYPE: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def gemv_int4_kernel(
-    x_ptr,  # [T, K], rows x_stride apart
+    x_ptr,  # [K]
     w_ptr,  # int16 [N, w_stride], half words
     scale_ptr,  # int32 [N, groups of whole tiles]: a group's scale (low half) and offset, bfloat16
     bias_ptr,  # [N]; None: no bias
-    residual_ptr,  # [T, outputs]; None: no residual
-    y_ptr,  # [T, outputs]
-    T,
+    residual_ptr,  # [outputs]; None: no residual
+    y_ptr,  # [outputs]
     N,
-    x_stride,
     w_stride,
-    y_stride,
-    residual_stride,
     K: tl.constexpr,
     GROUP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
-    ROWS: tl.constexpr,  # 1 when T is 1, else M: one row is loaded once and spread over the M columns
-    M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WARPS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -93,7 +88,6 @@ def gemv_int4_kernel(
     scale_at = scale_ptr + scale_rows + warp * 4 + tl.arange(0, 4)[None, None, :]
     batch = tl.arange(0, BATCHES)[:, None, None]
     x_cols = (batch % WARPS * 4 + batch // WARPS) * GROUP + tl.arange(0, GROUP)[None, :, None]
-    toks = tl.arange(0, ROWS)[None, None, :]
 
     shift = (4 * tl.arange(0, 4)).to(tl.int16)[:, None, None, None]
     ones = tl.full([BATCHES, 16, GROUP], 1, DTYPE)
@@ -102,7 +96,8 @@ def gemv_int4_kernel(
         real = (step * SPAN + warp * (4 * GROUP) < K) | EVEN  # past K there are neither words nor scales
         w = tl.load(w_at + step * (WARPS * GROUP), mask=real, other=0, eviction_policy="evict_first")
         bits = tl.load(scale_at + step * BATCHES, mask=real, other=0, eviction_policy="evict_first")
-        x = load_x(x_ptr, x_stride, step * SPAN + x_cols, toks, T, K, EVEN)
+        cols = step * SPAN + x_cols
+        x = tl.load(x_ptr + cols, mask=(cols < K) | EVEN, other=0.0, eviction_policy="evict_last")
         x = tl.broadcast_to(x, [BATCHES, GROUP, M])
         # [warp, 32 columns of 4 groups, 8 rows, row, thread of the row, pair of columns, 2]: pairs lie threads apart
         w = tl.permute(tl.reshape(w, [WARPS, GROUP // 32, EIGHTS, 8, 4, 4, 2]), [0, 2, 3, 1, 5, 4, 6])
@@ -117,5 +112,5 @@ def gemv_int4_kernel(
     acc = tl.sum(tl.reshape(acc, [BATCHES, BLOCK_N, M]), 0)
     finish(
         acc, block, scale_ptr, bias_ptr, residual_ptr, y_ptr,
-        T, N, y_stride, residual_stride, "int4", ACTIVATION, GATED, M, BLOCK_N,
+        N, "int4", ACTIVATION, GATED, M, BLOCK_N,
     )  # fmt: skip

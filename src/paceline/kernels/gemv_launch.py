@@ -28,7 +28,7 @@ VARIABLE = "PACELINE_TUNED"
 @dataclass(frozen=True)
 class Launch:
     """block_n: rows of the weight a program (even where gate and up make one, 16 and up on the matrix unit); block_k:
-    columns a step (int4: of up to 8 rows four groups a warp, whatever it says; of more at least 128, and at most four
+    columns a step (int4: of one row four groups a warp, whatever it says; of more at least 128, and at most four
     groups).
 
     For several rows of x, and int4: stages of the loop over K; split: programs that share a row's columns; prefetch:
@@ -45,7 +45,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Product:
-    """What a launch is tuned for. `rows`: 1, 8, 16, 32, 64, 128 or 256, as launch_rows makes it of the rows of x."""
+    """What a launch is tuned for. `rows`: 1, 16, 32, 64, 128 or 256, as launch_rows makes it of the rows of x."""
 
     format: str
     shape: tuple[int, int]
@@ -56,9 +56,40 @@ class Product:
 Table = Mapping[Product, Launch]
 
 
+@dataclass(frozen=True)
+class Tile:
+    """What a program multiplies at once where x has several rows, as Launch has it. programs: of a multiprocessor, up
+    to which K is split."""
+
+    block_n: int
+    block_k: int
+    stages: int
+    programs: int = 2
+
+
+# By the most rows of x: of some five each, those that took least for Llama-3.1-8B's four shapes together on an H100, as
+# far as their stages fit in 96 KB of shared memory, of which the smaller GPUs have no more. 32 layers of 16 rows take
+# 5.19 ms so in bf16, 3.37 in fp8 and 2.88 in int4, and of 64 rows in fp8 4.27.
+_BYTES = MappingProxyType({32: Tile(128, 128, 3), 64: Tile(128, 128, 3, programs=1), 128: Tile(128, 64, 4, programs=1)})
+TILES: Mapping[str, Mapping[int, Tile]] = MappingProxyType(
+    {
+        "dense": {32: Tile(64, 128, 4), 64: Tile(64, 128, 3), 128: Tile(128, 64, 3)},
+        "int8": _BYTES,
+        "fp8": _BYTES,
+        "int4": {
+            16: Tile(128, 256, 4),
+            32: Tile(128, 256, 3),
+            64: Tile(64, 128, 4),
+            128: Tile(128, 128, 2, programs=1),
+        },
+    }
+)
+
+
 def launch_rows(rows: int) -> int:
-    """The rows of x as kernels are compiled for them: 1, or a power of two from 8 on."""
-    return 1 if rows == 1 else max(8, 1 << (rows - 1).bit_length())
+    """The rows of x as kernels are compiled for them: 1, or a power of two from 16 on. 8 are slower than 16 on an H100,
+    whose matrix unit takes packed weights from registers for 16 and not for 8."""
+    return 1 if rows == 1 else max(16, 1 << (rows - 1).bit_length())
 
 
 def choose_launch(product: Product, device_name: str, processors: int) -> Launch:
@@ -132,39 +163,32 @@ def launch_by_rule(product: Product, processors: int) -> Launch:
     """One row: two rows of the weight a program, in at most 8 warps, of whose threads each has at least 64 bytes. On an
     H100 this is within 2% of the best at each of Llama-3.1-8B's shapes, dense, int8 and fp8. Short rows make blocks of
     four: 3,072 x 576 takes 2.3 us so and 2.7 in twos.
-
-    On the matrix unit K is split until every multiprocessor has two programs, since one waits for x at every step: of 8
-    rows the 8B's down projection takes 62 us in 64 programs and 28 in 256.
     """
     columns = product.shape[1]
-    if product.format == "int4" and product.rows <= 8:
-        return Launch(16, 512, min(4, _int4_warps(product)), stages=3 if product.rows == 1 else 2)
-    if product.rows == 1:
-        row_bytes = columns * (2 if product.format == "dense" else 1)
-        block_n = 2 if row_bytes >= 2048 else 4
-        warps = block_n * row_bytes // (32 * 64)
-        return one_row_launch(block_n, min(8, 1 << max(warps, 1).bit_length() - 1), columns)
-    return _many_rows(product, processors)
+    if product.rows > 1:
+        return _many_rows(product, processors)
+    if product.format == "int4":
+        return Launch(16, 512, min(4, _int4_warps(product)), stages=3)
+    row_bytes = columns * (2 if product.format == "dense" else 1)
+    block_n = 2 if row_bytes >= 2048 else 4
+    warps = block_n * row_bytes // (32 * 64)
+    return one_row_launch(block_n, min(8, 1 << max(warps, 1).bit_length() - 1), columns)
 
 
 def _many_rows(product: Product, processors: int, weights: int = 1) -> Launch:
-    """Blocks of 128 rows of the weight, so that x is not read from the L2 cache more often than the weight from memory,
-    and of few columns: the stages stay within 96 KB of shared memory, and two programs share a multiprocessor's 227. 8
-    rows of x leave room for more columns. K is split until each has its two. `weights`: as many products in one launch.
-    """
-    value_bytes = {"dense": 2.0, "int4": 0.5}.get(product.format, 1.0)
+    """TILES' for so many rows of x. `weights`: as many products in one launch."""
     rows = min(product.rows, PROGRAM_ROWS)
-    if rows == 8:
-        block_n, block_k = 32 if product.format == "dense" else 64, 256
-    else:
-        block_n, block_k = 128, min(8192 // rows, int(128 / value_bytes))
-        block_k = max(128 if product.format == "int4" else 64, block_k)
-    stage_bytes = block_k * (block_n * value_bytes + rows * 2)
-    stages = int(max(2, min(4, 96 * 1024 // stage_bytes)))
-    programs, steps = weights * -(-product.shape[0] // block_n), -(-product.shape[1] // block_k)
-    programs *= -(-product.rows // PROGRAM_ROWS)
-    split = max(1, min(2 * processors // programs, steps // 4))
-    return Launch(block_n, block_k, warps=8 if rows == PROGRAM_ROWS else 4, stages=stages, split=split)
+    tile = next(tile for most, tile in TILES[product.format].items() if rows <= most)
+    return _tile_launch(tile, product, processors, weights)
+
+
+def _tile_launch(tile: Tile, product: Product, processors: int, weights: int = 1) -> Launch:
+    """K is split until every multiprocessor has its programs, in parts of at least four steps. More than PROGRAM_ROWS
+    rows of x split it no further, since their programs share a weight."""
+    blocks, steps = weights * -(-product.shape[0] // tile.block_n), -(-product.shape[1] // tile.block_k)
+    split = max(1, min(tile.programs * processors // blocks, steps // 4))
+    warps = 4 if tile.block_n * min(product.rows, PROGRAM_ROWS) <= 8192 else 8  # of 64 sums a thread
+    return Launch(tile.block_n, tile.block_k, warps, tile.stages, split)
 
 
 def experts_launch(product: Product, weights: int, processors: int) -> Launch:
@@ -185,26 +209,27 @@ def one_row_launch(block_n: int, warps: int, columns: int) -> Launch:
 def candidates(product: Product, processors: int) -> tuple[Launch, ...]:
     """Launches to time for a product, the rule's first."""
     rule = launch_by_rule(product, processors)
-    return tuple(dict.fromkeys((rule, *_variants(product, rule))))
+    return tuple(dict.fromkeys((rule, *_variants(product, rule, processors))))
 
 
-def _variants(product: Product, rule: Launch) -> Iterator[Launch]:
+def _variants(product: Product, rule: Launch, processors: int) -> Iterator[Launch]:
     columns = product.shape[1]
-    if product.format == "int4" and product.rows <= 8:
+    if product.rows > 1:
+        tiles = [(32, 256), (64, 128), (64, 256), (128, 64), (128, 128), (128, 256)]
+        for block_n, block_k in tiles:
+            if product.format != "int4" or 128 <= block_k <= 4 * product.group:
+                for stages in (2, 3, 4):
+                    for programs in (1, 2):
+                        yield _tile_launch(Tile(block_n, block_k, stages, programs), product, processors)
+    elif product.format == "int4":
         for block_n in (16, 32):
             for warps in (1, 2, 4, 8):
                 if warps <= _int4_warps(product):
                     yield from (replace(rule, block_n=block_n, warps=warps, stages=stages) for stages in (2, 3, 4))
-    elif product.rows == 1:
+    else:
         row_bytes = columns * (2 if product.format == "dense" else 1)
         for block_n in (2, 4, 8):
             for warps in (1, 2, 4, 8, 16):
                 # More than 256 bytes a thread spill, fewer than 32 leave it idle.
                 if 32 <= block_n * row_bytes / (32 * warps) <= 256:
                     yield one_row_launch(block_n, warps, columns)
-    else:
-        splits = dict.fromkeys((rule.split, 1, 2, 4, 8))
-        for block_n in (32, 64, 128) if product.rows <= 16 else (64, 128, 256):
-            for block_k in (128, 256) if product.rows <= 16 else (64, 128):
-                if product.format != "int4" or 128 <= block_k <= 4 * product.group:
-                    yield from (replace(rule, block_n=block_n, block_k=block_k, split=split) for split in splits)

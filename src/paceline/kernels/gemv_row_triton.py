@@ -98,7 +98,7 @@ def gemv_row_kernel(
         acc *= tl.rsqrt(tl.sum(squares, 1) / K + eps)[None, :]
     finish(
         acc, block, scale_ptr, bias_ptr, residual_ptr, y_ptr,
-        1, N, 0, 0, FORMAT, ACTIVATION, GATED, 1, BLOCK_N,
+        N, FORMAT, ACTIVATION, GATED, 1, BLOCK_N,
     )  # fmt: skip
 
 

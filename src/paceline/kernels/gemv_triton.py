@@ -23,13 +23,6 @@ def load_w(pointers, at, width, EVEN: tl.constexpr):
 
 
 @triton.jit
-def load_x(x_ptr, x_stride, cols, toks, T, K, EVEN: tl.constexpr):
-    """x of [..., columns, 1] places and [toks]; 0 where there is none."""
-    inside = ((cols < K) | EVEN) & (toks < T)
-    return tl.load(x_ptr + cols + toks * x_stride, mask=inside, other=0.0, eviction_policy="evict_last")
-
-
-@triton.jit
 def weight_rows(index, N, GATED: tl.constexpr):
     """The weight's rows for rows `index` of the product; row 0 where there is none. Gate row i and up row i + N / 2 lie
     side by side, so that one program has both."""
@@ -62,17 +55,17 @@ def activate(x, ACTIVATION: tl.constexpr):
 @triton.jit
 def finish(
     acc, block, scale_ptr, bias_ptr, residual_ptr, y_ptr,
-    T, N, y_stride, residual_stride,
-    FORMAT: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr,
+    N, FORMAT: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """All that follows the sums over K, [BLOCK_N, M], of one block of rows; stores y."""
+    """All that follows the sums over K of one row of x and one block of the weight's rows: column 0 of [BLOCK_N, M].
+    Stores y."""
     if FORMAT == "int8" or FORMAT == "fp8":
         rows, _ = block_rows(block, N, GATED, BLOCK_N)
         acc *= tl.load(scale_ptr + rows).to(tl.float32)[:, None]
     toks = tl.arange(0, M)[None, :]
     finish_rows(
-        acc, block, bias_ptr, residual_ptr, y_ptr, toks, toks < T,
-        N, y_stride, residual_stride, ACTIVATION, GATED, M, BLOCK_N,
+        acc, block, bias_ptr, residual_ptr, y_ptr, toks, toks < 1,
+        N, 0, 0, ACTIVATION, GATED, M, BLOCK_N,
     )  # fmt: skip
 
 
