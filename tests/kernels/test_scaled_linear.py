@@ -6,10 +6,20 @@ import pytest
 import torch
 
 from paceline.formats import pack
+from paceline.kernels import gated as gated_module
 from paceline.kernels import gpu as module
 from paceline.kernels import scaled_linear as scaled
+from paceline.kernels.gated import gated_rows, scaled_gated_rows
 from paceline.kernels.gpu import GPU
-from paceline.kernels.scaled_linear import quantize_rows, quantize_rows_ref, round_rows, scaled_linear, scaled_refusal
+from paceline.kernels.norm import norm_rows, scaled_norm_rows
+from paceline.kernels.scaled_linear import (
+    ScaledRows,
+    quantize_rows,
+    quantize_rows_ref,
+    round_rows,
+    scaled_linear,
+    scaled_refusal,
+)
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []  # so that `make test-gpu` has them
 # The interpreter cuts bfloat16 off where the GPU rounds.
@@ -39,9 +49,36 @@ def test_rows_are_off_by_half_a_step_of_three_bits(triton_device, dtype, columns
     assert carried.float().mean() < 0.3  # a row of zeros, too
 
 
+def same(found: ScaledRows, expected: ScaledRows) -> bool:
+    return torch.equal(found.q_TK.view(torch.uint8), expected.q_TK.view(torch.uint8)) and torch.equal(
+        found.scale_T1, expected.scale_T1
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [40, 4097])
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_norm_rounds_as_it_would_be_rounded_after_it(triton_device, dtype, channels, centred):
+    x = (torch.randn(3, channels + 9) * 3).to(triton_device, dtype)[:, 4:-5]
+    weight, bias = torch.randn(2, channels, device=triton_device).to(dtype)
+    arguments = (x, weight, bias if centred else None, 1e-5)
+    after = quantize_rows(norm_rows(*arguments, centred=centred))
+    assert same(scaled_norm_rows(*arguments, centred=centred), after)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [40, 2049, gated_module.MOST_CHANNELS + 1])
+def test_a_gated_activation_rounds_as_it_would_be_rounded_after_it(triton_device, dtype, channels):
+    x = torch.randn(2, 2 * channels + 9).to(triton_device, dtype)[:, 4:-5]
+    assert same(scaled_gated_rows(x, "silu"), quantize_rows(gated_rows(x, "silu")))
+
+
 def test_no_rows_are_none(triton_device):
     q_TK, scale_T1 = quantize_rows(torch.zeros(0, 8, device=triton_device))
     assert (q_TK.shape, scale_T1.shape) == ((0, 8), (0, 1))
+    none = torch.zeros(0, 8, device=triton_device)
+    assert scaled_norm_rows(none, none.new_ones(8), None, 1e-5, centred=False).q_TK.shape == (0, 8)
+    assert scaled_gated_rows(none, "silu").scale_T1.shape == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +112,7 @@ def test_products_on_a_gpu(tokens, bias):
     q_TK, scale_T1 = quantize_rows_ref(x_TK)
     exact = (q_TK.double() * scale_T1) @ (weight.q_NK.double() * weight.scale_N[:, None]).T
     exact = exact if bias_N is None else exact + bias_N.double()
-    found = scaled_linear(x_TK, weight.q_NK, weight.scale_N, bias_N)
+    found = scaled_linear(quantize_rows(x_TK), weight.q_NK, weight.scale_N, bias_N)
     assert found.dtype == torch.bfloat16
     assert (found.double() - exact).norm() < 2**-7 * exact.norm()
     rounded = round_rows(x_TK).double() @ weight.unpack().double().T

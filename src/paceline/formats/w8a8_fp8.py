@@ -16,7 +16,7 @@ from paceline.formats.fp8 import FP8Weight, packing_bytes, resident_bytes, store
 from paceline.kernels.choices import either
 from paceline.kernels.gemv import Planes
 from paceline.kernels.linear import UNPACKED
-from paceline.kernels.scaled_linear import round_rows, scaled_linear, scaled_refusal
+from paceline.kernels.scaled_linear import ScaledRows, quantize_rows, round_rows, scaled_linear, scaled_refusal
 
 __all__ = ["W8A8Weight", "pack", "packing_bytes", "resident_bytes", "stored_bytes", "unpack_bytes"]
 
@@ -33,15 +33,23 @@ class W8A8Weight(FP8Weight):
     def matmul(self, x_TK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
         if x_TK.shape[0] <= FEW_ROWS:
             return super().matmul(x_TK, bias_N)
-        if self._refusal() is None:
-            return scaled_linear(x_TK, self.q_NK, self.scale_N, bias_N)
+        if self._refusal is None:
+            return self.matmul_scaled(quantize_rows(x_TK), bias_N)
         return super().matmul(round_rows(x_TK), bias_N)
+
+    def scales(self, rows: int) -> bool:
+        """Whether matmul of so many rows is matmul_scaled of what it rounds them to."""
+        return rows > FEW_ROWS and self._refusal is None
+
+    def matmul_scaled(self, x: ScaledRows, bias_N: torch.Tensor | None = None) -> torch.Tensor:
+        return scaled_linear(x, self.q_NK, self.scale_N, bias_N)
 
     def route(self, rows: int) -> tuple[str, str]:
         if rows <= FEW_ROWS:
             return super().route(rows)
-        return either(self._refusal(), "torch's _scaled_mm, activations in fp8", f"rounded, {UNPACKED}")
+        return either(self._refusal, "torch's _scaled_mm, activations in fp8", f"rounded, {UNPACKED}")
 
+    @cached_property
     def _refusal(self) -> str | None:
         return scaled_refusal(self.shape, self.dtype, self.q_NK.device)
 

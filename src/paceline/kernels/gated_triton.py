@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-"""The Triton side of kernels/gated.py: BLOCK channels of one row a program."""
+"""The Triton side of kernels/gated.py: BLOCK channels of one row a program, all of them where they are to be scaled."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import triton
 import triton.language as tl
 
 from paceline.kernels.gemv_triton import activate
+from paceline.kernels.scaled_linear_triton import store_scaled
 
 
 @triton.jit
 def gate(
     x_ptr,  # [T, 2 C], rows x_stride apart: gate, up
     y_ptr,  # [T, C], contiguous
+    scale_ptr,  # float32 [T], and y is in fp8; None: y is in x's dtype
     x_stride,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -26,5 +28,8 @@ def gate(
     x_ptrs, inside = x_ptr + row * x_stride + cols, cols < C
     gate = tl.load(x_ptrs, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x_ptrs + C, mask=inside, other=0.0).to(tl.float32)
-    y = activate(gate, ACTIVATION) * up
-    tl.store(y_ptr + row * C + cols, y.to(y_ptr.dtype.element_ty), mask=inside)
+    y = (activate(gate, ACTIVATION) * up).to(x_ptr.dtype.element_ty)
+    if scale_ptr is None:
+        tl.store(y_ptr + row * C + cols, y, mask=inside)
+    else:
+        store_scaled(y.to(tl.float32), y_ptr, scale_ptr, row, cols, C)

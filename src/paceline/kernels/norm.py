@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from paceline.kernels.gpu import gpu, launch_options, triton_refusal
+from paceline.kernels.scaled_linear import ScaledRows, empty_rows
 
 # A program holds a row in registers: 32 values a thread in 16 warps.
 MOST_CHANNELS = 16384
@@ -65,15 +66,38 @@ def norm_rows(
     On compute capability 9.0 and up it starts while the kernel before it on the stream still runs, and waits for that
     one's end before it reads x or writes.
     """
+    y_TC = torch.empty(x_TC.shape, dtype=x_TC.dtype, device=x_TC.device)
+    _launch(x_TC, weight_C, bias_C, y_TC, None, eps, centred=centred)
+    return y_TC
+
+
+def scaled_norm_rows(
+    x_TC: torch.Tensor, weight_C: torch.Tensor, bias_C: torch.Tensor | None, eps: float, *, centred: bool
+) -> ScaledRows:
+    """quantize_rows of norm_rows in the same kernel, to the bit."""
+    y = empty_rows(x_TC.shape[0], x_TC.shape[1], x_TC.device)
+    _launch(x_TC, weight_C, bias_C, *y, eps, centred=centred)
+    return y
+
+
+def _launch(
+    x_TC: torch.Tensor,
+    weight_C: torch.Tensor,
+    bias_C: torch.Tensor | None,
+    y_TC: torch.Tensor,
+    scale_T1: torch.Tensor | None,
+    eps: float,
+    *,
+    centred: bool,
+) -> None:
     # Triton is optional, and its interpreter is chosen by the environment when this is first imported.
     import triton
 
     from paceline.kernels.norm_triton import norm_kernel
 
-    rows, channels = x_TC.shape
-    y_TC = torch.empty((rows, channels), dtype=x_TC.dtype, device=x_TC.device)
     if y_TC.numel() == 0:
-        return y_TC
+        return
+    rows, channels = x_TC.shape
     tile = triton.next_power_of_2(channels)
     dependent = gpu(x_TC.device).dependent
     norm_kernel[(rows,)](
@@ -81,6 +105,7 @@ def norm_rows(
         weight_C,
         bias_C,
         y_TC,
+        scale_T1,
         x_TC.stride(0),
         eps,
         C=channels,
@@ -90,4 +115,3 @@ def norm_rows(
         num_warps=max(1, min(16, tile // 512)),
         **launch_options(dependent),
     )
-    return y_TC

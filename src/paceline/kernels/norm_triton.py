@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from paceline.kernels.scaled_linear_triton import store_scaled
+
 
 @triton.jit
 def norm_kernel(
@@ -17,6 +19,7 @@ def norm_kernel(
     weight_ptr,  # [C]
     bias_ptr,  # [C]; None: no bias
     y_ptr,  # [R, C], contiguous
+    scale_ptr,  # float32 [R], and y is in fp8; None: y is in x's dtype
     x_stride,
     eps,
     C: tl.constexpr,
@@ -41,4 +44,8 @@ def norm_kernel(
     y = x * tl.rsqrt(tl.sum(x * x, 0) / C + eps) * weight
     if bias_ptr is not None:
         y += bias
-    tl.store(y_ptr + row * C + cols, y.to(y_ptr.dtype.element_ty), mask=inside)
+    y = y.to(x_ptr.dtype.element_ty)
+    if scale_ptr is None:
+        tl.store(y_ptr + row * C + cols, y, mask=inside)
+    else:
+        store_scaled(y.to(tl.float32), y_ptr, scale_ptr, row, cols, C)

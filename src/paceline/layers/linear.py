@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from paceline.formats import Weight
+from paceline.formats.w8a8_fp8 import W8A8Weight
 from paceline.kernels.choices import Choice, either
 from paceline.kernels.elementwise import PLAIN
 from paceline.kernels.gated import gated_refusal, gated_rows
 from paceline.kernels.gemv import Epilogue, Planes, device_refusal, fuses_norm, gemv, gemv_refusal, shape_refusal
 from paceline.kernels.gemv import Norm as RMSNorm
+from paceline.kernels.scaled_linear import ScaledRows
 from paceline.layers.norm import Norm
 
 
@@ -33,27 +35,27 @@ class Linear(nn.Module):
 
     def forward(
         self,
-        x_TK: torch.Tensor,
+        x_TK: torch.Tensor | ScaledRows,
         *,
         norm: Norm | None = None,
         activation: str | None = None,
         gated: bool = False,
         residual_TN: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[T, K] -> [T, N]; [T, N / 2] when `gated`: the activation of the first half times the second."""
+        """[T, K] -> [T, N]; [T, N / 2] when `gated`: the activation of the first half times the second. x is in fp8
+        only where `scales` says that its product is."""
         planes = self.weight.planes
-        if planes is None or gemv_refusal(x_TK, planes) is not None:
+        if planes is None or isinstance(x_TK, ScaledRows) or gemv_refusal(x_TK, planes) is not None:
             return self.plain(x_TK, norm=norm, activation=activation, gated=gated, residual_TN=residual_TN)
         inside = None
         if norm is not None and _fits_inside(norm, x_TK, planes):
-            inside = RMSNorm(norm.weight_C, norm.eps)
-        elif norm is not None:
-            x_TK = norm(x_TK)
-        return gemv(x_TK, planes, norm=inside, epilogue=Epilogue(self.bias_N, activation, gated, residual_TN))
+            inside, norm = RMSNorm(norm.weight_C, norm.eps), None
+        normed_TK = x_TK if norm is None else norm(x_TK)
+        return gemv(normed_TK, planes, norm=inside, epilogue=Epilogue(self.bias_N, activation, gated, residual_TN))
 
     def plain(
         self,
-        x_TK: torch.Tensor,
+        x_TK: torch.Tensor | ScaledRows,
         *,
         norm: Norm | None = None,
         activation: str | None = None,
@@ -62,15 +64,25 @@ class Linear(nn.Module):
     ) -> torch.Tensor:
         """The same, one operation after the other, each rounded to x's dtype; a gated activation is one operation on
         CUDA."""
-        if norm is not None:
-            x_TK = norm(x_TK)
-        y_TN = self.weight.matmul(x_TK, self.bias_N)
+        if norm is not None and not isinstance(x_TK, ScaledRows):
+            x_TK = norm.scaled(x_TK) if self.scales(x_TK) else norm(x_TK)
+        y_TN = self._multiply(x_TK)
         if activation is not None and gated:
             plainly = gated_refusal(y_TN) is not None
             y_TN = self.ops.gated(y_TN, activation) if plainly else gated_rows(y_TN, activation)
         elif activation is not None:
             y_TN = self.ops.activate(y_TN, activation)
         return y_TN if residual_TN is None else residual_TN + y_TN
+
+    def scales(self, x_TK: torch.Tensor) -> bool:
+        """Whether the product of so many rows has them in fp8."""
+        return isinstance(self.weight, W8A8Weight) and self.weight.scales(x_TK.shape[0])
+
+    def _multiply(self, x_TK: torch.Tensor | ScaledRows) -> torch.Tensor:
+        if isinstance(x_TK, ScaledRows):
+            assert isinstance(self.weight, W8A8Weight)
+            return self.weight.matmul_scaled(x_TK, self.bias_N)
+        return self.weight.matmul(x_TK, self.bias_N)
 
     def choices(self, rows: int, dtype: torch.dtype, device: torch.device, name: str) -> list[Choice]:
         """The product of the linear that its model calls `name`."""

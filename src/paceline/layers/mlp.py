@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from paceline.kernels.gated import scaled_gated_rows
 from paceline.layers.linear import Linear
 from paceline.layers.norm import Norm
 
@@ -25,7 +26,10 @@ class GatedMLP(nn.Module):
     def forward(
         self, x_TD: torch.Tensor, *, norm: Norm | None = None, residual_TD: torch.Tensor | None = None
     ) -> torch.Tensor:
-        inner_TD = self.gate_up(x_TD, norm=norm, activation=self.activation, gated=True)
+        if self.down.scales(x_TD):
+            inner_TD = scaled_gated_rows(self.gate_up(x_TD, norm=norm), self.activation)
+        else:
+            inner_TD = self.gate_up(x_TD, norm=norm, activation=self.activation, gated=True)
         hidden_TD: torch.Tensor = self.down(inner_TD, residual_TN=residual_TD)
         return hidden_TD
 

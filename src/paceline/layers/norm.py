@@ -12,7 +12,8 @@ from paceline.config import NormConfig
 from paceline.kernels.choices import Choice, either
 from paceline.kernels.elementwise import COMPILED_ROWS, PLAIN
 from paceline.kernels.gpu import triton_refusal
-from paceline.kernels.norm import norm_refusal, norm_rows, norm_shape_refusal
+from paceline.kernels.norm import norm_refusal, norm_rows, norm_shape_refusal, scaled_norm_rows
+from paceline.kernels.scaled_linear import ScaledRows, quantize_rows
 
 
 class Norm(nn.Module):
@@ -34,6 +35,12 @@ class Norm(nn.Module):
         if norm_refusal(x_TC) is None:
             return norm_rows(x_TC, self.weight_C, self.bias_C, self.eps, centred=self.kind == "layer")
         return self.plain(x_TC)
+
+    def scaled(self, x_TC: torch.Tensor) -> ScaledRows:
+        """The same as a product in fp8 takes it."""
+        if norm_refusal(x_TC) is None:
+            return scaled_norm_rows(x_TC, self.weight_C, self.bias_C, self.eps, centred=self.kind == "layer")
+        return quantize_rows(self.plain(x_TC))
 
     def plain(self, x_TC: torch.Tensor) -> torch.Tensor:
         """The same by torch's operation, or as compiled."""

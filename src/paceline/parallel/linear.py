@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from paceline.kernels.choices import Choice, either
 from paceline.kernels.one_shot import size_refusal
+from paceline.kernels.scaled_linear import ScaledRows
 from paceline.layers.linear import Linear
 from paceline.layers.moe import MoE
 from paceline.layers.norm import Norm
@@ -29,7 +30,7 @@ class RowParallel(Linear):
 
     def forward(
         self,
-        x_TK: torch.Tensor,
+        x_TK: torch.Tensor | ScaledRows,
         *,
         norm: Norm | None = None,
         activation: str | None = None,
@@ -65,7 +66,7 @@ class VocabParallel(Linear):
 
     def forward(
         self,
-        x_TK: torch.Tensor,
+        x_TK: torch.Tensor | ScaledRows,
         *,
         norm: Norm | None = None,
         activation: str | None = None,
