@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,17 @@ def random_llm(tmp_path: Path) -> Callable[..., LLM]:
         return LLM(str(tmp_path / "config.json"), **given)
 
     return build
+
+
+def test_a_model_of_random_weights_is_made_without_torchs_compiler(tmp_path: Path) -> None:
+    """Its import takes 5 s, and one operation too many on tensors without memory is enough for it."""
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    program = (
+        "import sys; from paceline import LLM\n"
+        "LLM(sys.argv[1], load_format='dummy', skip_tokenizer_init=True, device='cpu')\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "config.json")], check=True, timeout=120)
 
 
 @pytest.mark.parametrize(

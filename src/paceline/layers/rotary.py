@@ -87,10 +87,12 @@ class Rotary(nn.Module):
         super().__init__()
         self.rope = rope
         self.dtype = dtype
-        frequencies_F = inverse_frequencies(rope).to(device)
+        frequencies_F = inverse_frequencies(rope)
         self.length = 1.0 if rope.scaling is None else rope.scaling.attention_factor
         # The kernel takes sines whose first half is negated. sin(-a) = -sin(a) exactly, so the sign goes in here.
-        self.signed_D = torch.cat((-frequencies_F, frequencies_F))
+        # Joined before they move: of tensors without memory, which random weights are named by, torch does it through
+        # its compiler, whose import takes 5 s.
+        self.signed_D = torch.cat((-frequencies_F, frequencies_F)).to(device)
 
     @property
     def angles(self) -> Angles:
