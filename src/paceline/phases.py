@@ -12,9 +12,12 @@ class Phases:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.current: str | None = None  # the part that runs; of nested ones the outer, once the inner is over
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
+        outer, self.current = self.current, name
         yield
+        self.current = outer
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

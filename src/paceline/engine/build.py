@@ -86,10 +86,13 @@ class _Weights:
     sizes: Sizes | None = None  # of a decoder
 
 
-def load_model(options: LoadOptions, progress: Progress | None = None) -> LoadedModel:
-    """Load a model and build its engine. Raises PacelineError's children, before loading where that can be told."""
+def load_model(options: LoadOptions, progress: Progress | None = None, phases: Phases | None = None) -> LoadedModel:
+    """Load a model and build its engine. `phases` may be watched meanwhile.
+
+    Raises PacelineError's children, before loading where that can be told.
+    """
     try:
-        return _load(options, progress)
+        return _load(options, progress, Phases() if phases is None else phases)
     except Exception as error:
         if not is_out_of_memory(error) and not isinstance(error, OutOfMemoryError):
             raise
@@ -102,8 +105,7 @@ def load_model(options: LoadOptions, progress: Progress | None = None) -> Loaded
     raise OutOfMemoryError(message)
 
 
-def _load(options: LoadOptions, progress: Progress | None) -> LoadedModel:
-    phases = Phases()
+def _load(options: LoadOptions, progress: Progress | None, phases: Phases) -> LoadedModel:
     with phases.time("device"):
         device = pick_device(options.device)
         available_bytes(device)  # CUDA's context, where there is none yet

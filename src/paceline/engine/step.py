@@ -27,6 +27,7 @@ class NewRequest:
     seed: int
     stop_token_ids: frozenset[int]  # end-of-sequence ids (unless ignore_eos) and params.stop_token_ids
     bad_words_token_ids: Sequence[Sequence[int]] = ()
+    output_token_ids: Sequence[int] = ()  # chosen before, by an engine that is gone
 
 
 @dataclass(frozen=True)

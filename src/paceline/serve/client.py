@@ -6,7 +6,7 @@ its own that is watched and restarted. Nothing here imports torch.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
@@ -15,7 +15,7 @@ import msgspec
 from paceline.engine.step import RequestUpdate
 from paceline.sampling.params import SamplingParams
 
-EngineState = Literal["starting", "ready", "stalled", "restarting", "dead", "closed"]
+EngineState = Literal["starting", "ready", "stalled", "restarting", "draining", "dead", "closed"]
 
 
 class GenerateRequest(msgspec.Struct, frozen=True):
@@ -24,10 +24,10 @@ class GenerateRequest(msgspec.Struct, frozen=True):
     """
 
     request_id: str
-    prompt_token_ids: Sequence[int]
+    prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     eos_token_ids: frozenset[int] = frozenset()
-    bad_words_token_ids: Sequence[Sequence[int]] = ()
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     namespace: str = ""  # separates prefix caches: a tenant's salt
 
 
