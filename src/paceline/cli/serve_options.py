@@ -1,4 +1,4 @@
-"""The options of `paceline serve`: vLLM's names where they mean the same, an environment variable for each, and a file."""
+"""The options of `paceline serve`: vLLM's names where they mean the same, a variable for each, and a file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ENVIRONMENT = "PACELINE_SERVE"  # not PACELINE: Kubernetes sets PACELINE_PORT fo
 _QUANTIZATIONS = ("int8", "int4", "fp8")
 
 
-class _Json(click.ParamType):
+class _Json(click.ParamType[Any]):
     """A JSON value of one kind, as vLLM's flags take it."""
 
     def __init__(self, kind: type, name: str) -> None:
@@ -36,7 +36,7 @@ class _Json(click.ParamType):
         return value
 
 
-class _Strings(click.ParamType):
+class _Strings(click.ParamType[Any]):
     """A string, or a JSON list of strings: vLLM's --allowed-origins '["a", "b"]'."""
 
     name = "strings"

@@ -54,13 +54,13 @@ class Generation:
             if stop is not None:
                 await client.end_answer(state.request_id, update.index)
             self._timer.update(update.index, len(answer.token_ids) - before, update.queue_seconds)
-            if answer.finish_reason is not None:
-                self._end(answer)
+            self._tell_end(answer)
             return
         raise _cut_short()
 
-    def _end(self, answer: Answer) -> None:
-        assert answer.finish_reason is not None
+    def _tell_end(self, answer: Answer) -> None:
+        if answer.finish_reason is None:
+            return
         self._timer.finished(answer.finish_reason)
         if answer.error is not None:
             raise EngineError(answer.error)

@@ -81,6 +81,13 @@ def listen(options: ListenOptions) -> socket.socket:
 
 def run_server(service: Service, options: ListenOptions, listener: socket.socket) -> None:
     """Serve until SIGTERM or Ctrl-C, and drain. Raises what the start failed with."""
+    make_server(service, options).run(sockets=[listener])
+    if service.failure is not None:
+        raise service.failure
+
+
+def make_server(service: Service, options: ListenOptions) -> DrainingServer:
+    """uvicorn, set up for `service`; `run(sockets=[...])` serves."""
     config = uvicorn.Config(
         create_app(service),
         http="httptools",
@@ -98,9 +105,7 @@ def run_server(service: Service, options: ListenOptions, listener: socket.socket
         backlog=2048,
     )
     logging.getLogger("uvicorn.error").setLevel(options.log_level.upper())
-    DrainingServer(config, service, options.drain_timeout).run(sockets=[listener])
-    if service.failure is not None:
-        raise service.failure
+    return DrainingServer(config, service, options.drain_timeout)
 
 
 class DrainingServer(uvicorn.Server):

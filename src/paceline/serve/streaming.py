@@ -74,15 +74,16 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
 async def _first_of(task: asyncio.Future[T], receive: Receive) -> T:
     leaving = asyncio.ensure_future(_until_gone(receive))
+    both: set[asyncio.Future[Any]] = {task, leaving}
     try:
-        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         raise ClientDisconnect
     finally:
-        for one in (task, leaving):
+        for one in both:
             one.cancel()
-        await asyncio.gather(task, leaving, return_exceptions=True)
+        await asyncio.gather(*both, return_exceptions=True)
 
 
 async def _until_gone(receive: Receive) -> None:

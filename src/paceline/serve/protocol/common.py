@@ -1,4 +1,4 @@
-"""What answers of several endpoints hold. Structs: msgspec writes one in a microsecond, and every token of a stream is one.
+"""What answers of several endpoints hold. Structs: msgspec writes one in a microsecond, and a stream's token is one.
 
 Fields are in OpenAI's order; UNSET ones are left out, None is null.
 """

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 
 from fastapi import APIRouter, Request, Response
-from msgspec import UNSET
 
 from paceline.outputs import CompletionOutput
 from paceline.serve.generation import new_answers, usage_of
@@ -64,14 +63,11 @@ def _whole(answering: Answering[ChatCompletionRequest]) -> ChatCompletion:
 
 async def _events(answering: Answering[ChatCompletionRequest]) -> AsyncGenerator[bytes, None]:
     (generation,) = answering.generations
-    body = answering.body
     begun: set[int] = set()
     ended: set[int] = set()
 
     def chunk(choices: list[ChunkChoice], *, last: bool = False) -> bytes:
-        usage = UNSET if not body.include_usage else None
-        if last or body.usage_in_every_chunk:
-            usage = usage_of(answering.generations)
+        usage = answering.usage(last=last)
         return event(ChatCompletionChunk(answering.request_id, answering.created, answering.model_name, choices, usage))
 
     for index in range(generation.state.params.n):
@@ -87,7 +83,7 @@ async def _events(answering: Answering[ChatCompletionRequest]) -> AsyncGenerator
                 out += chunk([final_chunk(answer)])
         if out:
             yield out
-    if body.include_usage:
+    if answering.body.include_usage:
         yield chunk([], last=True)
 
 

@@ -45,7 +45,7 @@ def _whole(answering: Answering[CompletionRequest]) -> Completion:
                     _logprobs(answering, answer, 0),
                     answer.finish_reason,
                     answer.stop_reason,
-                    prompt_logprobs(output),
+                    UNSET if answering.body.prompt_logprobs is None else prompt_logprobs(output),
                 )
             )
     return Completion(
@@ -54,14 +54,11 @@ def _whole(answering: Answering[CompletionRequest]) -> Completion:
 
 
 async def _events(answering: Answering[CompletionRequest]) -> AsyncGenerator[bytes, None]:
-    body = answering.body
     offsets: dict[int, int] = {}  # choice -> characters sent
     ended: set[int] = set()
 
     def chunk(choices: list[CompletionChoice], *, last: bool = False) -> bytes:
-        usage = UNSET if not body.include_usage else None
-        if last or body.usage_in_every_chunk:
-            usage = usage_of(answering.generations)
+        usage = answering.usage(last=last)
         return event(Completion(answering.request_id, answering.created, answering.model_name, choices, usage))
 
     growing = grow_all(answering.generations)
@@ -78,7 +75,7 @@ async def _events(answering: Answering[CompletionRequest]) -> AsyncGenerator[byt
                 out += chunk([CompletionChoice(index, "", None, answer.finish_reason, answer.stop_reason)])
         if out:
             yield out
-    if body.include_usage:
+    if answering.body.include_usage:
         yield chunk([], last=True)
 
 

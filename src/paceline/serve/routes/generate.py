@@ -10,11 +10,13 @@ from typing import Generic, TypeVar
 
 import msgspec
 from fastapi import Request, Response
+from msgspec import UNSET, UnsetType
 
 from paceline.log import get_logger
 from paceline.serve.body import read_body
 from paceline.serve.errors import as_api_error
-from paceline.serve.generation import Generation, close_all, now, run_all, submit_all
+from paceline.serve.generation import Generation, close_all, now, run_all, submit_all, usage_of
+from paceline.serve.protocol.common import Usage
 from paceline.serve.protocol.sampling import SamplingFields
 from paceline.serve.requests import INLINE_BYTES, new_id
 from paceline.serve.service import Service
@@ -39,6 +41,12 @@ class Answering(Generic[Body]):
     def model_name(self) -> str:
         """What the client called the model, or its first name."""
         return self.body.model or self.service.model_name
+
+    def usage(self, *, last: bool) -> Usage | UnsetType | None:
+        """What a chunk of the stream says of it: nothing unless asked; then null, but in the last chunk or in all."""
+        if not self.body.include_usage:
+            return UNSET
+        return usage_of(self.generations) if last or self.body.usage_in_every_chunk else None
 
 
 async def answer_request(
