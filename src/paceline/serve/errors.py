@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -28,7 +28,7 @@ CLIENT_CLOSED_REQUEST = 499  # nginx's; seen in the log only, for nobody is ther
 RETRY_AFTER_UNAVAILABLE = 1  # seconds: a start or a restart takes a few, and asking costs nothing
 _MOST_MESSAGE_CHARS = 2000  # what a client sent may be quoted in it
 # A parameter's error begins with its name; a message's with where it is, as in "messages[2].content".
-_PARAM = re.compile(r"(?:each id of )?([a-z_]+(?:\[\d+\])?(?:\.[a-z_]+(?:\[\d+\])?)*)\b")
+_PARAM = re.compile(r"(?:each id of )?([a-z_]+(?:\[\d+\])?(?:\.[a-z_]+(?:\[\d+\])?)*)(?![\w.\[])")
 
 
 class ApiError(PacelineError):
@@ -77,8 +77,11 @@ def unavailable(message: str, code: str) -> ApiError:
     return ApiError(503, message, code=code, headers={"Retry-After": str(RETRY_AFTER_UNAVAILABLE)})
 
 
-def as_api_error(error: BaseException, names: Mapping[str, str] | None = None) -> ApiError:
-    """Any failure as an ApiError. `names`: what the client calls a field where that is not the engine's name for it.
+def as_api_error(
+    error: BaseException, names: Mapping[str, str] | None = None, fields: Container[str] = ()
+) -> ApiError:
+    """Any failure as an ApiError. `fields`: those of the request, one of which may be at fault; `names`: what the
+    client calls one where that is not the engine's name for it.
 
     What nobody raised on purpose is a bug: its traceback is logged, and the client is told no more than its kind.
     """
@@ -92,7 +95,7 @@ def as_api_error(error: BaseException, names: Mapping[str, str] | None = None) -
     if isinstance(error, PromptTooLongError):
         return bad_request(str(error), (names or {}).get("prompt", "prompt"), "context_length_exceeded")
     if isinstance(error, (UsageError, ChatTemplateError)):
-        return _from_usage(error, names or {})
+        return _from_usage(error, names or {}, fields)
     if isinstance(error, HTTPException):
         return _from_http(error)
     if isinstance(error, PacelineError):
@@ -103,7 +106,7 @@ def as_api_error(error: BaseException, names: Mapping[str, str] | None = None) -
     return ApiError(500, f"internal error ({type(error).__name__}); the server's log has more", code="internal_error")
 
 
-def _from_usage(error: UsageError, names: Mapping[str, str]) -> ApiError:
+def _from_usage(error: UsageError, names: Mapping[str, str], fields: Container[str]) -> ApiError:
     message = str(error)
     found = _PARAM.match(message)
     param = found.group(1) if found else None
@@ -112,8 +115,8 @@ def _from_usage(error: UsageError, names: Mapping[str, str]) -> ApiError:
         assert found is not None
         message = message[: found.start(1)] + names[param] + message[found.end(1) :]
         param = names[param]
-    # A sentence begins with a word too; a field's name is none of these.
-    return bad_request(message, None if param in ("the", "this", "a", "an", "unknown") else param)
+    # A sentence begins with a word, too.
+    return bad_request(message, param if param and re.split(r"[\[.]", param)[0] in fields else None)
 
 
 def _from_http(error: HTTPException) -> ApiError:
@@ -124,7 +127,7 @@ def _from_http(error: HTTPException) -> ApiError:
 
 
 def install(app: FastAPI) -> None:
-    """Answer every exception that leaves a route with its error object."""
+    """Answer what is raised on purpose with its error object. The rest, bugs, is the gate's."""
 
     async def answer(request: Request, error: Exception) -> Response:
         return as_api_error(error).response()
@@ -136,7 +139,6 @@ def install(app: FastAPI) -> None:
         ClientDisconnect: gone,
         PacelineError: answer,
         HTTPException: answer,
-        Exception: answer,
     }
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)

@@ -68,6 +68,10 @@ class Gate:
         self._service.num_in_flight += counted
         try:
             await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            if status != CLIENT_CLOSED_REQUEST:
+                raise  # too late for another answer: uvicorn closes the connection
+            await as_api_error(error).response()(scope, receive, send_with_id)
         finally:
             self._service.num_in_flight -= counted
             self._count(scope, status)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 from paceline.engine.output import Answer, RequestState
 from paceline.errors import EngineError
@@ -113,7 +113,7 @@ async def run_all(generations: Sequence[Generation]) -> None:
         await close_all(generations)
 
 
-async def grow_all(generations: Sequence[Generation]) -> AsyncIterator[int]:
+async def grow_all(generations: Sequence[Generation]) -> AsyncGenerator[int, None]:
     """The index of each generation that has grown, as they grow; the first failure is raised."""
     if len(generations) == 1:
         async for _ in generations[0]:

@@ -105,7 +105,12 @@ def serving(tiny_chat_model: Path) -> Callable[..., Any]:
 
     @contextmanager
     def serve(
-        *, wait: bool = True, engine: dict[str, Any] | None = None, client: Any = None, drain: float = 5, **settings: Any
+        *,
+        wait: bool = True,
+        engine: dict[str, Any] | None = None,
+        client: Any = None,
+        drain: float = 5,
+        **settings: Any,
     ) -> Iterator[Running]:
         options = LoadOptions(str(tiny_chat_model), device="cpu", dtype="float32", **(engine or {}))
         made = client or InProcessClient(options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
@@ -29,7 +30,7 @@ router = APIRouter(tags=["OpenAI"])
 async def create_completion(request: Request) -> Response:
     """Continue a text, or several. With `stream`, server-sent events: chunks, then [DONE]."""
     return await answer_request(
-        request, CompletionRequest, "cmpl", completion_generations, whole=_whole, events=_events, names={}
+        request, CompletionRequest, "cmpl", completion_generations, whole=_whole, events=_events, names={"prompt_token_ids": "prompt"}
     )
 
 
@@ -54,27 +55,28 @@ def _whole(answering: Answering[CompletionRequest]) -> Completion:
 
 
 async def _events(answering: Answering[CompletionRequest]) -> AsyncGenerator[bytes, None]:
-    offsets: dict[int, int] = {}  # choice -> characters sent
+    offsets: dict[int, int] = {}  # choice -> characters of the tokens sent
     ended: set[int] = set()
 
     def chunk(choices: list[CompletionChoice], *, last: bool = False) -> bytes:
         usage = answering.usage(last=last)
         return event(Completion(answering.request_id, answering.created, answering.model_name, choices, usage))
 
-    growing = grow_all(answering.generations)
-    async for position in growing:
-        out = b""
-        for answer in new_answers(answering.generations[position]):
-            index = _index(answering, position, answer)
-            if answer.text or (answer.token_ids and answer.logprobs is not None):
-                logprobs = _logprobs(answering, answer, offsets.get(index, 0))
-                offsets[index] = offsets.get(index, 0) + len(answer.text)
-                out += chunk([CompletionChoice(index, answer.text, logprobs)])
-            if answer.finish_reason is not None and index not in ended:
-                ended.add(index)
-                out += chunk([CompletionChoice(index, "", None, answer.finish_reason, answer.stop_reason)])
-        if out:
-            yield out
+    async with aclosing(grow_all(answering.generations)) as growing:
+        async for position in growing:
+            out = b""
+            for answer in new_answers(answering.generations[position]):
+                index = _index(answering, position, answer)
+                if answer.text or (answer.token_ids and answer.logprobs is not None):
+                    logprobs = _logprobs(answering, answer, offsets.get(index, 0))
+                    if logprobs is not None and logprobs.tokens:
+                        offsets[index] = logprobs.text_offset[-1] + len(logprobs.tokens[-1])
+                    out += chunk([CompletionChoice(index, answer.text, logprobs)])
+                if answer.finish_reason is not None and index not in ended:
+                    ended.add(index)
+                    out += chunk([CompletionChoice(index, "", None, answer.finish_reason, answer.stop_reason)])
+            if out:
+                yield out
     if answering.body.include_usage:
         yield chunk([], last=True)
 

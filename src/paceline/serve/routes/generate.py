@@ -73,7 +73,7 @@ async def answer_request(
     except Exception as error:
         if getattr(body, "max_completion_tokens", None) is not None:
             names = {**names, "max_tokens": "max_completion_tokens"}
-        raise as_api_error(error, names) from error
+        raise as_api_error(error, names, kind.model_fields) from error
     answering = Answering(service, body, request_id, now(), generations)
     _log_request(answering)
     if body.stream:

@@ -20,8 +20,9 @@ async def list_models(request: Request) -> Response:
 
 
 @router.get("/v1/models/{name:path}", **documented(None, ModelCard))
-async def retrieve_model(request: Request, name: str) -> Response:
+async def retrieve_model(request: Request) -> Response:
     """One of them."""
+    name: str = request.path_params["name"]
     service: Service = request.app.state.service
     service.check_model(name)
     return json_response(_card(service, name))

@@ -30,7 +30,7 @@ async def tokenize(request: Request) -> Response:
     try:
         ids = await asyncio.to_thread(_encode, body, service)
     except Exception as error:
-        raise as_api_error(error) from error
+        raise as_api_error(error, fields=TokenizeRequest.model_fields) from error
     model = service.model
     strings = [model.tokenizer.token_string(i) for i in ids] if body.return_token_strs else UNSET
     return json_response(Tokens(len(ids), model.info.max_model_len, ids, strings))
