@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 import torch
 
+from paceline.config import CacheConfig, SchedulerConfig
+from paceline.engine.load_options import LoadOptions
 from paceline.sampling.params import SamplingParams
 from paceline.serve.client import AnswerUpdate, EngineClient, GenerateRequest
 
@@ -41,14 +43,44 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="module")
+def run_async() -> Iterator[Callable[[Coroutine[Any, Any, T]], T]]:
+    """Run a coroutine on the module's own event loop, for a minute at most: what waits for ever fails instead."""
+    loop = asyncio.new_event_loop()
+
+    def run(coroutine: Coroutine[Any, Any, T]) -> T:
+        return loop.run_until_complete(asyncio.wait_for(coroutine, 60))
+
+    yield run
+    loop.close()
+
+
 @pytest.fixture(scope="session")
-def run_async() -> Callable[[Awaitable[T]], T]:
-    """Run a coroutine to its end, within a minute: a test that waits for ever fails instead."""
+def until() -> Callable[[Callable[[], bool]], Awaitable[None]]:
+    """Wait for a condition; the test's own limit ends it."""
 
-    def run(coroutine: Awaitable[T]) -> T:
-        return asyncio.run(asyncio.wait_for(coroutine, 60))  # type: ignore[arg-type]
+    async def wait(condition: Callable[[], bool]) -> None:
+        while not condition():
+            await asyncio.sleep(0.005)
 
-    return run
+    return wait
+
+
+@pytest.fixture(scope="session")
+def tiny_options(tiny_weights: Path) -> Callable[..., LoadOptions]:
+    """The tiny model with room for 8 requests at once, and no prefix cache: blocks that are used are requests'."""
+
+    def make(max_num_seqs: int = 8, num_blocks: int = 2048, **others: Any) -> LoadOptions:
+        return LoadOptions(
+            str(tiny_weights),
+            device="cpu",
+            skip_tokenizer_init=True,
+            cache=CacheConfig(block_size=4, num_blocks=num_blocks, enable_prefix_caching=False),
+            scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=64),
+            **others,
+        )
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -77,6 +77,7 @@ to_engine = st.one_of(
     st.builds(EndAnswer, texts, st.integers(0, 9)),
     st.builds(
         Submit,
+        st.integers(0, 2**40),
         requests,
         st.none() | st.integers(0, 2**64 - 1),
         st.none() | st.lists(st.none() | token_tuples, max_size=3).map(tuple),
@@ -117,8 +118,8 @@ failures = st.builds(Failure, texts, texts, seconds)
 from_engine = st.one_of(
     st.builds(Ready, infos),
     st.builds(LoadFailed, failures),
-    st.builds(Accepted, texts, st.integers(0, 2**64 - 1)),
-    st.builds(Refused, texts, failures),
+    st.builds(Accepted, texts, st.integers(0, 2**40), st.integers(0, 2**64 - 1)),
+    st.builds(Refused, texts, st.integers(0, 2**40), failures),
     st.builds(StepEvents, st.lists(events, max_size=3)),
 )
 beats = st.builds(

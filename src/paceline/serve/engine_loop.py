@@ -94,7 +94,7 @@ class EngineLoop:
                 try:
                     accepted = self._submit(client, message)
                 except PacelineError as error:
-                    self._port.send(client, Refused(message.request.request_id, failure_of(error)))
+                    self._port.send(client, Refused(message.request.request_id, message.number, failure_of(error)))
                 else:
                     self._port.send(client, accepted)
             case EndAnswer():
@@ -133,7 +133,7 @@ class EngineLoop:
         if not resumed:
             self._num_requests += 1
             self._num_prompt_tokens += length
-        return Accepted(request.request_id, seed)
+        return Accepted(request.request_id, message.number, seed)
 
     def _end_answer(self, message: EndAnswer) -> None:
         running = self._requests.get(message.request_id)

@@ -22,9 +22,13 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """`seed` and `sent` resume a request that another engine had begun: what each answer has, None for one that ended.
-    It was admitted once, so no bound of the queue refuses it."""
+    """`number` comes back with the answer: an id may be used again while messages about its first use are on their way.
 
+    `seed` and `sent` resume a request that another engine had begun: what each answer has, None for one that ended. It
+    was admitted once, so no bound of the queue refuses it.
+    """
+
+    number: int
     request: GenerateRequest
     seed: int | None = None
     sent: tuple[tuple[int, ...] | None, ...] | None = None
@@ -65,14 +69,16 @@ class LoadFailed(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Accepted(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """`seed`: the one that the request samples with."""
+    """Precedes all that the request's steps give. `seed`: the one that it samples with."""
 
     request_id: str
+    number: int
     seed: int
 
 
 class Refused(msgspec.Struct, frozen=True, array_like=True, tag=True):
     request_id: str
+    number: int
     failure: Failure
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
+from weakref import WeakValueDictionary
 
 from paceline.errors import EngineDeadError, PacelineError, UsageError
 from paceline.serve.client import AnswerUpdate, EngineStatus, GenerateRequest
@@ -38,7 +40,8 @@ class Stream:
     `sent`: the tokens that each answer has got, None once it has ended.
     """
 
-    def __init__(self, request: GenerateRequest, table: StreamTable) -> None:
+    def __init__(self, number: int, request: GenerateRequest, table: StreamTable) -> None:
+        self.number = number
         self.request = request
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.seed: int | None = None
@@ -46,6 +49,7 @@ class Stream:
         self.num_resumes = 0
         self._table = table
         self._updates: deque[AnswerUpdate] = deque()
+        self._is_accepted = False
         self._error: PacelineError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -58,9 +62,17 @@ class Stream:
         """What goes on with the request from the tokens that it has got."""
         beams = self.request.params.use_beam_search
         sent = tuple(None if tokens is None else () if beams else tuple(tokens) for tokens in self.sent)
-        return Submit(self.request, self.seed, sent)
+        return Submit(self.number, self.request, self.seed, sent)
+
+    def accept(self, seed: int) -> None:
+        self.seed = seed
+        self._is_accepted = True
+        if not self.accepted.done():
+            self.accepted.set_result(None)
 
     def deliver(self, event: Event) -> None:
+        if not self._is_accepted:
+            return  # of a request that had the same id, and was aborted
         tokens = self.sent[event.index]
         if tokens is None:
             return  # it was ended here while the step ran
@@ -71,7 +83,8 @@ class Stream:
         self._wake()
 
     def end_answer(self, index: int) -> bool:
-        """False if it has ended already."""
+        """End it here: what has arrived of it and was not read is dropped. False if the engine has ended it already."""
+        self._updates = deque(one for one in self._updates if one.index != index)
         if not 0 <= index < len(self.sent) or self.sent[index] is None:
             return False
         self.sent[index] = None
@@ -79,8 +92,10 @@ class Stream:
         return True
 
     def end(self, error: PacelineError | None = None) -> None:
-        """End all that has not ended: the reader gets what has arrived, then the error."""
-        if not self.ended:
+        """End all that has not ended. The reader gets what has arrived and then the error; without one, nothing."""
+        if error is None:
+            self._updates.clear()
+        elif not self.ended:
             self._error = error
         self.sent = [None] * len(self.sent)
         if not self.accepted.done():
@@ -112,7 +127,6 @@ class Stream:
 
     async def aclose(self) -> None:
         self._table.abort(self.request.request_id)
-        self._updates.clear()
 
     async def __aenter__(self) -> Stream:
         return self
@@ -128,7 +142,9 @@ class StreamTable:
 
     def __init__(self, send: Callable[[ToEngine], None]) -> None:
         self._send = send
+        self._numbers = itertools.count()
         self._streams: dict[str, Stream] = {}
+        self._unread: WeakValueDictionary[str, Stream] = WeakValueDictionary()  # those that ended too, while read
         self._changed = asyncio.Event()
 
     def __len__(self) -> int:
@@ -138,8 +154,9 @@ class StreamTable:
         """Send a request and wait until it is accepted. Raises what the engine refuses it with."""
         if request.request_id in self._streams:
             raise UsageError(f"request id '{request.request_id}' is in use by an unfinished request: choose another")
-        stream = self._streams[request.request_id] = Stream(request, self)
-        self._send(Submit(request))
+        stream = Stream(next(self._numbers), request, self)
+        self._streams[request.request_id] = self._unread[request.request_id] = stream
+        self._send(Submit(stream.number, request))
         try:
             await stream.accepted
         except asyncio.CancelledError:
@@ -157,26 +174,26 @@ class StreamTable:
                         self._drop_if_ended(stream)
             case Accepted():
                 stream = self._streams.get(message.request_id)
-                if stream is not None:
-                    stream.seed = message.seed
-                    if not stream.accepted.done():
-                        stream.accepted.set_result(None)
+                if stream is not None and stream.number == message.number:
+                    stream.accept(message.seed)
             case Refused():
-                stream = self._streams.pop(message.request_id, None)
-                if stream is not None:
+                stream = self._streams.get(message.request_id)
+                if stream is not None and stream.number == message.number:
+                    del self._streams[message.request_id]
                     stream.end(error_of(message.failure))
                     self._changed.set()
 
     def end_answer(self, request_id: str, index: int) -> None:
-        stream = self._streams.get(request_id)
+        stream = self._unread.get(request_id)
         if stream is not None and stream.end_answer(index):
             self._send(EndAnswer(request_id, index))
             self._drop_if_ended(stream)
 
     def abort(self, request_id: str) -> None:
-        stream = self._streams.pop(request_id, None)
+        stream = self._unread.get(request_id)
         if stream is not None:
             stream.end()
+        if self._streams.pop(request_id, None) is not None:
             self._send(Abort(request_id))
             self._changed.set()
 

@@ -12,6 +12,7 @@ import pickle
 import time
 from collections.abc import Callable
 
+import msgspec
 import zmq
 
 from paceline.engine.load_options import LoadOptions
@@ -160,10 +161,13 @@ class ZmqClient:
     def status(self) -> EngineStatus:
         if self._beats is not None:
             self._beats.drain()  # beats that this process was too busy to take are no silence of the engine
+        beat = self._beat
+        if self._state == "ready":  # a beat may be older than the end of the start
+            beat = msgspec.structs.replace(beat, startup=Startup(self.info.phases))
         return status_of(
             self._state,
             self._reason,
-            self._beat,
+            beat,
             time.monotonic() - self._beat_at,
             self._deadlines,
             restarts=max(0, self._supervisor.num_launches - 1),
