@@ -77,9 +77,7 @@ def unavailable(message: str, code: str) -> ApiError:
     return ApiError(503, message, code=code, headers={"Retry-After": str(RETRY_AFTER_UNAVAILABLE)})
 
 
-def as_api_error(
-    error: BaseException, names: Mapping[str, str] | None = None, fields: Container[str] = ()
-) -> ApiError:
+def as_api_error(error: BaseException, names: Mapping[str, str] | None = None, fields: Container[str] = ()) -> ApiError:
     """Any failure as an ApiError. `fields`: those of the request, one of which may be at fault; `names`: what the
     client calls one where that is not the engine's name for it.
 

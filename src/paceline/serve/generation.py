@@ -9,8 +9,9 @@ from collections.abc import AsyncGenerator, Sequence
 from paceline.engine.output import Answer, RequestState
 from paceline.errors import EngineError
 from paceline.outputs import CompletionOutput
+from paceline.sampling.params import NO_TOKEN_LEFT
 from paceline.serve.client import EngineClient, GenerateRequest, RequestStream
-from paceline.serve.errors import ApiError, unavailable
+from paceline.serve.errors import ApiError, bad_request, unavailable
 from paceline.serve.metrics import Metrics
 from paceline.serve.protocol.common import Usage, usage
 
@@ -62,6 +63,8 @@ class Generation:
         if answer.finish_reason is None:
             return
         self._timer.finished(answer.finish_reason)
+        if answer.error == NO_TOKEN_LEFT:
+            raise bad_request(answer.error, code="no_token_left")
         if answer.error is not None:
             raise EngineError(answer.error)
         if answer.finish_reason == "abort":

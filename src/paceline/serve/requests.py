@@ -23,6 +23,10 @@ COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; a chat goes 
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024  # what is held back while it may still become one is looked through at every token
 MAX_BAD_WORDS = 1024
+# What the template's renderer calls its own: no variable of a request may take its place.
+TEMPLATE_NAMES = frozenset(
+    ["self", "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "template", "range"]
+)
 INLINE_BYTES = 8 << 10  # a body up to this is tokenized in the event loop (under a millisecond); larger ones elsewhere
 
 
@@ -94,21 +98,23 @@ def render(body: ChatCompletionRequest | TokenizeRequest, service: Service) -> s
     continues = bool(body.continue_final_message)
     adds = not continues if body.add_generation_prompt is None else body.add_generation_prompt
     assert body.messages is not None
-    return tokenizer.apply_chat_template(
-        message_parts(body.messages, "developer" in source),
-        add_generation_prompt=adds,
-        continue_final_message=continues,
-        documents=body.documents,
-        tools=getattr(body, "tools", None),
-        template=template,
-        **variables,
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            message_parts(body.messages, "developer" in source),
+            add_generation_prompt=adds,
+            continue_final_message=continues,
+            documents=body.documents,
+            tools=getattr(body, "tools", None),
+            template=template,
+            **variables,
+        )
+    except RecursionError:
+        raise bad_request("messages or what goes with them is nested too deeply", "messages") from None
 
 
 def _check_variables(variables: Mapping[str, Any]) -> None:
-    ours = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "template", "range"}
     for name in variables:
-        if name in ours:
+        if name in TEMPLATE_NAMES:
             raise bad_request(f"chat_template_kwargs may not set {name!r}", "chat_template_kwargs")
 
 

@@ -55,9 +55,13 @@ def test_a_stream_adds_up(client, server):
 
 
 def test_the_clients_own_accumulator_takes_the_stream(client, server):
-    with client.chat.completions.stream(model="tiny", messages=MESSAGES, max_tokens=12, temperature=0) as stream:
-        final = stream.get_final_completion()
     whole = server.chat("hello", max_tokens=12).json()["choices"][0]
+    stop = whole["message"]["content"][3]  # the client takes a text that the length cut short for a failure
+    whole = server.chat("hello", max_tokens=12, stop=stop).json()["choices"][0]
+    with client.chat.completions.stream(
+        model="tiny", messages=MESSAGES, max_tokens=12, temperature=0, stop=stop
+    ) as stream:
+        final = stream.get_final_completion()
     assert final.choices[0].message.content == whole["message"]["content"]
 
 

@@ -30,7 +30,13 @@ router = APIRouter(tags=["OpenAI"])
 async def create_completion(request: Request) -> Response:
     """Continue a text, or several. With `stream`, server-sent events: chunks, then [DONE]."""
     return await answer_request(
-        request, CompletionRequest, "cmpl", completion_generations, whole=_whole, events=_events, names={"prompt_token_ids": "prompt"}
+        request,
+        CompletionRequest,
+        "cmpl",
+        completion_generations,
+        whole=_whole,
+        events=_events,
+        names={"prompt_token_ids": "prompt"},
     )
 
 
