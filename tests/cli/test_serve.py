@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -101,20 +100,11 @@ def test_every_option_has_its_variable():
 
 
 def test_vllms_flags_are_taken():
+    flags = "--quantization int8 --max-num-queued-reqs 7 --max-num-queued-tokens 8 --no-enable-prefix-caching"
     options = parsed(
-        *[
-            "--quantization",
-            "int8",
-            "--max-num-queued-reqs",
-            "7",
-            "--max-num-queued-tokens",
-            "8",
-            "--no-enable-prefix-caching",
-        ],
-        *["--generation-config", "vllm", "--allowed-origins"],
-        '["a", "b"]',
-        "--speculative-config",
-        '{"method": "ngram"}',
+        *flags.split(" "),
+        *("--generation-config", "vllm", "--allowed-origins", '["a", "b"]'),
+        *("--speculative-config", '{"method": "ngram"}'),
     )
     assert options["quantization"] == "int8"
     assert (options["max_queue"], options["max_queue_tokens"]) == (7, 8)

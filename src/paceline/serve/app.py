@@ -9,11 +9,11 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from paceline import __version__
 from paceline.serve import errors, openapi
 from paceline.serve.gate import Gate
 from paceline.serve.routes import chat, completions, models, operations, tokenize
 from paceline.serve.service import Service
+from paceline.serve.version import VERSION
 
 
 def create_app(service: Service) -> FastAPI:
@@ -33,7 +33,7 @@ def create_app(service: Service) -> FastAPI:
     settings = service.settings
     app = FastAPI(
         title="paceline",
-        version=__version__,
+        version=VERSION,
         root_path=settings.root_path,
         lifespan=lifespan,
         redirect_slashes=False,  # a redirected POST would lose its body with some clients

@@ -16,9 +16,9 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
-from paceline import __version__
 from paceline.sampling.params import SamplingParams
 from paceline.serve.client import EngineStatus
+from paceline.serve.version import VERSION
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -221,7 +221,7 @@ class _EngineCollector(Collector):
             counter.add_metric([self._model_name], total)
             yield counter
         version = GaugeMetricFamily("paceline_build_info", "1, labelled with the version.", labels=["version"])
-        version.add_metric([__version__], 1)
+        version.add_metric([VERSION], 1)
         yield version
 
 

@@ -10,11 +10,11 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from paceline import __version__
 from paceline.serve.protocol.chat import ChatCompletion, ChatCompletionRequest
 from paceline.serve.protocol.completions import Completion, CompletionRequest
 from paceline.serve.protocol.models import ModelCard, ModelList
 from paceline.serve.protocol.tokenize import DetokenizeRequest, Text, TokenizeRequest, Tokens
+from paceline.serve.version import VERSION
 
 _REF = "#/components/schemas/{name}"
 _REQUESTS: tuple[type[BaseModel], ...] = (ChatCompletionRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
@@ -68,7 +68,7 @@ def install(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            document = get_openapi(title="paceline", version=__version__, routes=app.routes)
+            document = get_openapi(title="paceline", version=VERSION, routes=app.routes)
             document.setdefault("components", {})["schemas"] = _schemas()
             document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             app.openapi_schema = document

@@ -8,10 +8,10 @@ from __future__ import annotations
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from paceline import __version__
 from paceline.outputs import RequestOutput
+from paceline.serve.version import VERSION
 
-SYSTEM_FINGERPRINT = f"paceline-{__version__}"
+SYSTEM_FINGERPRINT = f"paceline-{VERSION}"
 LEAST_LOGPROB = -9999.0  # OpenAI's word for "impossible": JSON has no infinity
 
 

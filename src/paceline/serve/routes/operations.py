@@ -7,11 +7,11 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from paceline import __version__
 from paceline.serve.client import Startup
 from paceline.serve.errors import unavailable
 from paceline.serve.metrics import CONTENT_TYPE
 from paceline.serve.service import Service
+from paceline.serve.version import VERSION
 
 router = APIRouter(tags=["Operations"])
 
@@ -78,7 +78,7 @@ async def metrics(request: Request) -> Response:
 @router.get("/version")
 async def version() -> Response:
     """This server's version."""
-    return _json({"version": __version__})
+    return _json({"version": VERSION})
 
 
 def _json(value: Any) -> Response:
