@@ -9,8 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,16 @@ from paceline.serve.zmq_client import ZmqClient
 Run = Callable[[Any], Any]
 
 
-@pytest.fixture
-def serving(tiny_options: Any) -> Any:
-    @asynccontextmanager
-    async def serving(**deadlines: float) -> AsyncIterator[ZmqClient]:
-        client = ZmqClient(tiny_options(), deadlines=Deadlines(**{"resume": 50.0, **deadlines}), threads=1)
-        await client.start()
-        try:
-            yield client
-        finally:
-            await client.close()
-
-    return serving
+@pytest.fixture(scope="module")
+def client(tiny_options: Any, run_async: Run) -> Iterator[ZmqClient]:
+    """One for most tests, as a process takes seconds to start: it may die often, and is replaced at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(supervisor, "MAX_DEATHS", 100)
+        patch.setattr(supervisor, "LONGEST_BACKOFF", 0.0)
+        made = ZmqClient(tiny_options(), deadlines=Deadlines(resume=50.0), threads=1)
+        run_async(made.start())
+        yield made
+        run_async(made.close())
 
 
 def send(client: ZmqClient, signal_number: int) -> None:
@@ -59,7 +56,7 @@ class Killer:
                 send(self._client, signal.SIGKILL)
 
 
-def test_kill_9_in_the_middle_changes_no_token(serving, run_async, collect, make_request, until):
+def test_kill_9_in_the_middle_changes_no_token(client, run_async, collect, make_request, until):
     """Greedy, sampled with all that reads a history, several answers, and beams, which begin anew."""
     long = {"max_tokens": 120}
     requests = [
@@ -71,148 +68,149 @@ def test_kill_9_in_the_middle_changes_no_token(serving, run_async, collect, make
     ]
 
     async def kill() -> None:
-        async with serving() as client:
-            alone = [await collect(client, request) for request in requests]
-            old, before = client.engine_pid, client.status().counters
-            killer = Killer(client, requests=len(requests) - 1)
-            together = await asyncio.gather(*(collect(client, request, killer) for request in requests))
-            assert together == alone
-            assert client.engine_pid != old
-            status = client.status()
-            assert (status.state, status.restarts) == ("ready", 1)
-            assert status.counters.requests >= before.requests
-            assert await collect(client, make_request("after")) == {0: alone[0][0][:8]}
-            await until(lambda: client.status().kv_usage == client.status().running == 0)
+        alone = [await collect(client, request) for request in requests]
+        old, before, restarts = client.engine_pid, client.status().counters, client.status().restarts
+        killer = Killer(client, requests=len(requests) - 1)
+        together = await asyncio.gather(*(collect(client, request, killer) for request in requests))
+        assert together == alone
+        assert client.engine_pid != old
+        status = client.status()
+        assert (status.state, status.restarts) == ("ready", restarts + 1)
+        assert status.counters.requests >= before.requests
+        assert await collect(client, make_request("after")) == {0: alone[0][0][:8]}
+        await until(lambda: client.status().kv_usage == client.status().running == 0)
 
     run_async(kill())
 
 
-def test_a_seed_that_the_engine_drew_survives_it(serving, run_async, collect, make_request):
+def test_a_seed_that_the_engine_drew_survives_it(client, run_async, collect, make_request):
     """The tokens before and after the death are those of one seed: drawn again, the rest would be another's."""
 
     async def kill() -> None:
-        async with serving() as client:
-            request = make_request("r", temperature=1.0, max_tokens=60)
-            stream = await client.submit(request)
-            seed = stream.seed
-            killer, tokens = Killer(client, requests=1), []
-            async for one in stream:
-                tokens += one.update.new_token_ids
-                killer(one)
-            assert client.status().restarts == 1
-            again = await collect(client, make_request("again", temperature=1.0, max_tokens=60, seed=seed))
-            assert again[0] == tokens
+        old, request = client.engine_pid, make_request("r", temperature=1.0, max_tokens=60)
+        stream = await client.submit(request)
+        seed = stream.seed
+        killer, tokens = Killer(client, requests=1), []
+        async for one in stream:
+            tokens += one.update.new_token_ids
+            killer(one)
+        assert client.engine_pid not in (old, None)
+        again = await collect(client, make_request("again", temperature=1.0, max_tokens=60, seed=seed))
+        assert again[0] == tokens
 
     run_async(kill())
 
 
-def test_readiness_follows_a_death(serving, run_async, collect, make_request, until):
+def test_readiness_follows_a_death(client, run_async, collect, make_request, until):
     async def kill() -> None:
-        async with serving() as client:
-            send(client, signal.SIGKILL)
-            await until(lambda: not client.status().ready)
-            status = client.status()
-            assert (status.state, status.alive, status.reason) == ("restarting", True, "the engine ended by signal 9")
-            with pytest.raises(EngineDeadError, match="takes no request now: the engine ended by signal 9"):
-                await client.submit(make_request("r"))
-            await until(lambda: client.status().ready)
-            assert len((await collect(client, make_request("r")))[0]) == 8
+        send(client, signal.SIGKILL)
+        await until(lambda: not client.status().ready)
+        status = client.status()
+        assert (status.state, status.alive, status.reason) == ("restarting", True, "the engine ended by signal 9")
+        with pytest.raises(EngineDeadError, match="takes no request now: the engine ended by signal 9"):
+            await client.submit(make_request("r"))
+        await until(lambda: client.status().ready)
+        assert len((await collect(client, make_request("r")))[0]) == 8
 
     run_async(kill())
 
 
-def test_requests_fail_where_no_engine_is_ready_in_time(serving, run_async, collect, make_request, until):
+def test_requests_fail_where_no_engine_is_ready_in_time(client, run_async, collect, make_request, until, monkeypatch):
+    monkeypatch.setattr(client, "_deadlines", Deadlines(resume=0.05))
+
     async def kill() -> None:
-        async with serving(resume=0.05) as client:
-            stream = await client.submit(make_request("r", max_tokens=3000))
-            await stream.__anext__()
-            send(client, signal.SIGKILL)
-            killed = time.monotonic()
-            with pytest.raises(EngineDeadError, match="signal 9, and no other was ready in time"):
-                async for _ in stream:
-                    pass
-            assert time.monotonic() - killed < 5
-            await until(lambda: client.status().ready)
-            assert len((await collect(client, make_request("r")))[0]) == 8
+        stream = await client.submit(make_request("r", max_tokens=3000))
+        await stream.__anext__()
+        send(client, signal.SIGKILL)
+        killed = time.monotonic()
+        with pytest.raises(EngineDeadError, match="signal 9, and no other was ready in time"):
+            async for _ in stream:
+                pass
+        assert time.monotonic() - killed < 5
+        await until(lambda: client.status().ready)
+        assert len((await collect(client, make_request("r")))[0]) == 8
 
     run_async(kill())
 
 
-def test_a_request_outlives_one_engine_and_no_second(serving, run_async, collect, make_request, until):
+def test_a_request_outlives_one_engine_and_no_second(client, run_async, collect, make_request, until):
     """It may be the request that kills: it is not given a third engine."""
 
     async def kill() -> None:
-        async with serving() as client:
-            stream = await client.submit(make_request("r", max_tokens=4000))
+        stream = await client.submit(make_request("r", max_tokens=4000))
+        restarts = client.status().restarts
 
-            async def kill_twice() -> None:
-                count = 0
-                async for _ in stream:
-                    count += 1
-                    if count in (3, 303):
-                        send(client, signal.SIGKILL)
+        async def kill_twice() -> None:
+            count = 0
+            async for _ in stream:
+                count += 1
+                if count in (3, 303):
+                    send(client, signal.SIGKILL)
 
-            with pytest.raises(EngineDeadError, match="died 2 times while request 'r' ran"):
-                await kill_twice()
-            await until(lambda: client.status().ready)
-            assert client.status().restarts == 2
-            assert len((await collect(client, make_request("r")))[0]) == 8
+        with pytest.raises(EngineDeadError, match="died 2 times while request 'r' ran"):
+            await kill_twice()
+        await until(lambda: client.status().ready)
+        assert client.status().restarts == restarts + 2
+        assert len((await collect(client, make_request("r")))[0]) == 8
 
     run_async(kill())
 
 
 @pytest.mark.parametrize("busy", [False, True])
-def test_a_stopped_engine_is_alive_and_not_ready(serving, run_async, collect, make_request, until, busy):
+def test_a_stopped_engine_is_alive_and_not_ready(client, run_async, collect, make_request, until, monkeypatch, busy):
     async def stop() -> None:
-        async with serving(beat=1.0) as client:
-            stream = await client.submit(make_request("busy", max_tokens=500 if busy else 1))
-            await stream.__anext__()
-            send(client, signal.SIGSTOP)
-            stopped = time.monotonic()
-            await until(lambda: not client.status().ready)
-            assert time.monotonic() - stopped < 3
-            status = client.status()
-            assert (status.state, status.alive) == ("stalled", True)
-            assert "nothing was heard of the engine" in status.reason
-            with pytest.raises(EngineDeadError, match="nothing was heard"):
-                await client.submit(make_request("r"))
-            send(client, signal.SIGCONT)
-            await until(lambda: client.status().ready)
-            rest = [one async for one in stream]
-            assert len(rest) == (499 if busy else 0)
-            assert len((await collect(client, make_request("r")))[0]) == 8
-            assert client.status().restarts == 0
+        old = client.engine_pid
+        stream = await client.submit(make_request("busy", max_tokens=500 if busy else 1))
+        await stream.__anext__()
+        monkeypatch.setattr(client, "_deadlines", Deadlines(beat=1.0))
+        send(client, signal.SIGSTOP)
+        stopped = time.monotonic()
+        await until(lambda: not client.status().ready)
+        assert time.monotonic() - stopped < 4
+        status = client.status()
+        assert (status.state, status.alive) == ("stalled", True)
+        assert "nothing was heard of the engine" in status.reason
+        with pytest.raises(EngineDeadError, match="nothing was heard"):
+            await client.submit(make_request("r"))
+        monkeypatch.undo()
+        send(client, signal.SIGCONT)
+        await until(lambda: client.status().ready)
+        rest = [one async for one in stream]
+        assert len(rest) == (499 if busy else 0)
+        assert len((await collect(client, make_request("r")))[0]) == 8
+        assert client.engine_pid == old
 
     run_async(stop())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_to_the_whole_group_do_not_end_the_engine(serving, run_async, collect, make_request, number):
+def test_signals_to_the_whole_group_do_not_end_the_engine(client, run_async, collect, make_request, number):
     """They reach the API too, which drains first."""
 
     async def interrupt() -> None:
-        async with serving() as client:
-            before = await collect(client, make_request("a"))
-            send(client, number)
-            assert await collect(client, make_request("b")) == before
-            assert client.status().restarts == 0
+        old, before = client.engine_pid, await collect(client, make_request("a"))
+        send(client, number)
+        assert await collect(client, make_request("b")) == before
+        assert client.engine_pid == old
 
     run_async(interrupt())
 
 
-def test_an_engine_that_keeps_dying_is_given_up(serving, run_async, make_request, until, monkeypatch):
+def test_an_engine_that_keeps_dying_is_given_up(tiny_options, run_async, make_request, monkeypatch):
     monkeypatch.setattr(supervisor, "MAX_DEATHS", 1)
 
     async def kill() -> None:
-        async with serving() as client:
-            stream = await client.submit(make_request("r", max_tokens=3000))
-            await stream.__anext__()
-            send(client, signal.SIGKILL)
-            with pytest.raises(EngineDeadError, match="died 1 times within"):
-                async for _ in stream:
-                    pass
-            status = client.status()
-            assert (status.state, status.alive, status.ready) == ("dead", False, False)
+        client = ZmqClient(tiny_options(), threads=1)
+        await client.start()
+        stream = await client.submit(make_request("r", max_tokens=3000))
+        await stream.__anext__()
+        send(client, signal.SIGKILL)
+        with pytest.raises(EngineDeadError, match="died 1 times within"):
+            async for _ in stream:
+                pass
+        status = client.status()
+        assert (status.state, status.alive, status.ready) == ("dead", False, False)
+        await client.close()
 
     run_async(kill())
 
@@ -233,18 +231,17 @@ def test_a_start_can_be_cancelled(tiny_options, run_async):
     run_async(cancel())
 
 
-def test_an_idle_engine_uses_no_cpu(serving, run_async, collect, make_request, until):
+def test_an_idle_engine_uses_no_cpu(client, run_async, collect, make_request, until):
     def cpu_seconds(pid: int) -> float:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     async def idle() -> None:
-        async with serving() as client:
-            await collect(client, make_request("r"))
-            await until(lambda: client.status().running == 0)
-            before, start = cpu_seconds(client.engine_pid), time.monotonic()
-            await until(lambda: time.monotonic() - start > 2)  # what is measured is the time itself
-            assert cpu_seconds(client.engine_pid) - before <= 0.05
+        await collect(client, make_request("r"))
+        await until(lambda: client.status().running == 0)
+        before, start = cpu_seconds(client.engine_pid), time.monotonic()
+        await until(lambda: time.monotonic() - start > 2)  # what is measured is the time itself
+        assert cpu_seconds(client.engine_pid) - before <= 0.05
 
     if not Path("/proc/self/stat").exists():
         pytest.skip("needs /proc")
