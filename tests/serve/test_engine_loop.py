@@ -12,6 +12,8 @@ from paceline.config import CacheConfig, SchedulerConfig
 from paceline.engine.build import load_model
 from paceline.engine.engine import Engine
 from paceline.engine.load_options import LoadOptions
+from paceline.engine.warm_up import WarmUp
+from paceline.phases import Phases
 from paceline.serve.admission import QueueLimits
 from paceline.serve.client import GenerateRequest, ModelInfo
 from paceline.serve.engine_loop import EngineLoop
@@ -78,9 +80,11 @@ def engine(tiny_weights: Path) -> Engine:
 
 @pytest.fixture
 def play(engine: Engine) -> Callable[..., tuple[Script, EngineLoop]]:
-    def play(*acts: object, limits: QueueLimits | None = None) -> tuple[Script, EngineLoop]:
+    def play(
+        *acts: object, limits: QueueLimits | None = None, warm_up: WarmUp | None = None
+    ) -> tuple[Script, EngineLoop]:
         script = Script(*acts)
-        loop = EngineLoop(engine, INFO, limits or QueueLimits(), script)
+        loop = EngineLoop(engine, INFO, limits or QueueLimits(), script, warm_up or WarmUp(Phases()))
         try:
             loop.run()
         finally:
@@ -236,3 +240,35 @@ def test_a_request_whose_logits_are_not_finite_fails_alone(play, engine, make_re
     assert (failed.details.finish_reason, failed.details.error) == ("error", "NaN")
     assert len([event for event in script.events() if event.request_id == "good"]) == 3
     assert loop.load.running == 0
+
+
+class Counting(WarmUp):
+    """Three pieces, and what the loop did before each."""
+
+    def __init__(self, happened: Callable[[], object]) -> None:
+        super().__init__(Phases())
+        self.left, self.happened, self.seen = 3, happened, []
+
+    @property
+    def over(self) -> bool:
+        return self.left == 0
+
+    def step(self) -> None:
+        if self.left:
+            self.left -= 1
+            self.seen.append(self.happened())
+
+
+def test_it_warms_up_while_there_is_nothing_else_to_do(engine, play, make_request):
+    """Between pieces it looks for requests, and serves one that came to its end; then it waits without CPU."""
+    steps = []
+    warm_up = Counting(lambda: len(steps))
+    step = engine.step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "step", lambda: (steps.append(1), step())[1])
+        script, _ = play(None, submit(make_request("r", max_tokens=3)), *[None] * 8, warm_up=warm_up)
+    assert len(script.events()) == 3
+    assert warm_up.seen == [0, len(steps), len(steps)]
+    assert script.waits[:2] == [False, False]
+    assert script.waits[-1]
+    assert script.waits.count(True) == len(script.waits) - script.waits.index(True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +21,7 @@ from paceline.engine.load_options import LoadOptions
 from paceline.engine.memory import CPU_CACHE_SHARE, CUDA_MEMORY_SHARE, Room, Sizes, divide
 from paceline.engine.model_runner import ModelRunner
 from paceline.engine.offload import offloaded_weights, open_stream, tell_speed
+from paceline.engine.warm_up import compile_or_tell
 from paceline.errors import OutOfMemoryError, UsageError, is_out_of_memory
 from paceline.formats import stored_bytes
 from paceline.formats.streamed import WeightStream
@@ -34,8 +34,6 @@ from paceline.loading.progress import Progress
 from paceline.loading.random_checkpoint import RandomCheckpoint
 from paceline.loading.resolve import ModelSource, resolve
 from paceline.log import get_logger
-from paceline.models.compile import compile_model
-from paceline.models.decoder import Decoder
 from paceline.models.fallback import FallbackConfig, load_fallback, measure
 from paceline.models.implementation import Implementation, choose_config, implementation_of
 from paceline.models.load import load_decoder, settle_tied_head
@@ -86,13 +84,16 @@ class _Weights:
     sizes: Sizes | None = None  # of a decoder
 
 
-def load_model(options: LoadOptions, progress: Progress | None = None, phases: Phases | None = None) -> LoadedModel:
-    """Load a model and build its engine. `phases` may be watched meanwhile.
+def load_model(
+    options: LoadOptions, progress: Progress | None = None, phases: Phases | None = None, *, warm: bool = True
+) -> LoadedModel:
+    """Load a model and build its engine. `phases` may be watched meanwhile. Without `warm`, what is compiled and
+    captured is left to a WarmUp.
 
     Raises PacelineError's children, before loading where that can be told.
     """
     try:
-        return _load(options, progress, Phases() if phases is None else phases)
+        return _load(options, progress, Phases() if phases is None else phases, warm)
     except Exception as error:
         if not is_out_of_memory(error) and not isinstance(error, OutOfMemoryError):
             raise
@@ -105,7 +106,7 @@ def load_model(options: LoadOptions, progress: Progress | None = None, phases: P
     raise OutOfMemoryError(message)
 
 
-def _load(options: LoadOptions, progress: Progress | None, phases: Phases) -> LoadedModel:
+def _load(options: LoadOptions, progress: Progress | None, phases: Phases, warm: bool) -> LoadedModel:
     with phases.time("device"):
         device = pick_device(options.device)
         available_bytes(device)  # CUDA's context, where there is none yet
@@ -128,16 +129,16 @@ def _load(options: LoadOptions, progress: Progress | None, phases: Phases) -> Lo
     if device.type == "cuda":
         load_peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.empty_cache()  # what casting and quantising held
-    if options.mode == "compile":
+    if warm and options.mode == "compile":
         with phases.time("compile"):
-            _compile(weights.model)
+            compile_or_tell(weights.model)
     if device.type == "cuda":
         with phases.time("kernels"):
             gpu(device)  # imports Triton and tries it
     _tell_fallbacks(weights, options)
     with phases.time("cache"):
         engine = _engine_in_memory(weights, options)
-    if engine.runner.decode is not None:
+    if warm and engine.runner.decode is not None:
         engine.runner.decode.prepare(phases)
     if weights.stream is not None:
         tell_speed(weights.stream, weights.step_bytes)
@@ -384,18 +385,6 @@ def _plan_cache(
             sizing.gib(budget),
         )
     return context, plan.num_blocks
-
-
-def _compile(model: Model) -> None:
-    refusal = "it runs through transformers' own modules"
-    if isinstance(model, Decoder):
-        start = time.perf_counter()
-        failure = compile_model(model, model.dtype, model.device)
-        if failure is None:
-            log.info("compiled norms and activations in %.1f s", time.perf_counter() - start)
-            return
-        refusal = f"torch.compile does not work here: {failure}"
-    log.warning("mode='compile': %s; the model runs uncompiled", refusal)
 
 
 def _tell_fallbacks(weights: _Weights, options: LoadOptions) -> None:

@@ -67,7 +67,8 @@ class Transfer(msgspec.Struct, frozen=True):
 
 
 class Startup(msgspec.Struct, frozen=True):
-    """How far a start is: seconds of the phases that are over, the one that runs (None once ready), and its bytes."""
+    """How far a start is: seconds of the phases that are over, the one that runs, and its bytes. Compiling and
+    capturing may go on behind the first requests; `phase` is None once nothing is left."""
 
     phases: Mapping[str, float] = {}
     phase: str | None = None

@@ -1,6 +1,6 @@
 """The engine's own loop, in whatever thread or process it runs: take messages, step, send what changed.
 
-While nothing is to be computed it waits in `Port.receive`, without CPU.
+While nothing is to be computed it warms up, a piece at a time, and then waits in `Port.receive`, without CPU.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from paceline.engine.engine import Engine, EngineRequest, answer_ids
+from paceline.engine.warm_up import WarmUp
 from paceline.errors import PacelineError, UsageError
 from paceline.log import get_logger
 from paceline.serve.admission import QueueLimits, WaitingRoom
@@ -58,8 +59,9 @@ class _Running:
 class EngineLoop:
     """One engine and its clients. Not thread-safe but for the reading of `load`, `last_step` and `busy_since`."""
 
-    def __init__(self, engine: Engine, info: ModelInfo, limits: QueueLimits, port: Port) -> None:
+    def __init__(self, engine: Engine, info: ModelInfo, limits: QueueLimits, port: Port, warm_up: WarmUp) -> None:
         self._engine = engine
+        self._warm_up = warm_up
         self._info = info
         self._port = port
         self._waiting = WaitingRoom(limits)
@@ -73,13 +75,16 @@ class EngineLoop:
     def run(self) -> None:
         """Until a Shutdown. An exception of the engine ends it: what the requests have got, their clients know."""
         while True:
-            for client, message in self._port.receive(wait=not self._engine.has_work):
+            idle = not self._engine.has_work
+            for client, message in self._port.receive(wait=idle and self._warm_up.over):
                 if isinstance(message, Shutdown):
                     return
                 self._handle(client, message)
             if self._engine.has_work:
                 self.busy_since = self.busy_since or time.monotonic()
                 self._step()
+            elif idle:
+                self._warm_up.step()
             if not self._engine.has_work:
                 self.busy_since = None
             self.load = self._measure()

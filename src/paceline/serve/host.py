@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import torch
 
-from paceline.engine.build import load_model
-from paceline.engine.engine import Engine
+from paceline.engine.build import LoadedModel, load_model
 from paceline.engine.load_options import LoadOptions
+from paceline.engine.warm_up import WarmUp
 from paceline.errors import PacelineError
 from paceline.phases import Phases
 from paceline.serve.admission import QueueLimits
@@ -32,19 +32,22 @@ class EngineHost:
         """Until a client says Shutdown. A model that cannot be loaded is told to each client that says Hello. Raises
         whatever the engine raises while it serves."""
         try:
-            engine, info = self._load(options, threads)
+            model, info = self._load(options, threads)
         except PacelineError as error:
             for client, _ in port.receive(wait=True):
                 port.send(client, LoadFailed(failure_of(error)))
             return
-        self._loop = EngineLoop(engine, info, limits, port)
+        engine = model.engine
+        compiles = engine.runner.model if options.mode == "compile" else None
+        warm_up = WarmUp(self._phases, engine.runner.decode, compiles)
+        self._loop = EngineLoop(engine, info, limits, port, warm_up)
         self._loop.run()
 
-    def _load(self, options: LoadOptions, threads: int | None) -> tuple[Engine, ModelInfo]:
+    def _load(self, options: LoadOptions, threads: int | None) -> tuple[LoadedModel, ModelInfo]:
         if threads is not None:
             torch.set_num_threads(threads)
         # Text is the API's: here is no tokenizer.
-        model = load_model(replace(options, skip_tokenizer_init=True), self, self._phases)
+        model = load_model(replace(options, skip_tokenizer_init=True), self, self._phases, warm=False)
         config = model.engine.config
         info = ModelInfo(
             model=options.model,
@@ -58,7 +61,7 @@ class EngineHost:
             num_kv_tokens=model.engine.scheduler.stats.cache.total_blocks[0] * config.cache.block_size,
             phases=dict(model.phases),
         )
-        return model.engine, info
+        return model, info
 
     def beat(self) -> Beat:
         return beat_of(self._phases, self._transfer, self._loop)

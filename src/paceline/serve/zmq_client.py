@@ -162,7 +162,8 @@ class ZmqClient:
         if self._beats is not None:
             self._beats.drain()  # beats that this process was too busy to take are no silence of the engine
         beat = self._beat
-        if self._state == "ready":  # a beat may be older than the end of the start
+        if self._state == "ready" and not self.info.phases.keys() <= beat.startup.phases.keys():
+            # The beat is older than the end of the start.
             beat = msgspec.structs.replace(beat, startup=Startup(self.info.phases))
         return status_of(
             self._state,

@@ -17,7 +17,7 @@ router = APIRouter(tags=["Operations"])
 
 
 class _StartupState(msgspec.Struct):
-    """`seconds`: of the phases that are over, in order; `phase` runs now, None once ready."""
+    """`seconds`: of the phases that are over, in order; `phase` runs now. Graphs and compilation may follow `ready`."""
 
     state: str
     ready: bool
