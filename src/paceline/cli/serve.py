@@ -12,12 +12,15 @@ from click.core import ParameterSource
 from paceline.cli.model import interrupt_ends_at_once
 from paceline.cli.options import configure_logging, debug_option
 from paceline.cli.serve_options import serve_options
+from paceline.cli.table import columns
 from paceline.config import CacheConfig, SchedulerConfig, SpeculativeConfig
 from paceline.errors import UsageError
+from paceline.host import process_age
 from paceline.registry import refuse_unknown_keys
 
 if TYPE_CHECKING:
     from paceline.engine.load_options import LoadOptions
+    from paceline.serve.client import ModelInfo
     from paceline.serve.settings import ServerSettings
 
 
@@ -70,11 +73,23 @@ def serve(context: click.Context, /, name: str | None, **options: Any) -> None:
     with listener:
         port = listener.getsockname()[1]
         client = ZmqClient(load, limits=limits, threads=options["threads"])
-        service = Service(client, _settings(options), text.load)
+        service = Service(client, _settings(options), text.load, _tell_ready)
         click.echo(
             f"{load.model} on {where.url_at(port)}/v1: loading; {where.url_at(port)}/startup says how far", err=True
         )
         run_server(service, where, listener)
+
+
+def _tell_ready(info: ModelInfo) -> None:
+    """Where the time of the start went."""
+    age = process_age()
+    rows = [[name, f"{seconds:.2f} s"] for name, seconds in info.phases.items()]
+    click.echo(f"ready{'' if age is None else f' after {age:.1f} s'}; the engine's share:\n{columns(rows)}", err=True)
+    click.echo(
+        f"{info.dtype} on {info.device}, a context of {info.max_model_len} tokens, {info.max_num_seqs} requests at "
+        f"once, a cache of {info.num_kv_tokens} tokens",
+        err=True,
+    )
 
 
 def _refuse_together(context: click.Context, options: Mapping[str, Any]) -> None:

@@ -75,15 +75,15 @@ class EngineLoop:
     def run(self) -> None:
         """Until a Shutdown. An exception of the engine ends it: what the requests have got, their clients know."""
         while True:
-            idle = not self._engine.has_work
-            for client, message in self._port.receive(wait=idle and self._warm_up.over):
+            wait = not self._engine.has_work and self._warm_up.over
+            for client, message in self._port.receive(wait=wait):
                 if isinstance(message, Shutdown):
                     return
                 self._handle(client, message)
             if self._engine.has_work:
                 self.busy_since = self.busy_since or time.monotonic()
                 self._step()
-            elif idle:
+            else:
                 self._warm_up.step()
             if not self._engine.has_work:
                 self.busy_since = None

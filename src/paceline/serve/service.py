@@ -30,13 +30,20 @@ class ServedModel:
 
 
 class Service:
-    """One model behind one API process. `load_tokenizer` runs in a thread while the engine loads.
+    """One model behind one API process. `load_tokenizer` runs in a thread once the engine has loaded; `on_ready` is
+    told when requests can be answered.
 
     `failure`: what ended the start, None if nothing did. `draining`: no request is taken any more.
     `num_in_flight`: requests that are being answered.
     """
 
-    def __init__(self, client: EngineClient, settings: ServerSettings, load_tokenizer: Callable[[], Tokenizer]) -> None:
+    def __init__(
+        self,
+        client: EngineClient,
+        settings: ServerSettings,
+        load_tokenizer: Callable[[], Tokenizer],
+        on_ready: Callable[[ModelInfo], None] = lambda info: None,
+    ) -> None:
         self.client = client
         self.settings = settings
         self.created = int(time.time())
@@ -45,6 +52,7 @@ class Service:
         self.draining = False
         self.num_in_flight = 0
         self._load_tokenizer = load_tokenizer
+        self._on_ready = on_ready
         self._model: ServedModel | None = None
         self._logged_fields: set[str] = set()
 
@@ -56,6 +64,7 @@ class Service:
             tokenizer = await asyncio.to_thread(self._load_tokenizer)
             info = self.client.info
             self._model = ServedModel(info, tokenizer.for_vocabulary(info.vocab_size))
+            self._on_ready(info)
         except Exception as error:
             self.failure = error
             if not isinstance(error, PacelineError):
