@@ -6,7 +6,7 @@ import click
 import pytest
 
 from paceline.cli.app import commands
-from paceline.cli.options import QUANTIZATIONS
+from paceline.config import QUANTIZATIONS
 from paceline.formats import FORMATS
 
 FLAGS = {

@@ -14,7 +14,8 @@ from paceline import __version__
 from paceline.benchmark.latency import Options, run
 from paceline.benchmark.protocol import PROMPT
 from paceline.cli.group import NearestGroup
-from paceline.cli.options import QUANTIZATIONS, configure_logging, debug_option, mode_option
+from paceline.cli.options import configure_logging, debug_option, mode_option
+from paceline.config import QUANTIZATIONS
 from paceline.errors import EngineError, UsageError
 
 

@@ -9,13 +9,12 @@ from typing import Any
 
 import click
 
-from paceline.config import MODES
+from paceline.config import LOAD_FORMATS, MODEL_IMPLS, MODES, OFFLOADS, QUANTIZATIONS
 from paceline.errors import UsageError
 from paceline.loading.aliases import DEFAULT_MODEL
 from paceline.registry import unknown
 
 ENVIRONMENT = "PACELINE_SERVE"  # not PACELINE: Kubernetes sets PACELINE_PORT for a service that is called paceline
-_QUANTIZATIONS = ("int8", "int4", "fp8")
 
 
 class _Json(click.ParamType[Any]):
@@ -221,12 +220,12 @@ def _model_options() -> list[Callable[..., Any]]:
             "-q",
             "--quantize",
             "quantization",
-            type=click.Choice(_QUANTIZATIONS),
+            type=click.Choice(QUANTIZATIONS),
             help="Store weights in 8 or 4 bits: smaller, not lossless.",
         ),
         _option(
             "--load-format",
-            type=click.Choice(["auto", "dummy"]),
+            type=click.Choice(LOAD_FORMATS),
             default="auto",
             show_default=True,
             help="dummy makes random weights of the model's shape.",
@@ -234,7 +233,7 @@ def _model_options() -> list[Callable[..., Any]]:
         _option("--download-dir", metavar="DIR", help="Where models are kept [default: the hub's cache]."),
         _option(
             "--model-impl",
-            type=click.Choice(["auto", "paceline", "transformers"]),
+            type=click.Choice(MODEL_IMPLS),
             default="auto",
             show_default=True,
             help="Whose definition of the model runs.",
@@ -300,7 +299,7 @@ def _engine_options() -> list[Callable[..., Any]]:
         _option("--memory-gib", type=float, metavar="GIB", help="Take no more memory [default: what is free]."),
         _option(
             "--offload",
-            type=click.Choice(["auto", "host", "disk"]),
+            type=click.Choice(OFFLOADS),
             help="Stream the weights, for a model larger than the device.",
         ),
         _option("--offload-dir", metavar="DIR", help="Where a file of offloaded weights may lie."),
