@@ -45,6 +45,8 @@ def refused(arguments, capsys, monkeypatch=None):
         (["--config", "/no/such.yaml"], "No such file"),
         (["--ssl-keyfile", "k.pem"], "--ssl-keyfile needs --ssl-certfile"),
         (["--ssl-certfile", "/no/such.pem"], "cannot be used"),
+        (["--chat-template", "/no/such.jinja"], "'/no/such.jinja' is neither a Jinja template nor a readable file"),
+        (["--chat-template", "{{ messages"], "the chat template does not compile: line 1"),
         (["--host", "no.such.host.invalid"], "is not an address of this machine"),
     ],
 )

@@ -17,6 +17,7 @@ from paceline.config import CacheConfig, SchedulerConfig, SpeculativeConfig
 from paceline.errors import UsageError
 from paceline.host import process_age
 from paceline.registry import refuse_unknown_keys
+from paceline.tokens.chat_template import read_template
 
 if TYPE_CHECKING:
     from paceline.engine.load_options import LoadOptions
@@ -43,6 +44,8 @@ def serve(context: click.Context, /, name: str | None, **options: Any) -> None:
             raise UsageError(f"two models: '{name}' and --model '{options['model']}'; give one of them")
         options["model"] = name
     _refuse_together(context, options)
+    if options["chat_template"] is not None:
+        read_template(options["chat_template"])  # what is wrong with it is told before a model is loaded
     cache = CacheConfig(options["block_size"], None, options["enable_prefix_caching"])
     scheduler = SchedulerConfig(
         options["max_num_seqs"], options["max_num_batched_tokens"], None, options["scheduling_policy"]
