@@ -198,20 +198,3 @@ def test_a_full_queue_is_a_429_with_a_time(server, monkeypatch):
         response = server.post("/v1/chat/completions", body)
         assert error(response, 503)["code"] == "engine_unavailable"
         assert "retry-after" in response.headers
-
-
-def test_when_one_of_several_prompts_is_refused_the_others_are_given_back(server, monkeypatch):
-    from paceline.errors import QueueFullError
-
-    submit = server.service.client.submit
-    taken = []
-
-    async def second_is_refused(request):
-        if taken:
-            raise QueueFullError("full", 1)
-        taken.append(request.request_id)
-        return await submit(request)
-
-    monkeypatch.setattr(server.service.client, "submit", second_is_refused)
-    error(server.complete(["hello", "you"], max_tokens=400, ignore_eos=True), 429)
-    assert len(taken) == 1  # and the fixture looks that nothing runs on

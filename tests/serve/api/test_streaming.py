@@ -8,6 +8,8 @@ import socket
 import httpx
 import pytest
 
+from paceline.errors import QueueFullError
+
 CHAT = {"messages": [{"role": "user", "content": "hello"}], "temperature": 0, "max_tokens": 30}
 COMPLETION = {"prompt": "hello", "temperature": 0, "max_tokens": 30}
 
@@ -171,3 +173,42 @@ def test_tokens_come_as_they_are_made(slow):
         assert slow.service.client.status().running == 1, "the stream was sent at its end"
     assert sum(line.startswith("data: ") for line in received) >= 4
     slow.wait_for(lambda: slow.service.num_in_flight == 0, 2)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_when_one_of_several_prompts_is_refused_the_others_are_given_back(slow, monkeypatch, stream):
+    submit = slow.service.client.submit
+    taken = []
+
+    async def second_is_refused(request):
+        if taken:
+            raise QueueFullError("full", 1)
+        taken.append(request.request_id)
+        return await submit(request)
+
+    body = {"prompt": ["hello", "you"], "max_tokens": 480, "ignore_eos": True, "stream": stream}
+    with monkeypatch.context() as patch:
+        patch.setattr(slow.service.client, "submit", second_is_refused)
+        response = slow.post("/v1/completions", body)
+    assert (response.status_code, response.json()["error"]["code"]) == (429, "queue_full")
+    assert len(taken) == 1
+    # 480 tokens of 20 ms would take 10 s.
+    slow.wait_for(lambda: slow.service.client.status().kv_usage == 0, 2)
+
+
+def test_of_several_answers_the_engine_ends_the_one_that_met_its_stop_string(server):
+    """A client could not tell: the engine's own count of tokens can."""
+    body = {"prompt": "x", "n": 2, "temperature": 1, "seed": 3, "max_tokens": 400, "ignore_eos": True}
+    first, second = (choice["text"] for choice in server.post("/v1/completions", body).json()["choices"])
+    stop = next(character for character in first[:40] if character not in second)
+    length = first.index(stop) + 1
+
+    def made() -> int:
+        return server.service.client.status().counters.generation_tokens
+
+    before = made()
+    answer = server.post("/v1/completions", {**body, "stop": stop}).json()
+    assert [choice["finish_reason"] for choice in answer["choices"]] == ["stop", "length"]
+    assert [choice["text"] for choice in answer["choices"]] == [first[: length - 1], second]
+    server.wait_for(lambda: made() - before >= 400 + length)
+    assert made() - before < 600
