@@ -27,7 +27,9 @@ MAX_BAD_WORDS = 1024
 TEMPLATE_NAMES = frozenset(
     ["self", "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "template", "range"]
 )
-INLINE_BYTES = 8 << 10  # a body up to this is tokenized in the event loop (under a millisecond); larger ones elsewhere
+# A body up to this is tokenized in the event loop, where every stream waits for it, a larger one in a thread: SmolLM2's
+# tokenizer takes 0.7 ms of a core for 2 KiB of English and 2.1 ms for 8; handing work to a thread takes 0.08 ms.
+INLINE_BYTES = 2 << 10
 
 
 def new_id(prefix: str) -> str:
