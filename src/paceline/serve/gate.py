@@ -49,6 +49,7 @@ class Gate:
             return
         headers = Headers(scope=scope)
         request_id = _request_id(headers.get("x-request-id"))
+        scope.setdefault("state", {})["request_id"] = request_id
         status = CLIENT_CLOSED_REQUEST
         start = time.perf_counter()
 

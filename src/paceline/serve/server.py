@@ -12,7 +12,7 @@ from types import FrameType
 
 import uvicorn
 
-from paceline.errors import PacelineError, UsageError
+from paceline.errors import EngineDeadError, PacelineError, UsageError
 from paceline.log import get_logger
 from paceline.serve.app import create_app
 from paceline.serve.service import Service
@@ -80,7 +80,8 @@ def listen(options: ListenOptions) -> socket.socket:
 
 
 def run_server(service: Service, options: ListenOptions, listener: socket.socket) -> None:
-    """Serve until SIGTERM or Ctrl-C, and drain. Raises what the start failed with."""
+    """Serve until SIGTERM or Ctrl-C, and drain. Raises what the start failed with, EngineDeadError where the engine has
+    died for good."""
     make_server(service, options).run(sockets=[listener])
     if service.failure is not None:
         raise service.failure
@@ -132,6 +133,12 @@ class DrainingServer(uvicorn.Server):
         """Asked ten times a second whether to end."""
         if self._service.failure is not None:
             self.should_exit = True
+        elif self._service.is_loaded and not self.should_exit:
+            status = self._service.client.status()
+            if not status.alive and not self._service.draining:
+                # Whoever started this process can start another, perhaps elsewhere; it could only answer 503.
+                self._service.failure = EngineDeadError(f"no engine is left: {status.reason}")
+                self.should_exit = True
         if self._deadline is not None and not self.should_exit:
             if self._service.num_in_flight == 0:
                 self.should_exit = True

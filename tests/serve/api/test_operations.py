@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ssl
 import threading
+from pathlib import Path
 
 import httpx
 import pytest
@@ -10,6 +12,9 @@ import pytest
 from paceline.errors import CheckpointError
 from paceline.serve.client import EngineStatus, Startup
 from paceline.serve.metrics import VLLM_NAMES
+from paceline.serve.server import ListenOptions, listen, make_server
+from paceline.serve.service import Service
+from paceline.serve.settings import ServerSettings
 
 CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
 
@@ -113,6 +118,39 @@ def test_a_start_that_fails_ends_the_server_with_its_error(serving):
         stub.loaded.set()
         failing.wait_for(lambda: failing.server.should_exit)
     assert str(failing.service.failure) == "model.gguf is cut short"
+
+
+def test_an_engine_that_does_not_come_back_ends_the_server(serving, monkeypatch):
+    dead = EngineStatus("dead", alive=False, ready=False, reason="the engine died 5 times within 120 s")
+    with serving() as left:
+        assert not left.server.should_exit
+        monkeypatch.setattr(left.service.client, "status", lambda: dead)
+        left.wait_for(lambda: left.server.should_exit)
+    assert str(left.service.failure) == "no engine is left: the engine died 5 times within 120 s"
+
+
+def test_https():
+    """With a certificate of its own, which a client that trusts others refuses, and plain HTTP is not answered."""
+    tls = Path(__file__).parent / "tls"  # made for this test, for a hundred years
+    where = ListenOptions(port=0, ssl_certfile=str(tls / "cert.pem"), ssl_keyfile=str(tls / "key.pem"))
+    service = Service(Stub(), ServerSettings(("tiny",)), lambda: None)
+    with listen(where) as listener:
+        port = listener.getsockname()[1]
+        server = make_server(service, where)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            url = where.url_at(port) + "/health/live"
+            assert url.startswith("https://127.0.0.1:")
+            trusted = ssl.create_default_context(cafile=str(tls / "cert.pem"))
+            assert httpx.get(url, verify=trusted).status_code == 200
+            with pytest.raises(httpx.ConnectError, match="certificate"):
+                httpx.get(url, verify=ssl.create_default_context())
+            with pytest.raises(httpx.HTTPError):
+                httpx.get(url.replace("https:", "http:"))
+        finally:
+            server.should_exit = True
+            thread.join(20)
 
 
 def test_ready_follows_the_engine_and_live_does_not(server, monkeypatch):
@@ -249,10 +287,12 @@ def test_prompts_are_not_logged_unless_asked_for(serving, caplog, path):
     caplog.set_level(logging.INFO, "paceline.serve")
     body = {**CHAT, "prompt": "secret words", "messages": [{"role": "user", "content": "secret words"}]}
     with serving() as quiet:
-        assert quiet.post(path, body).status_code == 200
+        assert quiet.post(path, body, headers={"X-Request-Id": "mine-7"}).status_code == 200
         quiet.wait_for(lambda: quiet.service.num_in_flight == 0)
     assert not any("secret words" in record.getMessage() for record in caplog.records)
-    assert any("prompt tokens" in record.getMessage() for record in caplog.records)
+    (line,) = [record.getMessage() for record in caplog.records if "prompt tokens" in record.getMessage()]
+    assert line.startswith("mine-7 is c")
+    assert any(message.startswith("mine-7 POST /v1/") for message in caplog.messages)
     with serving(log_prompts=True) as loud:
         assert loud.post(path, body).status_code == 200
     assert any("secret words" in record.getMessage() for record in caplog.records)

@@ -50,6 +50,7 @@ INERT = frozenset(
         "prediction",
         "prompt_cache_key",
         "prompt_cache_retention",
+        "request_id",
         "safety_identifier",
         "service_tier",
         "store",
@@ -103,7 +104,6 @@ class SamplingFields(BaseModel):
     priority: Int | None = None
     echo: bool | None = None
     cache_salt: str | None = None
-    request_id: str | None = None
 
     @property
     def include_usage(self) -> bool:

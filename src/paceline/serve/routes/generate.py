@@ -75,7 +75,7 @@ async def answer_request(
             names = {**names, "max_tokens": "max_completion_tokens"}
         raise as_api_error(error, names, kind.model_fields) from error
     answering = Answering(service, body, request_id, now(), generations)
-    _log_request(answering)
+    _log_request(request.state.request_id, answering)
     if body.stream:
         await unless_gone(request, submit_all(service.client, generations))
         return EventStream(events(answering), partial(close_all, generations))
@@ -88,10 +88,11 @@ async def _run(service: Service, generations: list[Generation]) -> None:
     await run_all(generations)
 
 
-def _log_request(answering: Answering[Body]) -> None:
-    """One line a request; what it says only where the operator asked for it."""
+def _log_request(http_id: str, answering: Answering[Body]) -> None:
+    """One line a request, under the id that the gate logs and the one that the answer has; what the request says only
+    where the operator asked for it."""
     tokens = [len(generation.request.prompt_token_ids) for generation in answering.generations]
-    log.info("%s: %d prompt tokens in %d prompts", answering.request_id, sum(tokens), len(tokens))
+    log.info("%s is %s: %d prompt tokens in %d prompts", http_id, answering.request_id, sum(tokens), len(tokens))
     if answering.service.settings.log_prompts:
         for generation in answering.generations:
             log.info("%s: %r %s", answering.request_id, generation.state.prompt, generation.request.params)
