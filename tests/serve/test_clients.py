@@ -195,6 +195,9 @@ def test_what_cannot_be_served_is_refused_by_name(client, run_async, collect, ma
 
 @pytest.mark.parametrize("drain_timeout", [50.0, 0.0])
 def test_closing_drains(kind, tiny_options, run_async, make_request, until, drain_timeout):
+    if kind is ZmqClient and not drain_timeout:
+        pytest.skip("both share what ends requests (serve/streams.py), and a process takes seconds to start")
+
     async def close() -> None:
         client = kind(tiny_options(), threads=1)
         await client.start()

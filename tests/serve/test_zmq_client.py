@@ -18,6 +18,7 @@ import pytest
 from paceline.errors import EngineDeadError
 from paceline.serve import supervisor
 from paceline.serve.health import Deadlines
+from paceline.serve.messages import Failure, LoadFailed, encode
 from paceline.serve.zmq_client import ZmqClient
 
 Run = Callable[[Any], Any]
@@ -56,8 +57,16 @@ class Killer:
                 send(self._client, signal.SIGKILL)
 
 
+async def read(stream: Any, seen: Killer) -> list[int]:
+    tokens: list[int] = []
+    async for one in stream:
+        tokens += one.update.new_token_ids
+        seen(one)
+    return tokens
+
+
 def test_kill_9_in_the_middle_changes_no_token(client, run_async, collect, make_request, until):
-    """Greedy, sampled with all that reads a history, several answers, and beams, which begin anew."""
+    """Greedy, sampled with all that reads a history, several answers, without a seed, and beams, which begin anew."""
     long = {"max_tokens": 120}
     requests = [
         make_request("greedy", **long),
@@ -70,9 +79,14 @@ def test_kill_9_in_the_middle_changes_no_token(client, run_async, collect, make_
     async def kill() -> None:
         alone = [await collect(client, request) for request in requests]
         old, before, restarts = client.engine_pid, client.status().counters, client.status().restarts
-        killer = Killer(client, requests=len(requests) - 1)
-        together = await asyncio.gather(*(collect(client, request, killer) for request in requests))
+        killer = Killer(client, requests=len(requests))
+        drawing = await client.submit(make_request("drawn", temperature=1.0, **long))
+        *together, drawn = await asyncio.gather(
+            *(collect(client, request, killer) for request in requests), read(drawing, killer)
+        )
         assert together == alone
+        # Its seed was the engine's: drawn again, the rest would be another's.
+        assert drawn == (await collect(client, make_request("again", temperature=1.0, seed=drawing.seed, **long)))[0]
         assert client.engine_pid != old
         status = client.status()
         assert (status.state, status.restarts) == ("ready", restarts + 1)
@@ -83,39 +97,9 @@ def test_kill_9_in_the_middle_changes_no_token(client, run_async, collect, make_
     run_async(kill())
 
 
-def test_a_seed_that_the_engine_drew_survives_it(client, run_async, collect, make_request):
-    """The tokens before and after the death are those of one seed: drawn again, the rest would be another's."""
-
-    async def kill() -> None:
-        old, request = client.engine_pid, make_request("r", temperature=1.0, max_tokens=60)
-        stream = await client.submit(request)
-        seed = stream.seed
-        killer, tokens = Killer(client, requests=1), []
-        async for one in stream:
-            tokens += one.update.new_token_ids
-            killer(one)
-        assert client.engine_pid not in (old, None)
-        again = await collect(client, make_request("again", temperature=1.0, max_tokens=60, seed=seed))
-        assert again[0] == tokens
-
-    run_async(kill())
-
-
-def test_readiness_follows_a_death(client, run_async, collect, make_request, until):
-    async def kill() -> None:
-        send(client, signal.SIGKILL)
-        await until(lambda: not client.status().ready)
-        status = client.status()
-        assert (status.state, status.alive, status.reason) == ("restarting", True, "the engine ended by signal 9")
-        with pytest.raises(EngineDeadError, match="takes no request now: the engine ended by signal 9"):
-            await client.submit(make_request("r"))
-        await until(lambda: client.status().ready)
-        assert len((await collect(client, make_request("r")))[0]) == 8
-
-    run_async(kill())
-
-
-def test_requests_fail_where_no_engine_is_ready_in_time(client, run_async, collect, make_request, until, monkeypatch):
+def test_readiness_follows_a_death_and_requests_fail_without_an_engine_in_time(
+    client, run_async, collect, make_request, until, monkeypatch
+):
     monkeypatch.setattr(client, "_deadlines", Deadlines(resume=0.05))
 
     async def kill() -> None:
@@ -123,6 +107,11 @@ def test_requests_fail_where_no_engine_is_ready_in_time(client, run_async, colle
         await stream.__anext__()
         send(client, signal.SIGKILL)
         killed = time.monotonic()
+        await until(lambda: not client.status().ready)
+        status = client.status()
+        assert (status.state, status.alive, status.reason) == ("restarting", True, "the engine ended by signal 9")
+        with pytest.raises(EngineDeadError, match="takes no request now: the engine ended by signal 9"):
+            await client.submit(make_request("late"))
         with pytest.raises(EngineDeadError, match="signal 9, and no other was ready in time"):
             async for _ in stream:
                 pass
@@ -276,3 +265,10 @@ def test_the_engine_ends_with_its_parent(tiny_weights, tmp_path):
         parent.kill()
         rest, _ = parent.communicate(timeout=20)
     assert rest == ""
+
+
+def test_a_next_engine_that_cannot_load_says_why(client, caplog):
+    """The first one's failure ends the start and is told there."""
+    client._receive(encode(LoadFailed(Failure("OutOfMemoryError", "no room for the weights"))))
+    assert "the next engine could not load the model: no room for the weights" in caplog.text
+    assert client.status().ready

@@ -222,6 +222,8 @@ class ZmqClient:
                 self._on_ready(message.info)
             case LoadFailed():
                 self._reason = message.failure.message
+                if self._info is not None:
+                    log.error("the next engine could not load the model: %s", self._reason)
                 self._fail_start(error_of(message.failure))
             case _:
                 self._table.receive(message)
