@@ -12,12 +12,17 @@ class Phases:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.current: str | None = None  # the part that runs; of nested ones the outer, once the inner is over
+        self._running: list[str] = []
+
+    @property
+    def current(self) -> str | None:
+        """The part that runs, the last one begun of several: parts may nest, or run in threads beside each other."""
+        return next(reversed(self._running), None)
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
-        outer, self.current = self.current, name
+        self._running.append(name)
         yield
-        self.current = outer
+        self._running.remove(name)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import socket
 import subprocess
@@ -16,6 +17,8 @@ import pytest
 import paceline.cli.app as app
 from paceline.cli.app import commands
 from paceline.cli.serve_options import ENVIRONMENT
+from paceline.errors import PacelineError
+from paceline.serve.admission import QueueLimits
 
 
 def refused(arguments, capsys, monkeypatch=None):
@@ -125,6 +128,26 @@ def test_a_port_in_use_is_told_before_anything_is_loaded(capsys):
     assert line == f"error: port {port} is in use on 127.0.0.1: end what listens there, or choose another --port\n"
 
 
+@pytest.mark.parametrize(("flags", "level"), [([], logging.WARNING), (["--debug"], logging.DEBUG)])
+def test_what_the_engine_is_started_with(monkeypatch, capsys, flags, level):
+    from paceline.serve import zmq_client
+
+    seen = []
+
+    def client(options, **others):
+        seen.append((options, others))
+        raise PacelineError("seen enough")
+
+    monkeypatch.setattr(zmq_client, "ZmqClient", client)
+    given = "--max-model-len=99 --quantization=int8 --max-num-seqs=3 --max-queue=7 --threads=2 --enforce-eager --port=0"
+    assert app.main(["serve", "m", *given.split(" "), *flags]) == 1
+    assert capsys.readouterr().err.endswith("error: seen enough\n")
+    ((options, others),) = seen
+    assert (options.model, options.max_model_len, options.quantization) == ("m", 99, "int8")
+    assert (options.mode, options.scheduler.max_num_seqs) == ("eager", 3)
+    assert others == {"limits": QueueLimits(7, None), "threads": 2, "log_level": level}
+
+
 def test_a_model_that_is_not_there_ends_the_server_with_its_error():
     process = subprocess.run(
         [sys.executable, "-m", "paceline", "serve", "/no/such/model", "--port", "0"],
@@ -156,6 +179,9 @@ def test_it_serves_drains_on_sigterm_and_exits_with_0(default_model_gguf: Path, 
             assert time.monotonic() < end
             assert process.poll() is None, process.stderr.read() if process.stderr else ""
             time.sleep(0.05)
+        maps = Path(f"/proc/{process.pid}/maps")
+        if maps.exists():
+            assert "libtorch" not in maps.read_text()  # the engine's process has it
         body = {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 30, "temperature": 0}
         with httpx.stream(
             "POST", url + "/v1/chat/completions", json={**body, "stream": True, "ignore_eos": True}, timeout=60

@@ -75,7 +75,8 @@ def serve(context: click.Context, /, name: str | None, **options: Any) -> None:
     listener = listen(where)
     with listener:
         port = listener.getsockname()[1]
-        client = ZmqClient(load, limits=limits, threads=options["threads"])
+        log_level = logging.DEBUG if options["debug"] else logging.WARNING
+        client = ZmqClient(load, limits=limits, threads=options["threads"], log_level=log_level)
         service = Service(client, _settings(options), text.load, _tell_ready)
         click.echo(
             f"{load.model} on {where.url_at(port)}/v1: loading; {where.url_at(port)}/startup says how far", err=True

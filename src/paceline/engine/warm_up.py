@@ -62,9 +62,8 @@ def _captures(decode: DecodeStep, phases: Phases) -> Iterator[Callable[[], None]
 
 
 def _compile(model: Model, phases: Phases) -> None:
-    start = time.perf_counter()
-    compile_or_tell(model)
-    phases.seconds["compile"] = time.perf_counter() - start
+    with phases.time("compile"):
+        compile_or_tell(model)
 
 
 def compile_or_tell(model: Model) -> None:
