@@ -18,6 +18,7 @@ from paceline.tokens.tokenizer import Tokenizer
 
 log = get_logger(__name__)
 
+_POLL_SECONDS = 0.05
 _MOST_LOGGED_FIELDS = 256  # a client that makes up names must not fill the memory
 
 
@@ -30,8 +31,8 @@ class ServedModel:
 
 
 class Service:
-    """One model behind one API process. `load_tokenizer` runs in a thread once the engine has loaded; `on_ready` is
-    told when requests can be answered.
+    """One model behind one API process. `load_tokenizer` runs in a thread once the engine has the model's files;
+    `on_ready` is told when requests can be answered.
 
     `failure`: what ended the start, None if nothing did. `draining`: no request is taken any more.
     `num_in_flight`: requests that are being answered.
@@ -58,10 +59,14 @@ class Service:
 
     async def start(self) -> None:
         """Load the engine and the tokenizer; what fails is kept in `failure`. Returns once requests can be answered."""
+        engine = asyncio.ensure_future(self.client.start())
         try:
-            await self.client.start()
-            # After the engine, which may have to fetch the model first.
-            tokenizer = await asyncio.to_thread(self._load_tokenizer)
+            while "resolve" not in self.client.status().startup.phases and not engine.done():
+                await asyncio.sleep(_POLL_SECONDS)  # it may have to fetch the model
+            if engine.done():
+                engine.result()
+            # Beside the weights: a tokenizer that cannot be read is told before they are there.
+            tokenizer, _ = await asyncio.gather(asyncio.to_thread(self._load_tokenizer), engine)
             info = self.client.info
             self._model = ServedModel(info, tokenizer.for_vocabulary(info.vocab_size))
             self._on_ready(info)
@@ -69,6 +74,8 @@ class Service:
             self.failure = error
             if not isinstance(error, PacelineError):
                 log.error("the start failed: a bug in paceline", exc_info=error)
+        finally:
+            engine.cancel()  # it goes on where this was cancelled, or where the tokenizer failed
 
     async def close(self, drain_timeout: float = 0.0) -> None:
         self.draining = True

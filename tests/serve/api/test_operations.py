@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 import threading
 from pathlib import Path
@@ -75,16 +76,18 @@ def test_the_request_id_comes_back(server):
 class Stub:
     """An engine whose start is over when the test says so."""
 
-    def __init__(self, error=None):
-        self.error = error
+    def __init__(self, error=None, phases=("resolve",)):
+        self.error, self.phases = error, phases
         self.loaded = threading.Event()
         self.closed = False
 
     async def start(self):
-        import asyncio
-
-        while not self.loaded.is_set():
-            await asyncio.sleep(0.005)
+        self.starting = True
+        try:
+            while not self.loaded.is_set():
+                await asyncio.sleep(0.005)
+        finally:
+            self.starting = False
         if self.error is not None:
             raise self.error
 
@@ -92,7 +95,9 @@ class Stub:
         self.closed = True
 
     def status(self):
-        return EngineStatus("starting", alive=True, ready=False, startup=Startup({"resolve": 0.5}, "weights"))
+        return EngineStatus(
+            "starting", alive=True, ready=False, startup=Startup(dict.fromkeys(self.phases, 0.5), "weights")
+        )
 
 
 def test_while_the_model_loads_the_server_lives_and_is_not_ready(serving):
@@ -118,6 +123,32 @@ def test_a_start_that_fails_ends_the_server_with_its_error(serving):
         stub.loaded.set()
         failing.wait_for(lambda: failing.server.should_exit)
     assert str(failing.service.failure) == "model.gguf is cut short"
+
+
+def test_the_tokenizer_is_read_once_the_files_are_there_beside_the_weights():
+    async def start() -> None:
+        read, engine = [], Stub(phases=())
+
+        def load_tokenizer():
+            read.append(len(read))
+            raise CheckpointError("tokenizer.json is cut short")
+
+        service = Service(engine, ServerSettings(("tiny",)), load_tokenizer)
+        starting = asyncio.ensure_future(service.start())
+        await asyncio.sleep(0.2)
+        assert not read
+        engine.phases = ("resolve",)
+        await asyncio.wait_for(starting, 5)
+        assert not engine.loaded.is_set()
+        assert str(service.failure) == "tokenizer.json is cut short"
+        assert not engine.starting
+
+        failed = Service(Stub(CheckpointError("no such model"), phases=()), ServerSettings(("tiny",)), load_tokenizer)
+        failed.client.loaded.set()
+        await asyncio.wait_for(failed.start(), 5)
+        assert (str(failed.failure), read) == ("no such model", [0])
+
+    asyncio.run(start())
 
 
 def test_an_engine_that_does_not_come_back_ends_the_server(serving, monkeypatch):
