@@ -71,7 +71,9 @@ def serve(context: click.Context, /, name: str | None, **options: Any) -> None:
     )
     load = _load_options(options, LoadOptions, cache, scheduler, speculative)
     limits = QueueLimits(options["max_queue"], options["max_queue_tokens"])
-    text = TextOptions(load.model, load.tokenizer, load.revision, load.chat_template, None, load.download_dir)
+    text = TextOptions(
+        load.model, load.tokenizer, load.revision, load.chat_template, None, load.download_dir, load.load_format
+    )
     listener = listen(where)
     with listener:
         port = listener.getsockname()[1]

@@ -13,7 +13,8 @@ from paceline.tokens.tokenizer import Tokenizer, load_tokenizer
 
 @dataclass(frozen=True)
 class TextOptions:
-    """Where a model's text side is, as LoadOptions names it."""
+    """Where a model's text side is, as LoadOptions names it: of random weights (`load_format` "dummy") it is the
+    tokenizer alone, and nothing of the model is fetched."""
 
     model: str
     tokenizer: str | None = None
@@ -21,11 +22,15 @@ class TextOptions:
     chat_template: str | None = None
     hf_token: str | None = None
     download_dir: str | None = None
+    load_format: str = "auto"
 
     def load(self) -> Tokenizer:
         """Raises as `load_tokenizer` and `resolve`. Fetches nothing where the engine has fetched the model."""
-        source = resolve(self.model, revision=self.revision, token=self.hf_token, download_dir=self.download_dir)
-        config, generation = _end_tokens(source)
+        config: dict[str, object] = {}
+        generation: dict[str, object] = {}
+        if self.load_format != "dummy":
+            source = resolve(self.model, revision=self.revision, token=self.hf_token, download_dir=self.download_dir)
+            config, generation = _end_tokens(source)
         if self.tokenizer is not None:
             source = resolve(self.tokenizer, token=self.hf_token, download_dir=self.download_dir)
         return load_tokenizer(source, config=config, generation_config=generation, chat_template=self.chat_template)
