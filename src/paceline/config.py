@@ -225,6 +225,13 @@ class DecoderConfig:
 
 Mode = Literal["auto", "eager", "graph", "compile"]
 MODES: tuple[str, ...] = get_args(Mode)
+# What options may say, known without torch.
+STORED = ("int8", "int4", "fp8")  # ways of storing a weight
+QUANTIZATIONS = (*STORED, "w8a8-fp8")  # formats.FORMATS without dense
+STREAMED = ("dense", "int8", "fp8")  # formats that `offload` can stream: their rows can be cut anywhere
+OFFLOADS = ("auto", "host", "disk")
+MODEL_IMPLS = ("auto", "paceline", "transformers")  # vLLM's option and its spelling
+LOAD_FORMATS = ("auto", "dummy")  # the same
 
 
 def check_mode(mode: str) -> None:

@@ -55,3 +55,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 class EngineError(PacelineError):
     """A request failed inside the engine (NaN logits, device error); other requests go on."""
+
+
+class EngineDeadError(PacelineError):
+    """No engine takes or finishes a request: it is loading, hangs, is being restarted, drains, or is gone."""
+
+
+class QueueFullError(PacelineError):
+    """Too many requests or tokens wait already. `retry_after`: seconds after which to ask again."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after

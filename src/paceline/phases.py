@@ -12,9 +12,17 @@ class Phases:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._running: list[str] = []
+
+    @property
+    def current(self) -> str | None:
+        """The part that runs, the last one begun of several: parts may nest, or run in threads beside each other."""
+        return next(reversed(self._running), None)
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
+        self._running.append(name)
         yield
+        self._running.remove(name)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

@@ -6,7 +6,7 @@ import click
 import pytest
 
 from paceline.cli.app import commands
-from paceline.cli.options import QUANTIZATIONS
+from paceline.config import QUANTIZATIONS
 from paceline.formats import FORMATS
 
 FLAGS = {
@@ -42,6 +42,17 @@ FLAGS = {
     "models delete": "--debug --help --yes",
     "models path": "--debug --help",
     "models pull": "--debug --help --quiet --revision",
+    "serve": """
+        --allow-credentials --allowed-headers --allowed-methods --allowed-origins --api-key --block-size
+        --chat-template --config --debug --device --download-dir --drain-timeout --dtype
+        --enable-prefix-caching --enforce-eager --generation-config --help --host --kv-cache-gib --load-format
+        --log-prompts --log-requests --max-body-bytes --max-logprobs --max-model-len --max-num-batched-tokens
+        --max-num-queued-reqs --max-num-queued-tokens --max-num-seqs --max-queue --max-queue-tokens
+        --memory-gib --metrics-alias --mode --model --model-impl --offload --offload-dir --port --quantization
+        --quantize --revision --root-path --scheduling-policy --seed --served-model-name --speculative-config
+        --ssl-certfile --ssl-keyfile --ssl-keyfile-password --threads --tokenizer --trust-remote-code
+        --trust-request-chat-template --uvicorn-log-level
+    """,
     "tune": "--debug --device --dtype --help --out --quantize --quiet --rows",
     "plan": """
         --bandwidth --block-size --debug --device --devices --dtype --fp32-gradients --gpu --help --json --kv-cache-gib

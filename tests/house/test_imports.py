@@ -34,6 +34,8 @@ def heavy_modules_after(code: str) -> set[str]:
         "from paceline.cli import main; assert main(['bench', 'latency', '--help']) == 0",
         "from paceline.cli import main; assert main(['bench', 'latency', '--rounds', '0']) == 2",
         "from paceline.cli import main; assert main(['generate', '--top-p', '2', 'Hi']) == 2",
+        "from paceline.cli import main; assert main(['serve', '--help']) == 0",
+        "from paceline.cli import main; assert main(['serve', '--port', 'x']) == 2",
     ],
     ids=[
         "paceline",
@@ -49,6 +51,8 @@ def heavy_modules_after(code: str) -> set[str]:
         "bench-help",
         "bench-usage-error",
         "usage-error",
+        "serve-help",
+        "serve-usage-error",
     ],
 )
 def test_nothing_heavy_is_imported(code):

@@ -9,10 +9,17 @@ from typing import Any
 import pytest
 import torch
 
+from paceline.config import CacheConfig, SchedulerConfig
+from paceline.engine.build import load_model
+from paceline.engine.engine import EngineRequest
+from paceline.engine.load_options import LoadOptions
 from paceline.engine.step import StepOutput
+from paceline.engine.warm_up import WarmUp
 from paceline.llm import LLM
+from paceline.phases import Phases
 from paceline.sampling.params import SamplingParams
 from paceline.sampling.sampler import NOT_FINITE
+from paceline.sampling.static import KINDS
 
 pytestmark = pytest.mark.gpu
 
@@ -145,3 +152,42 @@ def test_steps_that_cannot_be_captured_run_without(
         assert generate(directory, params, **{**options, "mode": "graph"}) == expected
     assert caplog.text.count("decodes of 1 rows (greedy) run without a CUDA graph") <= 1
     assert "run without a CUDA graph: CUDA out of memory" in caplog.text
+
+
+def test_a_server_captures_every_size_behind_its_first_request(tiny_model: Callable[[str], Any]):
+    """The first request runs kernel by kernel; afterwards no step of any size or kind is captured any more."""
+    directory = str(tiny_model("llama-llama3").directory)
+    expected = generate(directory, asked(11), device="cpu", dtype="float32", num_blocks=256)
+    options = LoadOptions(
+        directory,
+        device="cuda",
+        dtype="float32",
+        mode="graph",
+        skip_tokenizer_init=True,
+        cache=CacheConfig(block_size=4, num_blocks=256),
+        scheduler=SchedulerConfig(max_num_seqs=16),
+    )
+    engine = load_model(options, warm=False).engine
+
+    def answers() -> list[tuple[int, ...]]:
+        requests = zip(prompts(11), asked(11), strict=True)
+        for index, (prompt, params) in enumerate(requests):
+            engine.add_request(EngineRequest(str(index), prompt["prompt_token_ids"], params))
+        tokens: dict[str, tuple[int, ...]] = {}
+        while engine.has_work:
+            for update in engine.step():
+                tokens[update.request_id] = tokens.get(update.request_id, ()) + update.new_token_ids
+        return [tokens[str(index)] for index in range(11)]
+
+    decode = engine.runner.decode
+    assert decode is not None
+    graphs = decode._run.__self__._graphs  # type: ignore[attr-defined]
+    assert not graphs
+    warm_up = WarmUp(Phases(), decode)
+    while not warm_up.over:
+        warm_up.step()
+    captured = dict(graphs)
+    assert len(captured) == 5 * len(KINDS)
+    assert all(graph is not None for graph in captured.values())
+    assert answers() == expected
+    assert graphs == captured

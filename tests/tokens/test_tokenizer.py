@@ -236,6 +236,8 @@ def test_where_chat_templates_come_from(checkpoint: Callable[..., Any], tmp_path
     assert load_it(file).chat_template == "F"
     assert load_it(file, chat_template="{{ 1 }}").chat_template == "{{ 1 }}"
     assert load_it(file, chat_template=str(tmp_path / "chat_template.jinja")).chat_template == "F"
+    with pytest.raises(ChatTemplateError, match="the chat template does not compile: line 1"):
+        load_it(file, chat_template="{% for x in %}")
     with pytest.raises(ChatTemplateError, match="neither a Jinja template nor a readable file"):
         load_it(file, chat_template="nowhere.jinja")
 

@@ -19,6 +19,7 @@ from paceline.cli.generate import generate
 from paceline.cli.group import NearestGroup
 from paceline.cli.models import models
 from paceline.cli.plan import plan
+from paceline.cli.serve import serve
 from paceline.cli.tune import tune
 from paceline.errors import PacelineError
 from paceline.registry import unknown
@@ -49,6 +50,7 @@ commands.add_command(models)
 commands.add_command(env)
 commands.add_command(bench)
 commands.add_command(explain)
+commands.add_command(serve)
 commands.add_command(tune)
 
 

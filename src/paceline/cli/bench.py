@@ -19,7 +19,8 @@ from paceline.benchmark.protocol import PROMPT
 from paceline.benchmark.throughput import STEP_TOKENS
 from paceline.benchmark.workload import Workload
 from paceline.cli.group import NearestGroup
-from paceline.cli.options import QUANTIZATIONS, configure_logging, debug_option, mode_option, tensor_parallel_option
+from paceline.cli.options import configure_logging, debug_option, mode_option, tensor_parallel_option
+from paceline.config import QUANTIZATIONS
 from paceline.errors import EngineError, UsageError
 
 

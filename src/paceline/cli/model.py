@@ -45,7 +45,7 @@ _ENGINE = (
 
 def load_model(options: Mapping[str, Any]) -> LLM:
     """The model that the engine options name, for one request at a time; a bar shows progress on a terminal."""
-    with _interrupt_ends_at_once():
+    with interrupt_ends_at_once():
         from paceline.cli.progress import terminal_progress
         from paceline.llm import LLM
 
@@ -60,7 +60,7 @@ def load_model(options: Mapping[str, Any]) -> LLM:
 
 
 @contextmanager
-def _interrupt_ends_at_once() -> Iterator[None]:
+def interrupt_ends_at_once() -> Iterator[None]:
     """Ctrl-C while torch is imported: a KeyboardInterrupt raised there is swallowed (one sent 0.6 s after the start was
     lost, and the answer came anyway). Nothing is there to clean up yet, so the process ends."""
     if threading.current_thread() is not threading.main_thread():  # only the main one may set handlers

@@ -9,12 +9,10 @@ from typing import Any
 
 import click
 
-from paceline.config import MODES
+from paceline.config import MODES, QUANTIZATIONS
 from paceline.errors import UsageError
 from paceline.loading.aliases import DEFAULT_MODEL
 
-STORED = ("int8", "int4", "fp8")  # ways of storing a weight
-QUANTIZATIONS = (*STORED, "w8a8-fp8")  # formats.FORMATS without dense, and without torch
 # Options whose names are SamplingParams' own: whatever is given goes there, and its checks are the only ones.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "min_tokens", "max_tokens")
 

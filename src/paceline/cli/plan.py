@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from paceline.cli.options import QUANTIZATIONS, configure_logging
+from paceline.cli.options import configure_logging
+from paceline.config import QUANTIZATIONS
 from paceline.errors import UsageError
 
 _SHARED = ("gpu", "memory", "revision", "tensor_parallel_size")

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from paceline.cli.options import STORED, configure_logging, debug_option
+from paceline.cli.options import configure_logging, debug_option
 from paceline.cli.table import columns
+from paceline.config import STORED
 from paceline.errors import UsageError
 
 if TYPE_CHECKING:

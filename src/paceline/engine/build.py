@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +22,7 @@ from paceline.engine.load_options import LoadOptions
 from paceline.engine.memory import CPU_CACHE_SHARE, CUDA_MEMORY_SHARE, Room, Sizes, divide
 from paceline.engine.model_runner import ModelRunner
 from paceline.engine.offload import offloaded_weights, open_stream, tell_speed
+from paceline.engine.warm_up import compile_or_tell
 from paceline.errors import OutOfMemoryError, UsageError, is_out_of_memory
 from paceline.formats import stored_bytes
 from paceline.formats.streamed import WeightStream
@@ -35,8 +35,6 @@ from paceline.loading.progress import Progress
 from paceline.loading.random_checkpoint import RandomCheckpoint
 from paceline.loading.resolve import ModelSource, resolve
 from paceline.log import get_logger
-from paceline.models.compile import compile_model
-from paceline.models.decoder import Decoder
 from paceline.models.deterministic import make_deterministic
 from paceline.models.fallback import FallbackConfig, load_fallback, measure
 from paceline.models.implementation import Implementation, choose_config, implementation_of
@@ -95,10 +93,16 @@ class _Weights:
     all_have_room: Callable[[int], bool] | None = None  # of a rank (engine/model_runner.py)
 
 
-def load_model(options: LoadOptions, progress: Progress | None = None) -> LoadedModel:
-    """Load a model and build its engine. Raises PacelineError's children, before loading where that can be told."""
+def load_model(
+    options: LoadOptions, progress: Progress | None = None, phases: Phases | None = None, *, warm: bool = True
+) -> LoadedModel:
+    """Load a model and build its engine. `phases` may be watched meanwhile. Without `warm`, what is compiled and
+    captured is left to a WarmUp.
+
+    Raises PacelineError's children, before loading where that can be told.
+    """
     try:
-        return _load(options, progress)
+        return _load(options, progress, Phases() if phases is None else phases, warm)
     except Exception as error:
         if not is_out_of_memory(error) and not isinstance(error, OutOfMemoryError):
             raise
@@ -113,11 +117,16 @@ def load_model(options: LoadOptions, progress: Progress | None = None) -> Loaded
 
 def load_part(options: LoadOptions, communicator: Communicator) -> LoadedModel:
     """The part of one rank, whose engine lends its configuration and runner only: the driver schedules (rank.py)."""
-    return _load(options, None, communicator)
+    return _load(options, None, Phases(), warm=True, communicator=communicator)
 
 
-def _load(options: LoadOptions, progress: Progress | None, communicator: Communicator | None = None) -> LoadedModel:
-    phases = Phases()
+def _load(
+    options: LoadOptions,
+    progress: Progress | None,
+    phases: Phases,
+    warm: bool,
+    communicator: Communicator | None = None,
+) -> LoadedModel:
     with phases.time("device"):
         device = pick_device(options.device)
         available_bytes(device)  # CUDA's context, where there is none yet
@@ -140,9 +149,9 @@ def _load(options: LoadOptions, progress: Progress | None, communicator: Communi
     if device.type == "cuda":
         load_peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.empty_cache()  # what casting and quantising held
-    if options.mode == "compile":
+    if warm and options.mode == "compile":
         with phases.time("compile"):
-            _compile(weights.model)
+            compile_or_tell(weights.model)
     if device.type == "cuda":
         with phases.time("kernels"):
             gpu(device)  # imports Triton and tries it
@@ -151,7 +160,7 @@ def _load(options: LoadOptions, progress: Progress | None, communicator: Communi
     _tell_fallbacks(weights, options)
     with phases.time("cache"):
         engine, decode = _engine_in_memory(weights, options)
-    if decode is not None:
+    if warm and decode is not None:
         decode.prepare(phases)
     if weights.stream is not None:
         tell_speed(weights.stream, weights.step_bytes)
@@ -437,18 +446,6 @@ def _plan_cache(
             sizing.gib(budget),
         )
     return context, plan.num_blocks
-
-
-def _compile(model: Model) -> None:
-    refusal = "it runs through transformers' own modules"
-    if isinstance(model, Decoder):
-        start = time.perf_counter()
-        failure = compile_model(model, model.dtype, model.device)
-        if failure is None:
-            log.info("compiled norms and activations in %.1f s", time.perf_counter() - start)
-            return
-        refusal = f"torch.compile does not work here: {failure}"
-    log.warning("mode='compile': %s; the model runs uncompiled", refusal)
 
 
 def _tell_fallbacks(weights: _Weights, options: LoadOptions) -> None:

@@ -37,7 +37,11 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """A request as the engine takes it. `eos_token_ids`: the model's own end; `namespace` separates prefix caches."""
+    """A request as the engine takes it. `eos_token_ids`: the model's own end; `namespace` separates prefix caches.
+
+    `sent_token_ids` resumes what an engine that is gone had begun, with the seed it reported: what each sampled answer
+    has so far, or None for one that has ended. Beams, which report nothing before their end, begin anew.
+    """
 
     request_id: str
     prompt_token_ids: Sequence[int]
@@ -45,6 +49,7 @@ class EngineRequest:
     eos_token_ids: frozenset[int] = frozenset()
     bad_words_token_ids: Sequence[Sequence[int]] = ()
     namespace: str = ""
+    sent_token_ids: Sequence[Sequence[int] | None] = ()
 
 
 def answer_ids(request_id: str, params: SamplingParams) -> list[str]:
@@ -70,8 +75,8 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
-    def add_request(self, request: EngineRequest) -> None:
-        """Queue a request. Its updates are named by `answer_ids`.
+    def add_request(self, request: EngineRequest) -> int:
+        """Queue a request; returns the seed it samples with. Its updates are named by `answer_ids`.
 
         `params.width` sampled answers are as many requests of the scheduler's; the second and later ones share the
         first's prompt blocks. Beams are one. Raises PromptTooLongError when the cache could never hold it, UsageError
@@ -81,7 +86,11 @@ class Engine:
         params = request.params
         seed = params.seed if params.seed is not None else bits64(self.config.seed, self._arrivals, stream=1)
         count = 1 if params.use_beam_search else params.width
+        sent = request.sent_token_ids or ((),) * count
         for index in range(count):
+            begun = () if params.use_beam_search else sent[index]
+            if begun is None:
+                continue
             spec = RequestSpec(
                 child_id(request.request_id, index, count),
                 request.prompt_token_ids,
@@ -91,10 +100,14 @@ class Engine:
                 bad_words_token_ids=request.bad_words_token_ids,
                 namespace=request.namespace,
                 fork_of=None if index == 0 else child_id(request.request_id, 0, count),
+                output_token_ids=begun,
             )
             self.scheduler.add(BeamRequest(spec) if params.use_beam_search else Request(spec))
             if not params.use_beam_search and self.config.speculative is not None:
-                self._proposers[spec.request_id] = NgramIndex(self.config.speculative, request.prompt_token_ids)
+                self._proposers[spec.request_id] = NgramIndex(
+                    self.config.speculative, [*request.prompt_token_ids, *begun]
+                )
+        return seed
 
     def abort(self, request_id: str) -> None:
         """Forget a request and give its blocks back; unknown and finished ids are ignored. Sampled answers are named

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
-
-from paceline.config import CacheConfig, Mode, ParallelConfig, SchedulerConfig, SpeculativeConfig, check_mode
-from paceline.engine.offload import PLACES
+from paceline.config import (
+    LOAD_FORMATS,
+    MODEL_IMPLS,
+    OFFLOADS,
+    QUANTIZATIONS,
+    STREAMED,
+    CacheConfig,
+    Mode,
+    ParallelConfig,
+    SchedulerConfig,
+    SpeculativeConfig,
+    check_mode,
+)
 from paceline.errors import UsageError
-from paceline.formats import FORMATS
-from paceline.formats.streamed import STREAMED
-from paceline.models.implementation import check_model_impl
-from paceline.registry import lookup, unknown
+from paceline.registry import unknown
 
-LOAD_FORMATS = ("auto", "dummy")  # vLLM's option and its words
+if TYPE_CHECKING:  # a server's API process knows these options and no torch
+    import torch
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,8 @@ class LoadOptions:
     deterministic: bool = False
 
     def __post_init__(self) -> None:
-        check_model_impl(self.model_impl)
+        if self.model_impl not in MODEL_IMPLS:
+            raise UsageError(unknown("model_impl", self.model_impl, MODEL_IMPLS))
         check_mode(self.mode)
         if self.load_format not in LOAD_FORMATS:
             raise UsageError(unknown("load_format", self.load_format, LOAD_FORMATS))
@@ -67,16 +76,16 @@ class LoadOptions:
             raise UsageError(
                 "load_format='dummy' comes without a tokenizer: set skip_tokenizer_init=True, or name one in tokenizer"
             )
-        if self.quantization is not None:
-            lookup({name: None for name in FORMATS if name != "dense"}, "quantization", self.quantization)
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            raise UsageError(unknown("quantization", self.quantization, QUANTIZATIONS))
         if self.generation_config not in ("auto", "none"):
             raise UsageError(f"generation_config must be 'auto' or 'none', got {self.generation_config!r}")
         for name in ("kv_cache_gib", "memory_gib"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UsageError(f"{name} must be greater than 0, got {value}")
-        if self.offload is not None and self.offload not in PLACES:
-            raise UsageError(f"offload must be one of {', '.join(PLACES)}, got {self.offload!r}")
+        if self.offload is not None and self.offload not in OFFLOADS:
+            raise UsageError(f"offload must be one of {', '.join(OFFLOADS)}, got {self.offload!r}")
         if self.offload is not None and (self.quantization or "dense") not in STREAMED:
             raise UsageError(
                 f"offload cannot stream {self.quantization} weights, only those of {', '.join(STREAMED)}: use "

@@ -30,6 +30,7 @@ from paceline.log import get_logger
 from paceline.models.model import Model
 from paceline.sampling.candidates import find_candidates
 from paceline.sampling.logprobs import Candidates, TokenLogprobs
+from paceline.sampling.params import NO_TOKEN_LEFT
 from paceline.sampling.sampler import NOT_FINITE, Sampled, SamplingRow, sample
 from paceline.sampling.scoring import score_hidden
 from paceline.speculative.verify import rows_with_drafts, verify
@@ -344,6 +345,7 @@ class ModelRunner:
         if request_id not in self._failed:
             self._failed.add(request_id)
             log.error("request %s failed: %s", request_id, message)
-        if self._padded:
+        # What a user's own parameters leave nothing of was finite: no request may slow the others down by asking.
+        if self._padded and message != NO_TOKEN_LEFT:
             log.warning("from now on decodes run one by one, so that no other request reads the failed one's blocks")
             self._padded = False

@@ -20,7 +20,6 @@ from paceline.log import get_logger
 
 log = get_logger(__name__)
 
-PLACES = ("auto", "host", "disk")
 HOST_SHARE = 0.8  # of the host memory available, that pinned weights may take
 SLICE_BYTES = 64 << 20  # the largest slice: 2.5 ms of a PCIe 4 link, 30 ms of a fast disk
 STREAM_SHARE = 0.5  # of the memory left by what must stay on the device; the cache has the rest

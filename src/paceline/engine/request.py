@@ -29,7 +29,8 @@ class RequestSpec:
 
     `seed` is the one that sampling uses (params.seed, or one drawn by the engine). `namespace` separates prefix caches
     (an adapter's id, a tenant's salt). `fork_of`: the id of a request with the same prompt, added before, whose prompt
-    blocks this one may share once they are computed (n > 1).
+    blocks this one may share once they are computed (n > 1). `output_token_ids`: the answer's beginning, chosen by
+    an engine that is gone; the request goes on behind it, as after a preemption, and reports none of it again.
     """
 
     request_id: str
@@ -40,6 +41,7 @@ class RequestSpec:
     bad_words_token_ids: Sequence[Sequence[int]] = ()
     namespace: str = ""
     fork_of: str | None = None
+    output_token_ids: Sequence[int] = ()
 
 
 class Request:
@@ -80,11 +82,13 @@ class Request:
         self.id = spec.request_id
         eos = frozenset() if spec.params.ignore_eos else spec.eos_token_ids
         self.stop_token_ids: frozenset[int] = eos | frozenset(spec.params.stop_token_ids)
-        self.token_ids: list[int] = list(spec.prompt_token_ids)
-        self.num_prompt_tokens = len(self.token_ids)
+        self.token_ids: list[int] = [*spec.prompt_token_ids, *spec.output_token_ids]
+        self.num_prompt_tokens = len(spec.prompt_token_ids)
         self.num_computed_tokens = 0
         self.num_placeholders = 0
-        wants_scores = spec.params.num_prompt_logprobs is not None and spec.fork_of is None
+        # A prompt's scores are complete before the first token is chosen.
+        is_new = spec.fork_of is None and not spec.output_token_ids
+        wants_scores = spec.params.num_prompt_logprobs is not None and is_new
         self.num_scored_tokens = 0 if wants_scores else self.num_prompt_tokens - 1
         self.prompt_logprobs: list[TokenLogprobs] | None = [] if wants_scores else None
         self.num_in_flight = 0
@@ -180,6 +184,7 @@ class Request:
             seed=spec.seed,
             stop_token_ids=self.stop_token_ids,
             bad_words_token_ids=spec.bad_words_token_ids,
+            output_token_ids=spec.output_token_ids,
         )
 
     def add_prompt_logprobs(self, entries: Sequence[TokenLogprobs]) -> tuple[TokenLogprobs, ...] | None:

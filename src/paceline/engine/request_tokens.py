@@ -35,10 +35,12 @@ class RequestTokens:
 
 
 def begin(new: NewRequest) -> RequestTokens:
-    """A request of which only the prompt is known."""
+    """A request as it is announced: its prompt, and what an engine before this one has chosen."""
     params = new.params
     plain_from = None
     if not needs_history(params):
         # Stop tokens are masked for the first `min_tokens` tokens; the first of all is chosen at the prompt's end.
         plain_from = len(new.prompt_token_ids) - 1 + (params.min_tokens if new.stop_token_ids else 0)
-    return RequestTokens(new, array("q", new.prompt_token_ids), array("q"), kind_of(params), plain_from)
+    return RequestTokens(
+        new, array("q", new.prompt_token_ids), array("q", new.output_token_ids), kind_of(params), plain_from
+    )

@@ -41,6 +41,8 @@ class SchedulerStats:
     num_running: int
     num_waiting: int
     num_preemptions: int
+    num_drafts: int  # drafted tokens that were verified
+    num_accepted_drafts: int
     cache: CacheStats
 
 
@@ -82,7 +84,10 @@ class Scheduler:
         self._finished_ids: list[str] = []  # known to the runner, which is told with the next output
         self._failures: list[RequestUpdate] = []  # reported by the next update()
         self._arrivals = itertools.count()
+        self.admitted: list[str] = []  # requests whose first step the last schedule() was
         self._num_preemptions = 0
+        self._num_drafts = 0
+        self._num_accepted_drafts = 0
 
     # --------------------------------------------------------------------------------- requests come and go
 
@@ -167,6 +172,7 @@ class Scheduler:
                 f"{len(self._in_flight)} steps are in flight and async_depth is {self.config.async_depth}: "
                 f"call update() first"
             )
+        self.admitted = []
         step = _Step(self.config.scheduler.max_num_batched_tokens)
         self._schedule_running(step)
         if not step.preempted:  # blocks ran out: what is free now belongs to those who run
@@ -259,6 +265,7 @@ class Scheduler:
             self.cache.count_prefix(request.num_tokens, start)
         if not request.sent:
             request.sent = True
+            self.admitted.append(request.id)
             step.new.append(request.announcement())
         self._waiting.remove(request)
         request.status = Status.RUNNING
@@ -422,6 +429,8 @@ class Scheduler:
                 raise EngineError(f"request '{request.id}' got {len(new)} tokens for {scheduled.num_drafts} drafts")
             rejected = scheduled.num_drafts + 1 - len(new)
             num_computed -= rejected
+            self._num_drafts += scheduled.num_drafts
+            self._num_accepted_drafts += scheduled.num_drafts - rejected
             request.num_placeholders -= 1
             request.drafts_in_flight = False
             if request.status is Status.RUNNING:  # else it was preempted: its tokens count, its blocks are gone
@@ -469,7 +478,14 @@ class Scheduler:
 
     @property
     def stats(self) -> SchedulerStats:
-        return SchedulerStats(len(self._running), len(self._waiting), self._num_preemptions, self.cache.stats)
+        return SchedulerStats(
+            len(self._running),
+            len(self._waiting),
+            self._num_preemptions,
+            self._num_drafts,
+            self._num_accepted_drafts,
+            self.cache.stats,
+        )
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix, for when the weights change."""

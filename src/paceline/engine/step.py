@@ -27,6 +27,7 @@ class NewRequest:
     seed: int
     stop_token_ids: frozenset[int]  # end-of-sequence ids (unless ignore_eos) and params.stop_token_ids
     bad_words_token_ids: Sequence[Sequence[int]] = ()
+    output_token_ids: Sequence[int] = ()  # chosen before, by an engine that is gone
 
 
 # Named tuples where a step has one a request: a frozen dataclass of seven fields takes 1.5 us to make, these 0.5.

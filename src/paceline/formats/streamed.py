@@ -26,7 +26,6 @@ from paceline.formats.int8 import Int8Weight
 from paceline.formats.int8 import pack as pack_int8
 from paceline.formats.stores import Store
 
-STREAMED = ("dense", "int8", "fp8")  # the formats whose rows can be cut anywhere
 PIECE_ROWS = 1024  # of a matrix that are read, cast and packed at once while loading
 AHEAD = 2  # slices on their way while one is in use
 PROBE_BYTES = 256 << 20  # read once, after loading, to tell the user what a step will cost
@@ -162,8 +161,8 @@ class WeightStream:
 
 @dataclass(frozen=True)
 class StreamedWeight:
-    """A matrix behind a WeightStream, in one of STREAMED. `slices` pairs the index of each slice with its number of
-    rows; scales are one a row and stay on the device."""
+    """A matrix behind a WeightStream, in a format of config.STREAMED. `slices` pairs the index of each slice with its
+    number of rows; scales are one a row and stay on the device."""
 
     stream: WeightStream
     shape: tuple[int, int]

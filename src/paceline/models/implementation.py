@@ -6,23 +6,15 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from paceline.config import DecoderConfig
-from paceline.errors import UnsupportedModelError, UsageError
+from paceline.errors import UnsupportedModelError
 from paceline.log import get_logger
 from paceline.models.fallback import SLOWER, FallbackConfig, read_fallback_config
 from paceline.models.multimodal import MULTIMODAL
 from paceline.models.registry import ARCHITECTURES, read_decoder_config
-from paceline.registry import unknown
 
 log = get_logger(__name__)
 
-MODEL_IMPLS = ("auto", "paceline", "transformers")  # vLLM's option and its spelling
 Implementation = Literal["paceline", "transformers"]
-
-
-def check_model_impl(model_impl: str) -> None:
-    """Raises UsageError for a name that is not in MODEL_IMPLS."""
-    if model_impl not in MODEL_IMPLS:
-        raise UsageError(unknown("model_impl", model_impl, MODEL_IMPLS))
 
 
 def choose_config(hf_config: Mapping[str, Any], model_impl: str) -> DecoderConfig | FallbackConfig:

@@ -17,6 +17,11 @@ from paceline.registry import refuse_unknown_keys
 
 GREEDY_BELOW = 1e-5  # a temperature under this means greedy
 LOGIT_BIAS_LIMIT = 100.0  # OpenAI's range; at 100 a token is certain or impossible already
+# What a request fails with whose own parameters leave it nothing: the user's doing, not the model's.
+NO_TOKEN_LEFT = (
+    "no token is left to choose: allowed_token_ids, bad_words, min_tokens, logit_bias and the penalties together leave "
+    "none with a finite logit"
+)
 LENGTH_PENALTY_LIMIT = 10.0  # a million tokens to the power of 10 is still a float
 
 

@@ -20,7 +20,7 @@ import torch
 from paceline import sizing
 from paceline.sampling import steps
 from paceline.sampling.logprobs import TokenLogprobs
-from paceline.sampling.params import SamplingParams
+from paceline.sampling.params import NO_TOKEN_LEFT, SamplingParams
 from paceline.sampling.random import uniform
 from paceline.sampling.scoring import score_tokens
 
@@ -135,10 +135,7 @@ def why_no_token(logits_V: torch.Tensor) -> str:
     """The message for a row that found no token."""
     if bool((logits_V.isnan() | (logits_V == torch.inf)).any()):
         return NOT_FINITE
-    return (
-        "no token is left to choose: allowed_token_ids, bad_words, min_tokens, logit_bias and the penalties "
-        "together leave none with a finite logit"
-    )
+    return NO_TOKEN_LEFT
 
 
 # -------------------------------------------------------------------------------------- masks, bias, penalties

@@ -13,6 +13,7 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paceline.errors import ChatTemplateError
@@ -62,6 +63,23 @@ def render_chat(
     }
     text = _render(compiled, context)
     return text if final_text is None else _cut_at_mark(text, final_text)
+
+
+def read_template(given: str) -> str:
+    """The source of a chat template that a user gave: a Jinja source has a brace somewhere, anything else names a file.
+
+    Raises ChatTemplateError where it cannot be read or does not compile.
+    """
+    source = given
+    if "{" not in given:
+        try:
+            source = Path(given).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ChatTemplateError(
+                f"chat template '{given}' is neither a Jinja template nor a readable file ({error})"
+            ) from error
+    _compile(source)
+    return source
 
 
 def check_messages(messages: Messages, *, keep_parts: bool = True) -> list[dict[str, Any]]:

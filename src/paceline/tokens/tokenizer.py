@@ -8,13 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paceline.errors import ChatTemplateError, CheckpointError, UsageError
 from paceline.loading.gguf import read_gguf
 from paceline.log import get_logger
-from paceline.tokens.chat_template import Messages, render_chat
+from paceline.tokens.chat_template import Messages, read_template, render_chat
 from paceline.tokens.directory import read_directory
 from paceline.tokens.gguf_tokenizer import tokenizer_from_metadata
 from paceline.tokens.parts import TokenizerParts
@@ -220,7 +219,7 @@ def load_tokenizer(
     say; `chat_template` (a Jinja source, or the path of a file) replaces the checkpoint's own.
 
     Raises CheckpointError for a missing or corrupt tokenizer, UnsupportedModelError for a kind that is not
-    implemented.
+    implemented, ChatTemplateError for a `chat_template` that cannot be read or does not compile.
     """
     parts = (
         tokenizer_from_metadata(read_gguf(source.path).metadata)
@@ -232,7 +231,7 @@ def load_tokenizer(
         | listed_eos(config, "config.json")
         | listed_eos(generation_config, "generation_config.json")
     )
-    templates = parts.templates if chat_template is None else {"default": _template_source(chat_template)}
+    templates = parts.templates if chat_template is None else {"default": read_template(chat_template)}
     return Tokenizer(replace(parts, eos_token_ids=eos, templates=templates))
 
 
@@ -243,18 +242,6 @@ def listed_eos(settings: Mapping[str, Any], where: str) -> frozenset[int]:
     if any(not isinstance(i, int) or isinstance(i, bool) for i in ids):
         raise CheckpointError(f"{where}: eos_token_id must be an integer or a list of integers, got {value!r}")
     return frozenset(ids)
-
-
-def _template_source(given: str) -> str:
-    """A Jinja source has a brace somewhere; anything else names a file."""
-    if "{" in given:
-        return given
-    try:
-        return Path(given).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ChatTemplateError(
-            f"chat template '{given}' is neither a Jinja template nor a readable file ({error})"
-        ) from error
 
 
 def _check_text(text: str) -> None:

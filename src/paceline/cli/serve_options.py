@@ -1,0 +1,322 @@
+"""The options of `paceline serve`: vLLM's names where they mean the same, a variable for each, and a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from paceline.config import LOAD_FORMATS, MODEL_IMPLS, MODES, OFFLOADS, QUANTIZATIONS
+from paceline.errors import UsageError
+from paceline.loading.aliases import DEFAULT_MODEL
+from paceline.registry import unknown
+
+ENVIRONMENT = "PACELINE_SERVE"  # not PACELINE: Kubernetes sets PACELINE_PORT for a service that is called paceline
+
+
+class _Json(click.ParamType[Any]):
+    """A JSON value of one kind, as vLLM's flags take it."""
+
+    def __init__(self, kind: type, name: str) -> None:
+        self._kind = kind
+        self.name = name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError:
+                self.fail(f"'{value}' is not JSON", param, ctx)
+        if not isinstance(value, self._kind):
+            self.fail(f"{value!r} is not a JSON {self.name}", param, ctx)
+        return value
+
+
+class _Strings(click.ParamType[Any]):
+    """A string, or a JSON list of strings: vLLM's --allowed-origins '["a", "b"]'."""
+
+    name = "strings"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, (list, tuple)):
+            return tuple(str(item) for item in value)
+        if not value.startswith("["):
+            return tuple(item.strip() for item in value.split(",") if item.strip())
+        return tuple(str(item) for item in _Json(list, "list").convert(value, param, ctx))
+
+
+def _read_config(context: click.Context, _: click.Parameter, path: str | None) -> None:
+    """Make the file's values the defaults: the environment and flags come before them."""
+    if path is None:
+        return
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config '{path}' cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"--config '{path}' is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"--config '{path}' must hold options by name, as in 'port: 8000'")
+    known = {param.name: param for param in context.command.params if param.name not in (None, "config")}
+    defaults = {}
+    for key, value in values.items():
+        name = str(key).lstrip("-").replace("-", "_")
+        if name not in known:
+            raise UsageError(f"--config '{path}': {unknown('option', str(key), [str(name) for name in known])}")
+        wanted = known[name]
+        if wanted.multiple and not isinstance(value, list):
+            value = [value]
+        elif isinstance(value, (list, dict)) and not isinstance(wanted.type, (_Json, _Strings)) and not wanted.multiple:
+            raise UsageError(f"--config '{path}': {key} takes one value, got {value!r}")
+        defaults[name] = value
+    # A MODEL in the file must not stand in the way of one on the command line.
+    context.default_map = defaults
+
+
+def serve_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed([*_server_options(), *_model_options(), *_engine_options()]):
+        command = option(command)
+    return command
+
+
+def _option(*names: str, **attributes: Any) -> Callable[..., Any]:
+    """An option and its environment variable."""
+    long = next(name for name in names if name.startswith("--")).partition("/")[0]
+    variable = f"{ENVIRONMENT}_{long.removeprefix('--').replace('-', '_').upper()}"
+    return click.option(*names, envvar=variable, **attributes)
+
+
+def _server_options() -> list[Callable[..., Any]]:
+    return [
+        click.option(
+            "--config",
+            is_eager=True,
+            expose_value=False,
+            callback=_read_config,
+            metavar="FILE",
+            envvar=f"{ENVIRONMENT}_CONFIG",
+            help="A YAML file of these options, by name; flags and environment win.",
+        ),
+        _option(
+            "--host",
+            default="127.0.0.1",
+            show_default=True,
+            metavar="ADDRESS",
+            help="Where to listen; 0.0.0.0 is everywhere.",
+        ),
+        _option(
+            "--port",
+            default=8000,
+            show_default=True,
+            type=click.IntRange(0, 65535),
+            metavar="N",
+            help="The port; 0 takes a free one.",
+        ),
+        _option(
+            "--api-key", multiple=True, metavar="KEY", help="Refuse requests without it; may be given several times."
+        ),
+        _option(
+            "--served-model-name",
+            multiple=True,
+            metavar="NAME",
+            help="What requests call the model [default: as it was given].",
+        ),
+        _option(
+            "--allowed-origins",
+            type=_Strings(),
+            default="",
+            metavar="LIST",
+            help="Origins of web pages that may ask (CORS).",
+        ),
+        _option(
+            "--allowed-methods", type=_Strings(), default="*", metavar="LIST", help="HTTP methods that they may use."
+        ),
+        _option(
+            "--allowed-headers", type=_Strings(), default="*", metavar="LIST", help="HTTP headers that they may send."
+        ),
+        _option("--allow-credentials", is_flag=True, help="They may send cookies."),
+        _option("--ssl-certfile", metavar="FILE", help="Serve HTTPS with this certificate."),
+        _option("--ssl-keyfile", metavar="FILE", help="The certificate's key, where it is in a file of its own."),
+        _option("--ssl-keyfile-password", metavar="TEXT", help="The password of the key."),
+        _option("--root-path", default="", metavar="PATH", help="The path that a proxy in front adds."),
+        _option(
+            "--max-queue",
+            "--max-num-queued-reqs",
+            "max_queue",
+            type=click.IntRange(min=0),
+            default=512,
+            show_default=True,
+            metavar="N",
+            help="Requests that may wait; more are a 429.",
+        ),
+        _option(
+            "--max-queue-tokens",
+            "--max-num-queued-tokens",
+            "max_queue_tokens",
+            type=click.IntRange(min=0),
+            metavar="N",
+            help="Prompt tokens that may wait [default: any].",
+        ),
+        _option(
+            "--max-logprobs",
+            type=click.IntRange(min=-1),
+            default=20,
+            show_default=True,
+            metavar="K",
+            help="The most log probabilities a token that a request may ask for; -1 is any.",
+        ),
+        _option(
+            "--max-body-bytes",
+            type=click.IntRange(min=1),
+            default=32 << 20,
+            show_default=True,
+            metavar="N",
+            help="The largest body of a request.",
+        ),
+        _option(
+            "--drain-timeout",
+            type=click.FloatRange(min=0),
+            default=30.0,
+            show_default=True,
+            metavar="S",
+            help="Seconds that answers may still take after SIGTERM.",
+        ),
+        _option(
+            "--metrics-alias", type=click.Choice(["vllm"]), help="Give /metrics vLLM's names too, for its dashboards."
+        ),
+        _option("--trust-request-chat-template", is_flag=True, help="A request may bring its own chat template."),
+        _option("--log-requests", is_flag=True, help="Log a line for each request."),
+        _option("--log-prompts", is_flag=True, help="Log what requests say, too."),
+        _option(
+            "--uvicorn-log-level",
+            type=click.Choice(["critical", "error", "warning", "info", "debug", "trace"]),
+            default="warning",
+            show_default=True,
+            help="How much uvicorn logs.",
+        ),
+    ]
+
+
+def _model_options() -> list[Callable[..., Any]]:
+    return [
+        _option("--model", default=DEFAULT_MODEL, show_default=True, metavar="NAME", help="The same as MODEL."),
+        _option("--tokenizer", metavar="NAME", help="Where the tokenizer is, if not with the model."),
+        _option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."),
+        _option(
+            "--dtype",
+            type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+            default="auto",
+            show_default=True,
+            help="What the weights are computed in.",
+        ),
+        _option("--device", default="auto", show_default=True, metavar="NAME", help="cpu, cuda or cuda:N."),
+        _option(
+            "--quantization",
+            "-q",
+            "--quantize",
+            "quantization",
+            type=click.Choice(QUANTIZATIONS),
+            help="Store weights in 8 or 4 bits: smaller, not lossless.",
+        ),
+        _option(
+            "--load-format",
+            type=click.Choice(LOAD_FORMATS),
+            default="auto",
+            show_default=True,
+            help="dummy makes random weights of the model's shape.",
+        ),
+        _option("--download-dir", metavar="DIR", help="Where models are kept [default: the hub's cache]."),
+        _option(
+            "--model-impl",
+            type=click.Choice(MODEL_IMPLS),
+            default="auto",
+            show_default=True,
+            help="Whose definition of the model runs.",
+        ),
+        _option("--chat-template", metavar="FILE", help="A Jinja chat template in place of the model's own."),
+        _option(
+            "--generation-config",
+            type=click.Choice(["auto", "none", "vllm"]),
+            default="auto",
+            show_default=True,
+            help="auto takes the model's sampling defaults; none (vLLM's word: vllm) does not.",
+        ),
+        _option("--trust-remote-code", is_flag=True, help="Refused: no code of a checkpoint is ever run."),
+    ]
+
+
+def _engine_options() -> list[Callable[..., Any]]:
+    return [
+        _option(
+            "--max-model-len",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="Longest context [default: the model's own].",
+        ),
+        _option(
+            "--max-num-seqs",
+            type=click.IntRange(min=1),
+            default=64,
+            show_default=True,
+            metavar="N",
+            help="Requests of one step.",
+        ),
+        _option(
+            "--max-num-batched-tokens",
+            type=click.IntRange(min=1),
+            default=2048,
+            show_default=True,
+            metavar="N",
+            help="Tokens of one step.",
+        ),
+        _option(
+            "--scheduling-policy",
+            type=click.Choice(["fcfs", "priority"]),
+            default="fcfs",
+            show_default=True,
+            help="Who is served first.",
+        ),
+        _option(
+            "--enable-prefix-caching/--no-enable-prefix-caching",
+            default=True,
+            show_default=True,
+            help="Keep and share the keys and values of prompts.",
+        ),
+        _option(
+            "--block-size",
+            type=click.IntRange(min=1),
+            default=16,
+            show_default=True,
+            metavar="N",
+            help="Tokens of one block of the cache.",
+        ),
+        _option("--kv-cache-gib", type=float, metavar="GIB", help="The cache's size [default: what is free]."),
+        _option("--memory-gib", type=float, metavar="GIB", help="Take no more memory [default: what is free]."),
+        _option(
+            "--offload",
+            type=click.Choice(OFFLOADS),
+            help="Stream the weights, for a model larger than the device.",
+        ),
+        _option("--offload-dir", metavar="DIR", help="Where a file of offloaded weights may lie."),
+        _option(
+            "--speculative-config",
+            type=_Json(dict, "object"),
+            metavar="JSON",
+            help='Draft tokens ahead, as {"method": "ngram"}.',
+        ),
+        _option(
+            "--mode",
+            type=click.Choice(MODES),
+            default="auto",
+            show_default=True,
+            help="How steps run: eager, graph or compile.",
+        ),
+        _option("--enforce-eager", is_flag=True, help="The same as --mode eager."),
+        _option("--seed", type=int, default=0, show_default=True, metavar="N", help="For requests that bring none."),
+        _option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads [default: every core]."),
+    ]

@@ -1,0 +1,96 @@
+"""The engine's life where it runs, be it a thread or a process: load, serve, and show how it is."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import torch
+
+from paceline.engine.build import LoadedModel, load_model
+from paceline.engine.load_options import LoadOptions
+from paceline.engine.model_runner import ModelRunner
+from paceline.engine.warm_up import WarmUp
+from paceline.errors import PacelineError
+from paceline.phases import Phases
+from paceline.serve.admission import QueueLimits
+from paceline.serve.client import ModelInfo, Startup, Transfer
+from paceline.serve.engine_loop import EngineLoop, Port
+from paceline.serve.failures import failure_of
+from paceline.serve.messages import Beat, Load, LoadFailed
+
+
+class EngineHost:
+    """`run` belongs to one thread; `beat` may be asked by any. Also a loading.Progress: the bytes of what is read."""
+
+    def __init__(self, phases: Phases) -> None:
+        self._phases = phases
+        self._loop: EngineLoop | None = None
+        self._label = ""
+        self._total = self._done = 0
+
+    def run(self, options: LoadOptions, threads: int | None, limits: QueueLimits, port: Port) -> None:
+        """Until a client says Shutdown. A model that cannot be loaded is told to each client that says Hello. Raises
+        whatever the engine raises while it serves."""
+        try:
+            model, info = self._load(options, threads)
+        except PacelineError as error:
+            for client, _ in port.receive(wait=True):
+                port.send(client, LoadFailed(failure_of(error)))
+            return
+        runner, warm_up = model.engine.runner, WarmUp(self._phases)
+        if isinstance(runner, ModelRunner):  # the ranks of a model that is split warm up as they load
+            compiles = runner.model if options.mode == "compile" else None
+            warm_up = WarmUp(self._phases, runner.decode, compiles)
+        self._loop = EngineLoop(model.engine, info, limits, port, warm_up)
+        self._loop.run()
+
+    def _load(self, options: LoadOptions, threads: int | None) -> tuple[LoadedModel, ModelInfo]:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        # Text is the API's: here is no tokenizer.
+        model = load_model(replace(options, skip_tokenizer_init=True), self, self._phases, warm=False)
+        config = model.engine.config
+        info = ModelInfo(
+            model=options.model,
+            vocab_size=model.config.vocab_size,
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=str(model.device),
+            quantization=options.quantization,
+            generation_config=model.generation_config,
+            num_kv_tokens=model.engine.scheduler.stats.cache.total_blocks[0] * config.cache.block_size,
+            phases=dict(model.phases),
+        )
+        return model, info
+
+    def beat(self) -> Beat:
+        return beat_of(self._phases, self._transfer, self._loop)
+
+    @property
+    def _transfer(self) -> Transfer | None:
+        return Transfer(self._label, self._total, self._done) if self._label else None
+
+    def start(self, label: str, total_bytes: int) -> None:
+        self._label, self._total, self._done = label, total_bytes, 0
+
+    def advance(self, n: int) -> None:
+        self._done += n
+
+    def done(self) -> None:
+        self._label = ""
+
+
+def beat_of(phases: Phases, transfer: Transfer | None, loop: EngineLoop | None) -> Beat:
+    """How an engine is. Read from another thread than the engine's: each value is read once, and may be a step old."""
+    startup = Startup(dict(phases.seconds), phases.current, transfer)
+    if loop is None:
+        return Beat(startup, Load())
+    now, last, busy = time.monotonic(), loop.last_step, loop.busy_since
+    return Beat(
+        startup,
+        loop.load,
+        stuck_seconds=None if busy is None else now - max(busy, last or 0.0),
+        last_step_age=None if last is None else now - last,
+    )

@@ -1,0 +1,97 @@
+"""/v1/completions: the request, the answer, and a stream's chunks, which have the same form."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+from pydantic import AfterValidator
+
+from paceline.outputs import CompletionOutput
+from paceline.serve.protocol.common import SYSTEM_FINGERPRINT, PromptLogprobs, Usage, finite
+from paceline.serve.protocol.sampling import Int, SamplingFields
+
+
+def _check_prompt(value: Any) -> Any:
+    """By hand: pydantic's union would try each alternative on each of 100,000 ids, and report all of them."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value:
+        if all(isinstance(item, str) for item in value):
+            return value
+        if _are_ids(value) or all(isinstance(item, list) and item and _are_ids(item) for item in value):
+            return value
+    raise ValueError("must be a string, a list of strings, a list of token ids or a list of such lists, not empty")
+
+
+def _are_ids(items: list[Any]) -> bool:
+    return all(type(item) is int for item in items)
+
+
+Prompt = Annotated[Any, AfterValidator(_check_prompt)]
+
+
+class CompletionRequest(SamplingFields):
+    prompt: Prompt
+    logprobs: Int | None = None
+    add_special_tokens: bool | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One or many, as a list."""
+        one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return [self.prompt] if one else self.prompt
+
+
+class CompletionLogprobs(msgspec.Struct):
+    text_offset: list[int]
+    token_logprobs: list[float | None]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float] | None]
+
+
+class CompletionChoice(msgspec.Struct):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | UnsetType | None = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+
+
+class Completion(msgspec.Struct):
+    id: str
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | UnsetType | None = UNSET
+    object: Literal["text_completion"] = "text_completion"
+    system_fingerprint: str = SYSTEM_FINGERPRINT
+
+
+def completion_logprobs(
+    answer: CompletionOutput, num_top: int, first_offset: int, decode: Any
+) -> CompletionLogprobs | None:
+    """The legacy form; None unless the request asked. `first_offset`: characters of the text before this piece.
+    `decode(id)`: a token's text, for the one whose log probability nothing precedes."""
+    if answer.logprobs is None:
+        return None
+    result = CompletionLogprobs([], [], [], [])
+    offset = first_offset
+    for token_id, entry in zip(answer.token_ids, answer.logprobs, strict=True):
+        token: str = decode(token_id) if entry is None else entry[token_id].decoded_token or ""
+        result.text_offset.append(offset)
+        result.tokens.append(token)
+        offset += len(token)
+        if entry is None:
+            result.token_logprobs.append(None)
+            result.top_logprobs.append(None)
+            continue
+        result.token_logprobs.append(finite(entry[token_id].logprob))
+        top: dict[str, float] = {}
+        for other in list(entry)[:num_top]:
+            # Two ids may read alike (an incomplete character each): the likelier one has the name.
+            top.setdefault(entry[other].decoded_token or "", finite(entry[other].logprob))
+        result.top_logprobs.append(top)
+    return result

@@ -1,0 +1,109 @@
+"""A tiny model for servers, and what drives their clients."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+
+from paceline.config import CacheConfig, SchedulerConfig
+from paceline.engine.load_options import LoadOptions
+from paceline.sampling.params import SamplingParams
+from paceline.serve.client import AnswerUpdate, EngineClient, GenerateRequest
+
+T = TypeVar("T")
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 2-layer Llama without a tokenizer: 64 tokens, a context of 4096, so that a request can run for long."""
+    import transformers
+
+    directory = tmp_path_factory.mktemp("tiny_weights")
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=4096,
+        eos_token_id=2,
+        bos_token_id=1,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.3)
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def run_async() -> Iterator[Callable[[Coroutine[Any, Any, T]], T]]:
+    """Run a coroutine on the module's own event loop, for a minute at most: what waits for ever fails instead."""
+    loop = asyncio.new_event_loop()
+
+    def run(coroutine: Coroutine[Any, Any, T]) -> T:
+        return loop.run_until_complete(asyncio.wait_for(coroutine, 60))
+
+    yield run
+    loop.close()
+
+
+@pytest.fixture(scope="session")
+def until() -> Callable[[Callable[[], bool]], Awaitable[None]]:
+    """Wait for a condition; the test's own limit ends it."""
+
+    async def wait(condition: Callable[[], bool]) -> None:
+        while not condition():
+            await asyncio.sleep(0.005)
+
+    return wait
+
+
+@pytest.fixture(scope="session")
+def tiny_options(tiny_weights: Path) -> Callable[..., LoadOptions]:
+    """The tiny model with room for 8 requests at once, and no prefix cache: blocks that are used are requests'."""
+
+    def make(max_num_seqs: int = 8, num_blocks: int = 2048, **others: Any) -> LoadOptions:
+        return LoadOptions(
+            str(tiny_weights),
+            device="cpu",
+            skip_tokenizer_init=True,
+            cache=CacheConfig(block_size=4, num_blocks=num_blocks, enable_prefix_caching=False),
+            scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=64),
+            **others,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_request() -> Callable[..., GenerateRequest]:
+    def make(request_id: str, prompt: tuple[int, ...] = (1, 5, 9), **params: Any) -> GenerateRequest:
+        given = {"temperature": 0, "max_tokens": 8, "ignore_eos": True, "detokenize": False, **params}
+        return GenerateRequest(request_id, prompt, SamplingParams(**given), frozenset({2}))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def collect() -> Callable[..., Awaitable[dict[int, list[int]]]]:
+    """The tokens of each answer of a request, submitted and read to its end."""
+
+    async def collect(
+        client: EngineClient, request: GenerateRequest, seen: Callable[[AnswerUpdate], None] | None = None
+    ) -> dict[int, list[int]]:
+        tokens: dict[int, list[int]] = {}
+        async for one in await client.submit(request):
+            tokens.setdefault(one.index, []).extend(one.update.new_token_ids)
+            if seen is not None:
+                seen(one)
+        return tokens
+
+    return collect
