@@ -11,6 +11,7 @@ import click
 
 from paceline import __version__
 from paceline.cli.bench import bench
+from paceline.cli.bench_serve import bench_serve
 from paceline.cli.chat import chat
 from paceline.cli.env import env
 from paceline.cli.exit_codes import EXIT_CLOSED_PIPE, EXIT_FAILURE, EXIT_INTERRUPTED
@@ -49,6 +50,7 @@ commands.add_command(chat)
 commands.add_command(models)
 commands.add_command(env)
 commands.add_command(bench)
+bench.add_command(bench_serve)
 commands.add_command(explain)
 commands.add_command(serve)
 commands.add_command(tune)
