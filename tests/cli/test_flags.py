@@ -14,6 +14,10 @@ FLAGS = {
     "bench latency": """
         --against --context --debug --device --dtype --help --json --mode --plot --quantize --quiet --rounds --threads
     """,
+    "bench serve": """
+        --api-key --debug --goodput --groups --help --ignore-eos --input-len --json --mixed --model --output-len --plot
+        --prefix --quiet --rate --requests --seed --warmup
+    """,
     "chat": """
         --chat-template --debug --device --dtype --help --ignore-eos --max-model-len --max-tokens --memory-gib
         --min-p --min-tokens --mode --model --model-impl --no-history --offload --offload-dir --offload-to --quantize

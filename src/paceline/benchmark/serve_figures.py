@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from paceline.errors import UsageError
 
@@ -46,7 +47,7 @@ class Outcome:
     @property
     def itl(self) -> list[float]:
         """Between two chunks with text, which are two tokens unless the server puts several into a chunk."""
-        return [later - earlier for earlier, later in zip(self.times, self.times[1:], strict=False)]
+        return [later - earlier for earlier, later in pairwise(self.times)]
 
 
 @dataclass(frozen=True)

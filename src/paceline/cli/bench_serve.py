@@ -6,16 +6,18 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from paceline import __version__
-from paceline.benchmark.serve import Options, Report, run
 from paceline.benchmark.serve_figures import Slo
 from paceline.benchmark.workload import Workload
 from paceline.cli.options import configure_logging, debug_option
 from paceline.errors import UsageError
+
+if TYPE_CHECKING:
+    from paceline.benchmark.serve import Report
 
 
 class _Rate(click.ParamType[float]):
@@ -64,6 +66,8 @@ def bench_serve(url: str, **options: Any) -> None:
     ones are done; each rate is a round of its own. A request's times count from when it was due.
     """
     configure_logging(options["debug"])
+    from paceline.benchmark.serve import Options, run  # asyncio and TLS: not for every command's start
+
     asked = Options(
         url,
         options["model"],

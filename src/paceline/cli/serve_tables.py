@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -41,7 +41,7 @@ def print_report(report: Report, version: str) -> None:
 
 def _rates(report: Report) -> Table:
     heads = ["seconds", "answered", "failed", "req/s", "prompt tok", "output tok", "output tok/s", "total tok/s"]
-    table = _table("Throughput", "rate", heads + ([] if report.slo is None else ["good req/s", "good"]))
+    table = _table("Throughput", ("rate",), heads + ([] if report.slo is None else ["good req/s", "good"]))
     for one in report.rounds:
         answered = one.num_requests - one.num_failed
         cells = [
@@ -61,23 +61,19 @@ def _rates(report: Report) -> Table:
 
 
 def _latencies(report: Report) -> Table:
-    kinds = ("TTFT", "TPOT", "ITL", "latency")
-    table = _table("Milliseconds", "rate", [f"{kind} p{percent}" for kind in kinds for percent in PERCENTILES])
+    table = _table("Milliseconds", ("rate", "of"), [f"p{percent}" for percent in PERCENTILES])
     for one in report.rounds:
-        cells = [
-            _cell(figures, percent) for figures in (one.ttft, one.tpot, one.itl, one.latency) for percent in PERCENTILES
-        ]
-        table.add_row(f"{one.rate:g}", *cells)
+        kinds = {"TTFT": one.ttft, "TPOT": one.tpot, "ITL": one.itl, "latency": one.latency}
+        for name, figures in kinds.items():
+            cells = [f"{1e3 * value:,.1f}" for value in figures.values()]
+            table.add_row(f"{one.rate:g}" if name == "TTFT" else "", name, *cells)
     return table
 
 
-def _cell(figures: Mapping[str, float], percent: int) -> str:
-    return f"{1e3 * figures[f'p{percent}']:,.1f}" if figures else ""
-
-
-def _table(title: str, word: str, numbers: Sequence[str]) -> Table:
+def _table(title: str, words: Sequence[str], numbers: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=SIMPLE_HEAD)
-    table.add_column(word)
+    for head in words:
+        table.add_column(head)
     for head in numbers:
         table.add_column(head, justify="right")
     return table
