@@ -156,8 +156,9 @@ async def _probe(client: HttpClient, options: Options) -> Scale:
     """Ask two short questions, which also tell whether the server takes requests of this form at all."""
     assert options.model is not None
     tokens = []
-    for num_words in PROBES:
-        (ask,) = draw_asks(Workload(1, num_words, 1, seed=options.workload.seed), NUM_IDS)
+    for index, num_words in enumerate(PROBES):
+        # Rounds of their own, or the first of a round would find the longer one in the prefix cache.
+        (ask,) = draw_asks(Workload(1, num_words, 1, seed=options.workload.seed), NUM_IDS, -2 - index)
         body = chat_body(options.model, text_of(ask.prompt), 1, stream=False, ignore_eos=options.ignore_eos)
         answer = await _ask(client, "POST", "/v1/chat/completions", body)
         tokens.append((answer.get("usage") or {}).get("prompt_tokens", 0))

@@ -33,6 +33,7 @@ def test_two_rates(server, capsys, tmp_path):
         assert len({tuple(outcome["times"]) for outcome in one["outcomes"]}) == 6
     assert after.requests - before.requests == 2 + 1 + 2 * 6
     assert after.generation_tokens - before.generation_tokens == 2 + 5 + 2 * 30
+    assert after.prefix_hit_tokens == before.prefix_hit_tokens  # no prompt is another's, of whatever round
     rows = [line.split() for line in captured.out.splitlines()]
     assert [row[0] for row in rows if row[2:4] == ["6", "0"]] == ["100", "inf"]
 
