@@ -10,6 +10,12 @@ from paceline.config import QUANTIZATIONS
 from paceline.formats import FORMATS
 
 FLAGS = {
+    "batch": """
+        --block-size --chat-template --debug --device --download-dir --dtype --enable-prefix-caching --enforce-eager
+        --generation-config --help --kv-cache-gib --load-format --max-model-len --max-num-batched-tokens --max-num-seqs
+        --memory-gib --mode --model --model-impl --offload --offload-dir --quantization --quantize --quiet --revision
+        --scheduling-policy --seed --served-model-name --speculative-config --threads --tokenizer --trust-remote-code
+    """,
     "bench": "--help",
     "bench latency": """
         --against --context --debug --device --dtype --help --json --mode --plot --quantize --quiet --rounds --threads
