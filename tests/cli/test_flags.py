@@ -51,10 +51,10 @@ FLAGS = {
         --enable-prefix-caching --enforce-eager --generation-config --help --host --kv-cache-gib --load-format
         --log-prompts --log-requests --max-body-bytes --max-logprobs --max-model-len --max-num-batched-tokens
         --max-num-queued-reqs --max-num-queued-tokens --max-num-seqs --max-queue --max-queue-tokens
-        --memory-gib --metrics-alias --mode --model --model-impl --offload --offload-dir --port --quantization
-        --quantize --revision --root-path --scheduling-policy --seed --served-model-name --speculative-config
-        --ssl-certfile --ssl-keyfile --ssl-keyfile-password --threads --tokenizer --trust-remote-code
-        --trust-request-chat-template --uvicorn-log-level
+        --memory-gib --metrics-alias --mode --model --model-impl --offload --offload-dir
+        --otlp-traces-endpoint --port --quantization --quantize --revision --root-path --scheduling-policy
+        --seed --served-model-name --speculative-config --ssl-certfile --ssl-keyfile --ssl-keyfile-password
+        --threads --tokenizer --trust-remote-code --trust-request-chat-template --uvicorn-log-level
     """,
     "tune": "--debug --device --dtype --help --out --quantize --quiet --rows",
     "plan": """

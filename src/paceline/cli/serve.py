@@ -100,6 +100,7 @@ def _settings(options: Mapping[str, Any]) -> ServerSettings:
         "max_logprobs",
         "trust_request_chat_template",
         "metrics_alias",
+        "otlp_traces_endpoint",
         "log_prompts",
     ]
     return ServerSettings(

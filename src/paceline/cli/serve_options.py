@@ -194,6 +194,9 @@ def _server_options() -> list[Callable[..., Any]]:
         click.option(
             "--metrics-alias", type=click.Choice(["vllm"]), help="Give /metrics vLLM's names too, for its dashboards."
         ),
+        click.option(
+            "--otlp-traces-endpoint", metavar="URL", help="Send OpenTelemetry traces there, as OTLP over HTTP."
+        ),
         click.option("--trust-request-chat-template", is_flag=True, help="A request may bring its own chat template."),
         click.option("--log-requests", is_flag=True, help="Log a line for each request."),
         click.option("--log-prompts", is_flag=True, help="Log what requests say, too."),

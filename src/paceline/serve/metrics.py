@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -139,6 +140,18 @@ class Metrics:
         return generate_latest(shown)
 
 
+@dataclass(frozen=True)
+class RequestTimes:
+    """When a request came, began and had its first and last token, on time.perf_counter's clock; None where it did not
+    come to that."""
+
+    arrival: float
+    queue_seconds: float | None
+    first: float | None
+    last: float | None
+    num_tokens: int
+
+
 class RequestTimer:
     """One request's times, told to the histograms as they are known."""
 
@@ -166,6 +179,11 @@ class RequestTimer:
             self._metrics.inter_token.observe((now - self._lasts[index]) / num_tokens)
         self._lasts[index] = now
         self._num_tokens += num_tokens
+
+    @property
+    def times(self) -> RequestTimes:
+        last = max(self._lasts.values(), default=None)
+        return RequestTimes(self._arrival, self._queue_seconds, self._first, last, self._num_tokens)
 
     def finished(self, reason: str) -> None:
         """One answer has ended."""
