@@ -46,7 +46,8 @@ FLAGS = {
     "models path": "--debug --help",
     "models pull": "--debug --help --quiet --revision",
     "serve": """
-        --allow-credentials --allowed-headers --allowed-methods --allowed-origins --api-key --block-size
+        --allow-credentials --allowed-headers --allowed-methods --allowed-origins --api-key
+        --api-server-count --api-workers --block-size
         --chat-template --config --debug --device --download-dir --drain-timeout --dtype
         --enable-prefix-caching --enforce-eager --generation-config --help --host --kv-cache-gib --load-format
         --log-prompts --log-requests --max-body-bytes --max-logprobs --max-model-len --max-num-batched-tokens

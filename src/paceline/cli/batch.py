@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from paceline.cli.load_options import load_options
+from paceline.cli.load_options import load_options, text_options
 from paceline.cli.model import interrupt_ends_at_once
 from paceline.cli.options import configure_logging, debug_option
 from paceline.cli.serve_options import model_and_engine_options
@@ -51,7 +51,6 @@ def batch(requests_path: str, answers_path: str, **options: Any) -> None:
         from paceline.serve.admission import QueueLimits
         from paceline.serve.service import Service
         from paceline.serve.settings import ServerSettings
-        from paceline.serve.text import TextOptions
         from paceline.serve.zmq_client import ZmqClient
 
     if Path(requests_path).resolve() == Path(answers_path).resolve():
@@ -67,8 +66,7 @@ def batch(requests_path: str, answers_path: str, **options: Any) -> None:
             _tell(options, f"{load.model}: {total - there} of {total} requests to answer")
             settings = ServerSettings(options["served_model_name"] or (load.model,), max_logprobs=-1)
             client = ZmqClient(load, limits=QueueLimits(None, None), threads=options["threads"])
-            text = TextOptions(load.model, load.tokenizer, load.revision, load.chat_template, None, load.download_dir)
-            service = Service(client, settings, text.load)
+            service = Service(client, settings, text_options(load).load)
             start = time.perf_counter()
             with _bar(there, total, quiet=options["quiet"]) as told:
                 progress = asyncio.run(run_batch(service, requests, answers, told))

@@ -1,15 +1,18 @@
-"""What a command that loads a model as `paceline serve` does hands to the engine."""
+"""What a command that loads a model as `paceline serve` does hands to the engine, and to the side that has text."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from paceline.config import CacheConfig, SchedulerConfig, SpeculativeConfig
 from paceline.engine.load_options import LoadOptions
 from paceline.errors import UsageError
 from paceline.registry import refuse_unknown_keys
 from paceline.tokens.chat_template import read_template
+
+if TYPE_CHECKING:
+    from paceline.serve.text import TextOptions
 
 
 def load_options(options: Mapping[str, Any]) -> LoadOptions:
@@ -52,6 +55,21 @@ def load_options(options: Mapping[str, Any]) -> LoadOptions:
         speculative=speculative,
         mode="eager" if options["enforce_eager"] else options["mode"],
         generation_config="none" if options["generation_config"] == "vllm" else options["generation_config"],
+    )
+
+
+def text_options(load: LoadOptions) -> TextOptions:
+    """Where the text side of what is loaded is."""
+    from paceline.serve.text import TextOptions
+
+    return TextOptions(
+        load.model,
+        load.tokenizer,
+        load.revision,
+        load.chat_template,
+        load.hf_token,
+        load.download_dir,
+        load.load_format,
     )
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from paceline.cli.load_options import load_options
+from paceline.cli.load_options import load_options, text_options
 from paceline.cli.model import interrupt_ends_at_once
 from paceline.cli.options import configure_logging, debug_option
 from paceline.cli.serve_options import ENVIRONMENT, serve_options
@@ -44,10 +45,13 @@ def serve(context: click.Context, /, name: str | None, **options: Any) -> None:
         raise UsageError("--api-key is empty: give a key, or leave it out to let everyone in")
     load = load_options(options)
     with interrupt_ends_at_once():
+        import asyncio
+
         from paceline.serve.admission import QueueLimits
-        from paceline.serve.server import ListenOptions, listen, run_server
+        from paceline.serve.server import ListenOptions, listen, listen_shared, run_server
         from paceline.serve.service import Service
-        from paceline.serve.text import TextOptions
+        from paceline.serve.worker_server import WorkerOptions
+        from paceline.serve.workers import Workers
         from paceline.serve.zmq_client import ZmqClient
 
     where = ListenOptions(
@@ -59,20 +63,27 @@ def serve(context: click.Context, /, name: str | None, **options: Any) -> None:
         "debug" if options["debug"] else options["uvicorn_log_level"],
         options["drain_timeout"],
     )
+    settings = _settings(options)
+    text = text_options(load)
     limits = QueueLimits(options["max_queue"], options["max_queue_tokens"])
-    text = TextOptions(
-        load.model, load.tokenizer, load.revision, load.chat_template, None, load.download_dir, load.load_format
-    )
-    listener = listen(where)
-    with listener:
-        port = listener.getsockname()[1]
-        log_level = logging.DEBUG if options["debug"] else logging.WARNING
-        client = ZmqClient(load, limits=limits, threads=options["threads"], log_level=log_level)
-        service = Service(client, _settings(options), text.load, _tell_ready)
-        click.echo(
-            f"{load.model} on {where.url_at(port)}/v1: loading; {where.url_at(port)}/startup says how far", err=True
-        )
-        run_server(service, where, listener)
+    log_level = logging.DEBUG if options["debug"] else logging.WARNING
+    count = options["api_workers"]
+    with ExitStack() as stack:
+        listeners = [listen(where)] if count == 1 else listen_shared(where, count)
+        for listener in listeners:
+            stack.enter_context(listener)
+        url = where.url_at(listeners[0].getsockname()[1])
+        told = f"{load.model} on {url}/v1: loading; {url}/startup says how far"
+        if count == 1:
+            client = ZmqClient(load, limits=limits, threads=options["threads"], log_level=log_level)
+            service = Service(client, settings, text.load, _tell_ready)
+            click.echo(told, err=True)
+            run_server(service, where, listeners[0])
+        else:
+            api = WorkerOptions(settings, text, where)
+            workers = Workers(load, api, listeners, limits=limits, threads=options["threads"], log_level=log_level)
+            click.echo(told, err=True)
+            asyncio.run(workers.run(_tell_ready))
 
 
 def _tell_ready(info: ModelInfo) -> None:

@@ -123,6 +123,16 @@ def _server_options() -> list[Callable[..., Any]]:
             help="The port; 0 takes a free one.",
         ),
         click.option(
+            "--api-workers",
+            "--api-server-count",
+            "api_workers",
+            type=click.IntRange(min=1),
+            default=1,
+            show_default=True,
+            metavar="N",
+            help="Processes that answer HTTP, all before one engine.",
+        ),
+        click.option(
             "--api-key", multiple=True, metavar="KEY", help="Refuse requests without it; may be given several times."
         ),
         click.option(
