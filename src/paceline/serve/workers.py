@@ -2,7 +2,7 @@
 workers, and starts another in the place of one that dies.
 
 Each worker has a socket of its own on the port, and the kernel deals connections out. This process keeps them all open:
-what comes while a worker is missing waits in its queue for the next one.
+what comes while a worker is missing is not refused but waits in its queue for the next one.
 """
 
 from __future__ import annotations
