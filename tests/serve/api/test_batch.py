@@ -205,7 +205,6 @@ def test_a_run_that_is_killed_goes_on(tiny_chat_model, tmp_path, capsys):
     [
         (["no.jsonl", "out.jsonl"], 2, "no.jsonl cannot be read"),
         (["in.jsonl", "./in.jsonl"], 2, "is the file of the requests"),
-        (["in.jsonl", "out.jsonl", "--model", "/no/such/model"], 1, "/no/such/model: no such file"),
         (["in.jsonl"], 2, "Missing argument 'OUT.jsonl'"),
     ],
 )

@@ -94,7 +94,7 @@ def until(condition: Callable[[], bool], seconds: float = 30) -> None:
 def served(tiny_chat_model: Path) -> Iterator[Served]:
     command = [sys.executable, "-m", "paceline", "serve", str(tiny_chat_model), "--port", "0", "--api-workers", "2"]
     options = ["--threads", "1", "--max-num-seqs", "8", "--served-model-name", "tiny"]
-    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stderr is not None
     port = int(re.search(r"127\.0\.0\.1:(\d+)/v1", process.stderr.readline()).group(1))
     made = Served(process, port)
@@ -154,9 +154,10 @@ def test_an_engine_that_is_killed_is_replaced_for_all_workers(served):
 
 
 def test_sigterm_lets_answers_finish(served):
+    """Sent to the whole group, as a terminal sends Ctrl-C and systemd its SIGTERM."""
     connection = served.stream()
     pids = served.children()
-    served.process.send_signal(signal.SIGTERM)
+    os.killpg(served.process.pid, signal.SIGTERM)
     assert served.response.read().endswith(b"data: [DONE]\n\n")
     connection.close()
     assert served.process.wait(30) == 0
