@@ -159,9 +159,10 @@ def test_an_engine_that_is_killed_is_replaced_for_all_workers(served):
 def test_sigterm_lets_answers_finish(served):
     """Sent to the whole group, as a terminal sends Ctrl-C and systemd its SIGTERM."""
     connection = served.stream()
-    pids = served.children()
+    pids, engine = served.children(), served.engine()
     os.killpg(served.process.pid, signal.SIGTERM)
     assert served.response.read().endswith(b"data: [DONE]\n\n")
+    assert Path(f"/proc/{engine}").exists()  # the worker that had nothing to do did not take it along
     connection.close()
     assert served.process.wait(30) == 0
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
