@@ -57,7 +57,8 @@ def test_thinking_and_calls_of_tools_are_text():
         (chunk("a") + "\n\ndata: [DONE]\n\n", "ended before the answer did"),
         (chunk("a") + "\n\n", "ended before the answer did"),
         ('data: {"error": {"message": "engine died"}}\n\ndata: [DONE]\n\n', "engine died"),
-        ("data: {\n\n", "not JSON: {"),
+        ("data: {\n\n", "no chunk of a chat: {"),
+        ("data: 1\n\n", "no chunk of a chat: 1"),
     ],
 )
 def test_an_answer_that_is_not_whole(text, says):

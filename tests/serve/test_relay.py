@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import socket
 from typing import Any
 
 import pytest
 
-from paceline.errors import EngineDeadError
+from paceline.errors import EngineDeadError, UsageError
 from paceline.serve.client import EngineCounters
 from paceline.serve.engine_process import Addresses
+from paceline.serve.failures import error_of
 from paceline.serve.health import Deadlines
 from paceline.serve.messages import Failure, LoadFailed, encode
 from paceline.serve.relay import Died, Exit, GivenUp, Launched, RelayedEngine
+from paceline.serve.server import ListenOptions
+from paceline.serve.settings import ServerSettings
+from paceline.serve.text import TextOptions
+from paceline.serve.worker_server import WorkerOptions, serve_as_worker
 from paceline.serve.zmq_client import ZmqClient
 
 
@@ -59,6 +65,18 @@ def test_an_engine_that_dies_while_it_loads_is_waited_for(attached, run_async, t
         assert client.status().state == "closed"
 
     run_async(play())
+
+
+def test_a_worker_that_cannot_begin_tells_its_owner(tmp_path):
+    """Or it would be replaced by one that cannot begin either."""
+    mine, theirs = multiprocessing.Pipe()
+    settings = ServerSettings(("tiny",), otlp_traces_endpoint="grpc://localhost")
+    options = WorkerOptions(settings, TextOptions(str(tmp_path)), ListenOptions())
+    with socket.socket() as listener:
+        assert serve_as_worker(options, b"worker", listener, theirs)
+    error = error_of(mine.recv().failure)
+    assert isinstance(error, UsageError)
+    assert "OTLP over HTTP" in str(error)
 
 
 def test_an_engine_that_is_given_up(attached, run_async, tmp_path, until, make_request):

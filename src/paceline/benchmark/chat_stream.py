@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from paceline.benchmark.http_client import Response
 
 _SHOWN_CHARS = 200  # of an error's text
@@ -40,29 +42,48 @@ class ChatStream:
     error: str | None = None
 
 
+class _Choice(msgspec.Struct):
+    delta: dict[str, Any] | None = None
+    finish_reason: str | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: Any = None
+
+
+# Not json: chunks are parsed while other streams go on, and what that takes is added to their times.
+_chunk = msgspec.json.Decoder(_Chunk)
+
+
 def read_stream(response: Response) -> ChatStream:
     if response.status != 200:
         return ChatStream(error=f"{response.status}: {error_text(response.body)}")
     times: list[float] = []
-    usage: dict[str, Any] = {}
+    usage = _Usage()
     finished = False
     for time, data in _events(response):
         if data == b"[DONE]":
             break
         try:
-            chunk = json.loads(data)
-        except ValueError:
-            return ChatStream(error=f"an event is not JSON: {_shown(data)}")
-        if "error" in chunk:
+            chunk = _chunk.decode(data)
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            return ChatStream(error=f"an event is no chunk of a chat: {_shown(data)}")
+        if chunk.error is not None:
             return ChatStream(tuple(times), error=error_text(data))
-        usage = chunk.get("usage") or usage
-        for choice in chunk.get("choices", ()):
-            delta = choice.get("delta") or {}
-            if any(delta.get(name) for name in _TEXTS):
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            if choice.delta and any(choice.delta.get(name) for name in _TEXTS):
                 times.append(time)
-            finished = finished or choice.get("finish_reason") is not None
+            finished = finished or choice.finish_reason is not None
     error = None if finished else "the stream ended before the answer did"
-    return ChatStream(tuple(times), usage.get("prompt_tokens"), usage.get("completion_tokens"), error)
+    return ChatStream(tuple(times), usage.prompt_tokens, usage.completion_tokens, error)
 
 
 def _events(response: Response) -> Iterator[tuple[float, bytes]]:

@@ -38,7 +38,7 @@ class _Rate(click.ParamType[float]):
 @click.command("serve")
 @click.argument("url", default="http://127.0.0.1:8000")
 @click.option("--model", metavar="NAME", help="What requests call it [default: the first that the server names].")
-@click.option("--api-key", envvar="PACELINE_API_KEY", metavar="KEY", help="Sent with every request.")
+@click.option("--api-key", envvar="PACELINE_API_KEY", show_envvar=True, metavar="KEY", help="Sent with every request.")
 @click.option("--rate", type=_Rate(), multiple=True, metavar="R", help="Requests a second; several [default: inf].")
 @click.option("--requests", type=int, default=256, show_default=True, metavar="N", help="Requests of each rate.")
 @click.option("--input-len", type=int, default=512, show_default=True, metavar="N", help="Tokens of a prompt.")

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
+from paceline.errors import PacelineError
+from paceline.log import get_logger
 from paceline.serve.failures import failure_of
 from paceline.serve.health import Deadlines
 from paceline.serve.relay import Failed, RelayedEngine
@@ -17,6 +19,8 @@ from paceline.serve.service import Service
 from paceline.serve.settings import ServerSettings
 from paceline.serve.text import TextOptions
 from paceline.serve.zmq_client import ZmqClient
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,18 @@ class _WorkerServer(DrainingServer):
 
 def serve_as_worker(options: WorkerOptions, name: bytes, listener: socket.socket, connection: Connection) -> bool:
     """Serve until the owner says Exit. Whether it failed, which the owner was told."""
+    try:
+        failure = _serve(options, name, listener, connection)
+    except Exception as error:
+        failure = error
+    if failure is not None:
+        if not isinstance(failure, PacelineError):
+            log.error("an API worker failed: a bug in paceline", exc_info=failure)
+        connection.send(Failed(failure_of(failure)))
+    return failure is not None
 
+
+def _serve(options: WorkerOptions, name: bytes, listener: socket.socket, connection: Connection) -> Exception | None:
     def exit_once_more() -> None:
         server.handle_exit(signal.SIGTERM, None)
 
@@ -47,6 +62,4 @@ def serve_as_worker(options: WorkerOptions, name: bytes, listener: socket.socket
     service = Service(client, options.settings, options.text.load)
     server = make_server(service, options.where, _WorkerServer)
     server.run(sockets=[listener])
-    if service.failure is not None:
-        connection.send(Failed(failure_of(service.failure)))
-    return service.failure is not None
+    return service.failure
