@@ -10,6 +10,12 @@ from paceline.config import QUANTIZATIONS
 from paceline.formats import FORMATS
 
 FLAGS = {
+    "batch": """
+        --block-size --chat-template --debug --device --download-dir --dtype --enable-prefix-caching --enforce-eager
+        --generation-config --help --kv-cache-gib --load-format --max-model-len --max-num-batched-tokens --max-num-seqs
+        --memory-gib --mode --model --model-impl --offload --offload-dir --quantization --quantize --quiet --revision
+        --scheduling-policy --seed --served-model-name --speculative-config --threads --tokenizer --trust-remote-code
+    """,
     "bench": "--help",
     "bench latency": """
         --against --context --debug --device --dtype --help --json --mode --plot --quantize --quiet --rounds
@@ -19,6 +25,10 @@ FLAGS = {
         --against --batch --debug --decode-only --device --dtype --groups --help --input-len --json --max-num-seqs
         --mixed --mode --output-len --plot --prefix --quantize --quiet --requests --rounds --seed --step-tokens
         --threads
+    """,
+    "bench serve": """
+        --api-key --debug --goodput --groups --help --ignore-eos --input-len --json --mixed --model --output-len --plot
+        --prefix --quiet --rate --requests --seed --warmup
     """,
     "chat": """
         --chat-template --debug --deterministic --device --dtype --help --ignore-eos --max-model-len --max-tokens
@@ -43,15 +53,16 @@ FLAGS = {
     "models path": "--debug --help",
     "models pull": "--debug --help --quiet --revision",
     "serve": """
-        --allow-credentials --allowed-headers --allowed-methods --allowed-origins --api-key --block-size
+        --allow-credentials --allowed-headers --allowed-methods --allowed-origins --api-key
+        --api-server-count --api-workers --block-size
         --chat-template --config --debug --device --download-dir --drain-timeout --dtype
         --enable-prefix-caching --enforce-eager --generation-config --help --host --kv-cache-gib --load-format
         --log-prompts --log-requests --max-body-bytes --max-logprobs --max-model-len --max-num-batched-tokens
         --max-num-queued-reqs --max-num-queued-tokens --max-num-seqs --max-queue --max-queue-tokens
-        --memory-gib --metrics-alias --mode --model --model-impl --offload --offload-dir --port --quantization
-        --quantize --revision --root-path --scheduling-policy --seed --served-model-name --speculative-config
-        --ssl-certfile --ssl-keyfile --ssl-keyfile-password --threads --tokenizer --trust-remote-code
-        --trust-request-chat-template --uvicorn-log-level
+        --memory-gib --metrics-alias --mode --model --model-impl --offload --offload-dir
+        --otlp-traces-endpoint --port --quantization --quantize --revision --root-path --scheduling-policy
+        --seed --served-model-name --speculative-config --ssl-certfile --ssl-keyfile --ssl-keyfile-password
+        --threads --tokenizer --trust-remote-code --trust-request-chat-template --uvicorn-log-level
     """,
     "tune": "--debug --device --dtype --help --out --quantize --quiet --rows",
     "plan": """

@@ -97,11 +97,15 @@ def test_flags_come_before_the_environment_and_that_before_the_file(tmp_path, mo
     assert options["seed"] == 3
 
 
-def test_every_option_has_its_variable():
-    for option in commands.commands["serve"].params:
-        if isinstance(option, click.Option) and option.name not in ("debug", "help"):
-            names = {f"{ENVIRONMENT}_{flag[2:].replace('-', '_').upper()}" for flag in option.opts if flag[:2] == "--"}
-            assert option.envvar in names
+def test_every_option_has_its_variable(monkeypatch):
+    command = commands.commands["serve"]
+    with command.make_context("serve", []) as context:
+        for option in command.params:
+            if isinstance(option, click.Option):
+                flags = {flag[2:].replace("-", "_") for flag in option.opts if flag.startswith("--")}
+                assert option.name in flags
+                monkeypatch.setenv(f"{ENVIRONMENT}_{option.name.upper()}", "value")
+                assert option.resolve_envvar_value(context) == "value"
 
 
 def test_vllms_flags_are_taken():

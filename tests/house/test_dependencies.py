@@ -12,9 +12,14 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
-OPTIONAL = ("fallback", "plot")  # extras of pyproject.toml whose packages the code imports
-DISTRIBUTIONS = {"prometheus_client": "prometheus-client", "yaml": "pyyaml", "zmq": "pyzmq"}  # where named otherwise
-BY_NAME = {"httptools", "uvloop"}  # uvicorn imports them: serve/server.py tells it to
+OPTIONAL = ("fallback", "plot", "otel")  # extras of pyproject.toml whose packages the code imports
+DISTRIBUTIONS = {  # where named otherwise
+    "opentelemetry": "opentelemetry-sdk",
+    "prometheus_client": "prometheus-client",
+    "yaml": "pyyaml",
+    "zmq": "pyzmq",
+}
+BY_NAME = {"uvloop"}  # uvicorn imports it: serve/server.py tells it to
 WITH_TORCH = {"triton"}  # comes with torch where torch runs on CUDA or ROCm; the code goes on without it
 
 

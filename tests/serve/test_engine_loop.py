@@ -22,6 +22,7 @@ from paceline.serve.messages import (
     Accepted,
     EndAnswer,
     Event,
+    Forget,
     FromEngine,
     Hello,
     Ready,
@@ -272,3 +273,22 @@ def test_it_warms_up_while_there_is_nothing_else_to_do(engine, play, make_reques
     assert script.waits[:2] == [False, False]
     assert script.waits[-1]
     assert script.waits.count(True) == len(script.waits) - script.waits.index(True)
+
+
+def test_a_client_that_is_gone_takes_its_requests_with_it(play, make_request, used):
+    """Even those that arrive after the word of its end, as its messages come over another connection."""
+    held = []
+    script, loop = play(
+        [(b"a", submit(make_request("a1", max_tokens=50))), (b"b", submit(make_request("b1", max_tokens=4)))],
+        None,
+        lambda: held.append(used()) or [(b"b", Forget(b"a")), (b"a", submit(make_request("a2")))],
+        None,
+        None,
+        lambda: held.append(used()),
+    )
+    assert held[0] > 0
+    assert held[1] == 0
+    assert 0 < len(script.events(b"a")) < 5
+    assert len(script.events(b"b")) == 4
+    assert [m.request_id for m in script.only(Accepted)] == ["a1", "b1"]
+    assert (loop.load.running, loop.load.waiting) == (0, 0)

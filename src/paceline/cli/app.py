@@ -10,7 +10,9 @@ from collections.abc import Sequence
 import click
 
 from paceline import __version__
+from paceline.cli.batch import batch
 from paceline.cli.bench import bench
+from paceline.cli.bench_serve import bench_serve
 from paceline.cli.chat import chat
 from paceline.cli.env import env
 from paceline.cli.exit_codes import EXIT_CLOSED_PIPE, EXIT_FAILURE, EXIT_INTERRUPTED
@@ -48,7 +50,9 @@ commands.add_command(plan)
 commands.add_command(chat)
 commands.add_command(models)
 commands.add_command(env)
+commands.add_command(batch)
 commands.add_command(bench)
+bench.add_command(bench_serve)
 commands.add_command(explain)
 commands.add_command(serve)
 commands.add_command(tune)

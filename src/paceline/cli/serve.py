@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
+from paceline.cli.load_options import load_options, text_options
 from paceline.cli.model import interrupt_ends_at_once
 from paceline.cli.options import configure_logging, debug_option
-from paceline.cli.serve_options import serve_options
+from paceline.cli.serve_options import ENVIRONMENT, serve_options
 from paceline.cli.table import columns
-from paceline.config import CacheConfig, SchedulerConfig, SpeculativeConfig
 from paceline.errors import UsageError
 from paceline.host import process_age
-from paceline.registry import refuse_unknown_keys
-from paceline.tokens.chat_template import read_template
 
 if TYPE_CHECKING:
-    from paceline.engine.load_options import LoadOptions
     from paceline.serve.client import ModelInfo
     from paceline.serve.settings import ServerSettings
 
 
-@click.command()
+@click.command(context_settings={"auto_envvar_prefix": ENVIRONMENT})
 @click.argument("name", required=False, metavar="[MODEL]")
 @serve_options
 @debug_option
@@ -43,21 +41,17 @@ def serve(context: click.Context, /, name: str | None, **options: Any) -> None:
         if context.get_parameter_source("model") is ParameterSource.COMMANDLINE:
             raise UsageError(f"two models: '{name}' and --model '{options['model']}'; give one of them")
         options["model"] = name
-    _refuse_together(context, options)
-    if options["chat_template"] is not None:
-        read_template(options["chat_template"])  # what is wrong with it is told before a model is loaded
-    cache = CacheConfig(options["block_size"], None, options["enable_prefix_caching"])
-    scheduler = SchedulerConfig(
-        options["max_num_seqs"], options["max_num_batched_tokens"], None, options["scheduling_policy"]
-    )
-    speculative = _speculative(options["speculative_config"])
-
+    if any(not key for key in options["api_key"]):
+        raise UsageError("--api-key is empty: give a key, or leave it out to let everyone in")
+    load = load_options(options)
     with interrupt_ends_at_once():
-        from paceline.engine.load_options import LoadOptions
+        import asyncio
+
         from paceline.serve.admission import QueueLimits
-        from paceline.serve.server import ListenOptions, listen, run_server
+        from paceline.serve.server import ListenOptions, listen, listen_shared, run_server
         from paceline.serve.service import Service
-        from paceline.serve.text import TextOptions
+        from paceline.serve.worker_server import WorkerOptions
+        from paceline.serve.workers import Workers
         from paceline.serve.zmq_client import ZmqClient
 
     where = ListenOptions(
@@ -69,21 +63,27 @@ def serve(context: click.Context, /, name: str | None, **options: Any) -> None:
         "debug" if options["debug"] else options["uvicorn_log_level"],
         options["drain_timeout"],
     )
-    load = _load_options(options, LoadOptions, cache, scheduler, speculative)
+    settings = _settings(options)
+    text = text_options(load)
     limits = QueueLimits(options["max_queue"], options["max_queue_tokens"])
-    text = TextOptions(
-        load.model, load.tokenizer, load.revision, load.chat_template, None, load.download_dir, load.load_format
-    )
-    listener = listen(where)
-    with listener:
-        port = listener.getsockname()[1]
-        log_level = logging.DEBUG if options["debug"] else logging.WARNING
-        client = ZmqClient(load, limits=limits, threads=options["threads"], log_level=log_level)
-        service = Service(client, _settings(options), text.load, _tell_ready)
-        click.echo(
-            f"{load.model} on {where.url_at(port)}/v1: loading; {where.url_at(port)}/startup says how far", err=True
-        )
-        run_server(service, where, listener)
+    log_level = logging.DEBUG if options["debug"] else logging.WARNING
+    count = options["api_workers"]
+    with ExitStack() as stack:
+        listeners = [listen(where)] if count == 1 else listen_shared(where, count)
+        for listener in listeners:
+            stack.enter_context(listener)
+        url = where.url_at(listeners[0].getsockname()[1])
+        told = f"{load.model} on {url}/v1: loading; {url}/startup says how far"
+        if count == 1:
+            client = ZmqClient(load, limits=limits, threads=options["threads"], log_level=log_level)
+            service = Service(client, settings, text.load, _tell_ready)
+            click.echo(told, err=True)
+            run_server(service, where, listeners[0])
+        else:
+            api = WorkerOptions(settings, text, where)
+            workers = Workers(load, api, listeners, limits=limits, threads=options["threads"], log_level=log_level)
+            click.echo(told, err=True)
+            asyncio.run(workers.run(_tell_ready))
 
 
 def _tell_ready(info: ModelInfo) -> None:
@@ -95,59 +95,6 @@ def _tell_ready(info: ModelInfo) -> None:
         f"{info.dtype} on {info.device}, a context of {info.max_model_len} tokens, {info.max_num_seqs} requests at "
         f"once, a cache of {info.num_kv_tokens} tokens",
         err=True,
-    )
-
-
-def _refuse_together(context: click.Context, options: Mapping[str, Any]) -> None:
-    if options["trust_remote_code"]:
-        raise UsageError("--trust-remote-code is refused: paceline runs no code from a checkpoint")
-    if options["enforce_eager"] and options["mode"] not in ("auto", "eager"):
-        raise UsageError(f"--enforce-eager and --mode {options['mode']} contradict each other: give one of them")
-    if options["load_format"] == "dummy" and options["tokenizer"] is None:
-        raise UsageError("--load-format dummy comes without a tokenizer: name one with --tokenizer")
-    if any(not key for key in options["api_key"]):
-        raise UsageError("--api-key is empty: give a key, or leave it out to let everyone in")
-
-
-def _speculative(given: Mapping[str, Any] | None) -> SpeculativeConfig | None:
-    if given is None:
-        return None
-    refuse_unknown_keys("--speculative-config key", given, SpeculativeConfig.__dataclass_fields__)
-    return SpeculativeConfig(**given)
-
-
-def _load_options(
-    options: Mapping[str, Any],
-    kind: type[LoadOptions],
-    cache: CacheConfig,
-    scheduler: SchedulerConfig,
-    speculative: SpeculativeConfig | None,
-) -> LoadOptions:
-    same = [
-        "model",
-        "tokenizer",
-        "revision",
-        "dtype",
-        "device",
-        "quantization",
-        "max_model_len",
-        "kv_cache_gib",
-        "memory_gib",
-        "offload",
-        "offload_dir",
-        "seed",
-        "chat_template",
-        "download_dir",
-        "model_impl",
-        "load_format",
-    ]
-    return kind(
-        **{name: options[name] for name in same},
-        cache=cache,
-        scheduler=scheduler,
-        speculative=speculative,
-        mode="eager" if options["enforce_eager"] else options["mode"],
-        generation_config="none" if options["generation_config"] == "vllm" else options["generation_config"],
     )
 
 
@@ -164,6 +111,7 @@ def _settings(options: Mapping[str, Any]) -> ServerSettings:
         "max_logprobs",
         "trust_request_chat_template",
         "metrics_alias",
+        "otlp_traces_endpoint",
         "log_prompts",
     ]
     return ServerSettings(

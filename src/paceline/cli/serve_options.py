@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,17 +78,23 @@ def _read_config(context: click.Context, _: click.Parameter, path: str | None) -
     context.default_map = defaults
 
 
-def serve_options(command: Callable[..., None]) -> Callable[..., None]:
-    for option in reversed([*_server_options(), *_model_options(), *_engine_options()]):
+Command = Callable[..., None]
+
+
+def serve_options(command: Command) -> Command:
+    """All options of `paceline serve`, whose context gives each its variable (ENVIRONMENT)."""
+    return _with(model_and_engine_options(command), _server_options())
+
+
+def model_and_engine_options(command: Command) -> Command:
+    """Those that say which model runs and how, as cli/load_options.py reads them."""
+    return _with(command, [*_model_options(), *_engine_options()])
+
+
+def _with(command: Command, options: Sequence[Callable[[Command], Command]]) -> Command:
+    for option in reversed(options):
         command = option(command)
     return command
-
-
-def _option(*names: str, **attributes: Any) -> Callable[..., Any]:
-    """An option and its environment variable."""
-    long = next(name for name in names if name.startswith("--")).partition("/")[0]
-    variable = f"{ENVIRONMENT}_{long.removeprefix('--').replace('-', '_').upper()}"
-    return click.option(*names, envvar=variable, **attributes)
 
 
 def _server_options() -> list[Callable[..., Any]]:
@@ -99,17 +105,16 @@ def _server_options() -> list[Callable[..., Any]]:
             expose_value=False,
             callback=_read_config,
             metavar="FILE",
-            envvar=f"{ENVIRONMENT}_CONFIG",
             help="A YAML file of these options, by name; flags and environment win.",
         ),
-        _option(
+        click.option(
             "--host",
             default="127.0.0.1",
             show_default=True,
             metavar="ADDRESS",
             help="Where to listen; 0.0.0.0 is everywhere.",
         ),
-        _option(
+        click.option(
             "--port",
             default=8000,
             show_default=True,
@@ -117,34 +122,44 @@ def _server_options() -> list[Callable[..., Any]]:
             metavar="N",
             help="The port; 0 takes a free one.",
         ),
-        _option(
+        click.option(
+            "--api-workers",
+            "--api-server-count",
+            "api_workers",
+            type=click.IntRange(min=1),
+            default=1,
+            show_default=True,
+            metavar="N",
+            help="Processes that answer HTTP, all before one engine.",
+        ),
+        click.option(
             "--api-key", multiple=True, metavar="KEY", help="Refuse requests without it; may be given several times."
         ),
-        _option(
+        click.option(
             "--served-model-name",
             multiple=True,
             metavar="NAME",
             help="What requests call the model [default: as it was given].",
         ),
-        _option(
+        click.option(
             "--allowed-origins",
             type=_Strings(),
             default="",
             metavar="LIST",
             help="Origins of web pages that may ask (CORS).",
         ),
-        _option(
+        click.option(
             "--allowed-methods", type=_Strings(), default="*", metavar="LIST", help="HTTP methods that they may use."
         ),
-        _option(
+        click.option(
             "--allowed-headers", type=_Strings(), default="*", metavar="LIST", help="HTTP headers that they may send."
         ),
-        _option("--allow-credentials", is_flag=True, help="They may send cookies."),
-        _option("--ssl-certfile", metavar="FILE", help="Serve HTTPS with this certificate."),
-        _option("--ssl-keyfile", metavar="FILE", help="The certificate's key, where it is in a file of its own."),
-        _option("--ssl-keyfile-password", metavar="TEXT", help="The password of the key."),
-        _option("--root-path", default="", metavar="PATH", help="The path that a proxy in front adds."),
-        _option(
+        click.option("--allow-credentials", is_flag=True, help="They may send cookies."),
+        click.option("--ssl-certfile", metavar="FILE", help="Serve HTTPS with this certificate."),
+        click.option("--ssl-keyfile", metavar="FILE", help="The certificate's key, where it is in a file of its own."),
+        click.option("--ssl-keyfile-password", metavar="TEXT", help="The password of the key."),
+        click.option("--root-path", default="", metavar="PATH", help="The path that a proxy in front adds."),
+        click.option(
             "--max-queue",
             "--max-num-queued-reqs",
             "max_queue",
@@ -154,7 +169,7 @@ def _server_options() -> list[Callable[..., Any]]:
             metavar="N",
             help="Requests that may wait; more are a 429.",
         ),
-        _option(
+        click.option(
             "--max-queue-tokens",
             "--max-num-queued-tokens",
             "max_queue_tokens",
@@ -162,7 +177,7 @@ def _server_options() -> list[Callable[..., Any]]:
             metavar="N",
             help="Prompt tokens that may wait [default: any].",
         ),
-        _option(
+        click.option(
             "--max-logprobs",
             type=click.IntRange(min=-1),
             default=20,
@@ -170,7 +185,7 @@ def _server_options() -> list[Callable[..., Any]]:
             metavar="K",
             help="The most log probabilities a token that a request may ask for; -1 is any.",
         ),
-        _option(
+        click.option(
             "--max-body-bytes",
             type=click.IntRange(min=1),
             default=32 << 20,
@@ -178,7 +193,7 @@ def _server_options() -> list[Callable[..., Any]]:
             metavar="N",
             help="The largest body of a request.",
         ),
-        _option(
+        click.option(
             "--drain-timeout",
             type=click.FloatRange(min=0),
             default=30.0,
@@ -186,13 +201,16 @@ def _server_options() -> list[Callable[..., Any]]:
             metavar="S",
             help="Seconds that answers may still take after SIGTERM.",
         ),
-        _option(
+        click.option(
             "--metrics-alias", type=click.Choice(["vllm"]), help="Give /metrics vLLM's names too, for its dashboards."
         ),
-        _option("--trust-request-chat-template", is_flag=True, help="A request may bring its own chat template."),
-        _option("--log-requests", is_flag=True, help="Log a line for each request."),
-        _option("--log-prompts", is_flag=True, help="Log what requests say, too."),
-        _option(
+        click.option(
+            "--otlp-traces-endpoint", metavar="URL", help="Send OpenTelemetry traces there, as OTLP over HTTP."
+        ),
+        click.option("--trust-request-chat-template", is_flag=True, help="A request may bring its own chat template."),
+        click.option("--log-requests", is_flag=True, help="Log a line for each request."),
+        click.option("--log-prompts", is_flag=True, help="Log what requests say, too."),
+        click.option(
             "--uvicorn-log-level",
             type=click.Choice(["critical", "error", "warning", "info", "debug", "trace"]),
             default="warning",
@@ -204,18 +222,18 @@ def _server_options() -> list[Callable[..., Any]]:
 
 def _model_options() -> list[Callable[..., Any]]:
     return [
-        _option("--model", default=DEFAULT_MODEL, show_default=True, metavar="NAME", help="The same as MODEL."),
-        _option("--tokenizer", metavar="NAME", help="Where the tokenizer is, if not with the model."),
-        _option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."),
-        _option(
+        click.option("--model", default=DEFAULT_MODEL, show_default=True, metavar="NAME", help="The same as MODEL."),
+        click.option("--tokenizer", metavar="NAME", help="Where the tokenizer is, if not with the model."),
+        click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."),
+        click.option(
             "--dtype",
             type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
             default="auto",
             show_default=True,
             help="What the weights are computed in.",
         ),
-        _option("--device", default="auto", show_default=True, metavar="NAME", help="cpu, cuda or cuda:N."),
-        _option(
+        click.option("--device", default="auto", show_default=True, metavar="NAME", help="cpu, cuda or cuda:N."),
+        click.option(
             "--quantization",
             "-q",
             "--quantize",
@@ -223,42 +241,42 @@ def _model_options() -> list[Callable[..., Any]]:
             type=click.Choice(QUANTIZATIONS),
             help="Store weights in 8 or 4 bits: smaller, not lossless.",
         ),
-        _option(
+        click.option(
             "--load-format",
             type=click.Choice(LOAD_FORMATS),
             default="auto",
             show_default=True,
             help="dummy makes random weights of the model's shape.",
         ),
-        _option("--download-dir", metavar="DIR", help="Where models are kept [default: the hub's cache]."),
-        _option(
+        click.option("--download-dir", metavar="DIR", help="Where models are kept [default: the hub's cache]."),
+        click.option(
             "--model-impl",
             type=click.Choice(MODEL_IMPLS),
             default="auto",
             show_default=True,
             help="Whose definition of the model runs.",
         ),
-        _option("--chat-template", metavar="FILE", help="A Jinja chat template in place of the model's own."),
-        _option(
+        click.option("--chat-template", metavar="FILE", help="A Jinja chat template in place of the model's own."),
+        click.option(
             "--generation-config",
             type=click.Choice(["auto", "none", "vllm"]),
             default="auto",
             show_default=True,
             help="auto takes the model's sampling defaults; none (vLLM's word: vllm) does not.",
         ),
-        _option("--trust-remote-code", is_flag=True, help="Refused: no code of a checkpoint is ever run."),
+        click.option("--trust-remote-code", is_flag=True, help="Refused: no code of a checkpoint is ever run."),
     ]
 
 
 def _engine_options() -> list[Callable[..., Any]]:
     return [
-        _option(
+        click.option(
             "--max-model-len",
             type=click.IntRange(min=1),
             metavar="N",
             help="Longest context [default: the model's own].",
         ),
-        _option(
+        click.option(
             "--max-num-seqs",
             type=click.IntRange(min=1),
             default=64,
@@ -266,7 +284,7 @@ def _engine_options() -> list[Callable[..., Any]]:
             metavar="N",
             help="Requests of one step.",
         ),
-        _option(
+        click.option(
             "--max-num-batched-tokens",
             type=click.IntRange(min=1),
             default=2048,
@@ -274,20 +292,20 @@ def _engine_options() -> list[Callable[..., Any]]:
             metavar="N",
             help="Tokens of one step.",
         ),
-        _option(
+        click.option(
             "--scheduling-policy",
             type=click.Choice(["fcfs", "priority"]),
             default="fcfs",
             show_default=True,
             help="Who is served first.",
         ),
-        _option(
+        click.option(
             "--enable-prefix-caching/--no-enable-prefix-caching",
             default=True,
             show_default=True,
             help="Keep and share the keys and values of prompts.",
         ),
-        _option(
+        click.option(
             "--block-size",
             type=click.IntRange(min=1),
             default=16,
@@ -295,28 +313,30 @@ def _engine_options() -> list[Callable[..., Any]]:
             metavar="N",
             help="Tokens of one block of the cache.",
         ),
-        _option("--kv-cache-gib", type=float, metavar="GIB", help="The cache's size [default: what is free]."),
-        _option("--memory-gib", type=float, metavar="GIB", help="Take no more memory [default: what is free]."),
-        _option(
+        click.option("--kv-cache-gib", type=float, metavar="GIB", help="The cache's size [default: what is free]."),
+        click.option("--memory-gib", type=float, metavar="GIB", help="Take no more memory [default: what is free]."),
+        click.option(
             "--offload",
             type=click.Choice(OFFLOADS),
             help="Stream the weights, for a model larger than the device.",
         ),
-        _option("--offload-dir", metavar="DIR", help="Where a file of offloaded weights may lie."),
-        _option(
+        click.option("--offload-dir", metavar="DIR", help="Where a file of offloaded weights may lie."),
+        click.option(
             "--speculative-config",
             type=_Json(dict, "object"),
             metavar="JSON",
             help='Draft tokens ahead, as {"method": "ngram"}.',
         ),
-        _option(
+        click.option(
             "--mode",
             type=click.Choice(MODES),
             default="auto",
             show_default=True,
             help="How steps run: eager, graph or compile.",
         ),
-        _option("--enforce-eager", is_flag=True, help="The same as --mode eager."),
-        _option("--seed", type=int, default=0, show_default=True, metavar="N", help="For requests that bring none."),
-        _option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads [default: every core]."),
+        click.option("--enforce-eager", is_flag=True, help="The same as --mode eager."),
+        click.option(
+            "--seed", type=int, default=0, show_default=True, metavar="N", help="For requests that bring none."
+        ),
+        click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads [default: every core]."),
     ]

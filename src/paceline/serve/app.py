@@ -29,6 +29,8 @@ def create_app(service: Service) -> FastAPI:
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
             await service.close()
+            if service.tracer is not None:
+                await asyncio.to_thread(service.tracer.close)
 
     settings = service.settings
     app = FastAPI(

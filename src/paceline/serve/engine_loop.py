@@ -22,6 +22,7 @@ from paceline.serve.messages import (
     Accepted,
     EndAnswer,
     Event,
+    Forget,
     FromEngine,
     Hello,
     Load,
@@ -67,6 +68,7 @@ class EngineLoop:
         self._waiting = WaitingRoom(limits)
         self._requests: dict[str, _Running] = {}
         self._owners: dict[str, str] = {}  # an engine's id of an answer -> its request's
+        self._gone: set[bytes] = set()  # clients whose messages may still come
         self._num_steps = self._num_requests = self._num_prompt_tokens = self._num_generated = 0
         self.load = Load()
         self.last_step: float | None = None  # when the last one ended, on time.monotonic's clock
@@ -91,7 +93,9 @@ class EngineLoop:
 
     # --------------------------------------------------------------------------------------------- messages
 
-    def _handle(self, client: bytes, message: Hello | Submit | EndAnswer | Abort) -> None:
+    def _handle(self, client: bytes, message: Hello | Submit | EndAnswer | Abort | Forget) -> None:
+        if client in self._gone:
+            return
         match message:
             case Hello():
                 self._port.send(client, Ready(self._info))
@@ -106,6 +110,10 @@ class EngineLoop:
                 self._end_answer(message)
             case Abort():
                 self._abort(message.request_id)
+            case Forget():
+                self._gone.add(message.client)
+                for request_id in [name for name, one in self._requests.items() if one.client == message.client]:
+                    self._abort(request_id)
 
     def _submit(self, client: bytes, message: Submit) -> Accepted:
         request, resumed = message.request, message.sent is not None

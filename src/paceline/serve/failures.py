@@ -7,7 +7,7 @@ from paceline.errors import EngineDeadError, PacelineError, QueueFullError
 from paceline.serve.messages import Failure
 
 
-def failure_of(error: PacelineError) -> Failure:
+def failure_of(error: Exception) -> Failure:
     retry_after = error.retry_after if isinstance(error, QueueFullError) else 0.0
     return Failure(type(error).__name__, str(error), retry_after)
 

@@ -14,6 +14,7 @@ from paceline.serve.client import EngineClient, GenerateRequest, RequestStream
 from paceline.serve.errors import ApiError, bad_request, unavailable
 from paceline.serve.metrics import Metrics
 from paceline.serve.protocol.common import Usage, usage
+from paceline.serve.tracing import PromptTrace
 
 
 class Generation:
@@ -28,6 +29,7 @@ class Generation:
         self.state = state
         self._metrics = metrics
         self._timer = metrics.request(request.params, len(request.prompt_token_ids))
+        self.trace: PromptTrace | None = None  # told once, at the end
         self._client: EngineClient | None = None
         self._stream: RequestStream | None = None
 
@@ -78,6 +80,9 @@ class Generation:
             await self._stream.aclose()
             if not self.state.finished:
                 self._timer.finished("abort")
+        if self.trace is not None:
+            self.trace.end(self.state, self._timer.times)
+            self.trace = None
 
     async def run(self) -> None:
         """To its end."""

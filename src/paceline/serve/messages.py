@@ -43,11 +43,17 @@ class Abort(msgspec.Struct, frozen=True, array_like=True, tag=True):
     request_id: str
 
 
+class Forget(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A client is gone for good: its requests are aborted, and none of its messages that come late is heeded."""
+
+    client: bytes
+
+
 class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """End the process, whatever runs."""
 
 
-ToEngine = Hello | Submit | EndAnswer | Abort | Shutdown
+ToEngine = Hello | Submit | EndAnswer | Abort | Forget | Shutdown
 
 # --------------------------------------------------------------------------------------------- from the engine
 

@@ -6,13 +6,16 @@ that its dashboards and autoscalers work.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import Metric
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
@@ -76,16 +79,22 @@ _VLLM_LABELS = {"finish_reason": "finished_reason"}
 
 
 class Metrics:
-    """All of one API process. `status`: asked for the engine's numbers at each reading."""
+    """All of one API process; or, where PROMETHEUS_MULTIPROC_DIR was set when prometheus_client was imported, of all
+    those that keep what they count there. `status`: asked for the engine's numbers at each reading."""
 
     def __init__(self, model_name: str, status: Callable[[], EngineStatus], alias: str | None = None) -> None:
         self._registry = CollectorRegistry()
-        ProcessCollector(registry=self._registry)
+        shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+        own = self._registry if shared is None else None
+        if shared is None:
+            ProcessCollector(registry=self._registry)
+        else:
+            MultiProcessCollector(self._registry, shared)  # type: ignore[no-untyped-call]
         self._registry.register(_EngineCollector(model_name, status))
         self._alias = alias
 
         def histogram(name: str, text: str, buckets: Iterable[float]) -> Histogram:
-            made = Histogram(f"paceline_{name}", text, ["model_name"], registry=self._registry, buckets=tuple(buckets))
+            made = Histogram(f"paceline_{name}", text, ["model_name"], registry=own, buckets=tuple(buckets))
             return made.labels(model_name)
 
         self.first_token = histogram("time_to_first_token_seconds", "From arrival to the first token.", _SECONDS)
@@ -103,13 +112,13 @@ class Metrics:
             "paceline_requests_finished",
             "Answers that ended, by how.",
             ["model_name", "finish_reason"],
-            registry=self._registry,
+            registry=own,
         )
         self._http = Counter(
             "paceline_http_requests",
             "HTTP requests answered.",
             ["handler", "method", "status"],
-            registry=self._registry,
+            registry=own,
         )
         self._model_name = model_name
         for reason in ("stop", "length", "abort", "error"):
@@ -139,6 +148,18 @@ class Metrics:
         return generate_latest(shown)
 
 
+@dataclass(frozen=True)
+class RequestTimes:
+    """When a request came, began and had its first and last token, on time.perf_counter's clock; None where it did not
+    come to that."""
+
+    arrival: float
+    queue_seconds: float | None
+    first: float | None
+    last: float | None
+    num_tokens: int
+
+
 class RequestTimer:
     """One request's times, told to the histograms as they are known."""
 
@@ -166,6 +187,11 @@ class RequestTimer:
             self._metrics.inter_token.observe((now - self._lasts[index]) / num_tokens)
         self._lasts[index] = now
         self._num_tokens += num_tokens
+
+    @property
+    def times(self) -> RequestTimes:
+        last = max(self._lasts.values(), default=None)
+        return RequestTimes(self._arrival, self._queue_seconds, self._first, last, self._num_tokens)
 
     def finished(self, reason: str) -> None:
         """One answer has ended."""

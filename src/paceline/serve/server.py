@@ -7,7 +7,7 @@ import logging
 import socket
 import ssl
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 
 import uvicorn
@@ -53,7 +53,15 @@ class ListenOptions:
         return f"{scheme}://{host}:{port}"
 
 
-def listen(options: ListenOptions) -> socket.socket:
+def listen_shared(options: ListenOptions, count: int) -> list[socket.socket]:
+    """Sockets on one port, among which the kernel deals connections out."""
+    # One that shares the port with nobody first: the others could join those of a server that is there.
+    with listen(options) as alone:
+        port: int = alone.getsockname()[1]
+    return [listen(replace(options, port=port), shared=True) for _ in range(count)]
+
+
+def listen(options: ListenOptions, *, shared: bool = False) -> socket.socket:
     """The bound socket. Before a model is loaded, so that a port in use is told at once."""
     try:
         found = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -63,6 +71,8 @@ def listen(options: ListenOptions) -> socket.socket:
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind(address)
         listener.listen(2048)
     except OSError as error:
@@ -87,7 +97,7 @@ def run_server(service: Service, options: ListenOptions, listener: socket.socket
         raise service.failure
 
 
-def make_server(service: Service, options: ListenOptions) -> DrainingServer:
+def make_server(service: Service, options: ListenOptions, kind: type[DrainingServer] | None = None) -> DrainingServer:
     """uvicorn, set up for `service`; `run(sockets=[...])` serves."""
     config = uvicorn.Config(
         create_app(service),
@@ -106,7 +116,7 @@ def make_server(service: Service, options: ListenOptions) -> DrainingServer:
         backlog=2048,
     )
     logging.getLogger("uvicorn.error").setLevel(options.log_level.upper())
-    return DrainingServer(config, service, options.drain_timeout)
+    return (kind or DrainingServer)(config, service, options.drain_timeout)
 
 
 class DrainingServer(uvicorn.Server):

@@ -14,6 +14,7 @@ from paceline.serve.client import EngineClient, ModelInfo
 from paceline.serve.errors import ApiError, as_api_error, bad_request, unavailable
 from paceline.serve.metrics import Metrics
 from paceline.serve.settings import ServerSettings
+from paceline.serve.tracing import Tracer
 from paceline.tokens.tokenizer import Tokenizer
 
 log = get_logger(__name__)
@@ -35,7 +36,7 @@ class Service:
     `on_ready` is told when requests can be answered.
 
     `failure`: what ended the start, None if nothing did. `draining`: no request is taken any more.
-    `num_in_flight`: requests that are being answered.
+    `num_in_flight`: requests that are being answered. Raises UsageError where traces cannot be made.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Service:
         self.settings = settings
         self.created = int(time.time())
         self.metrics = Metrics(settings.served_model_names[0], client.status, settings.metrics_alias)
+        self.tracer = None if settings.otlp_traces_endpoint is None else Tracer(settings.otlp_traces_endpoint)
         self.failure: Exception | None = None
         self.draining = False
         self.num_in_flight = 0

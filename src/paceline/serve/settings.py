@@ -15,7 +15,8 @@ class ServerSettings:
     `max_logprobs`: the most log probabilities a position that a request may ask for; -1 is the whole vocabulary.
     `max_answers`: the most answers of a request, its prompts times `n` (or `best_of`).
     `trust_request_chat_template`: a request may bring a template of its own, which runs in the sandbox.
-    `log_prompts`: write prompts and parameters to the log; they never are otherwise.
+    `otlp_traces_endpoint`: where OpenTelemetry's spans go. `log_prompts`: write prompts and parameters to the log; they
+    never are otherwise.
     """
 
     served_model_names: tuple[str, ...]
@@ -30,4 +31,5 @@ class ServerSettings:
     max_answers: int = 1024
     trust_request_chat_template: bool = False
     metrics_alias: MetricsAlias | None = None
+    otlp_traces_endpoint: str | None = None
     log_prompts: bool = False

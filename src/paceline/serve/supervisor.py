@@ -55,6 +55,7 @@ class Supervisor:
         self._idle = asyncio.Event()
         self._idle.set()
         self.restart = False
+        self.owns_engine = True
         self.num_launches = 0
 
     @property

@@ -11,6 +11,7 @@ import logging
 import pickle
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 import msgspec
 import zmq
@@ -33,6 +34,7 @@ from paceline.serve.failures import error_of
 from paceline.serve.health import Deadlines, added, status_of
 from paceline.serve.messages import (
     Beat,
+    Forget,
     Hello,
     Load,
     LoadFailed,
@@ -57,11 +59,14 @@ class _Socket:
     ZeroMQ's descriptor tells of changes only, and a send may take one away: so it is read empty after each.
     """
 
-    def __init__(self, kind: int, address: str, deliver: Callable[[bytes], None]) -> None:
+    def __init__(self, kind: int, address: str, deliver: Callable[[bytes], None], name: bytes | None = None) -> None:
+        """`name`: what the other side calls this one; it makes one up without."""
         self._loop = asyncio.get_running_loop()
         self._deliver = deliver
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
         self._socket.set_hwm(0)
+        if name is not None:
+            self._socket.setsockopt(zmq.ROUTING_ID, name)
         if kind == zmq.SUB:
             self._socket.subscribe(b"")
         self._socket.connect(address)
@@ -87,6 +92,27 @@ class _Socket:
             self._socket.close(linger=0)
 
 
+class EngineOwner(Protocol):
+    """Who starts and ends engines, and tells a Watcher: a Supervisor, or what stands for one in another process.
+
+    `restart`: whether an engine that ends is followed by another. `owns_engine`: whether the client decides over the
+    engine's life: it ends with the client, and one that cannot load ends the client's start.
+    """
+
+    restart: bool
+    owns_engine: bool
+    num_launches: int
+
+    @property
+    def pid(self) -> int | None: ...
+
+    def launch(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+    async def stop(self, timeout: float) -> None: ...
+
+
 class ZmqClient:
     """An EngineClient. `threads`: torch's CPU threads in the engine's process; `log_level`: of its loggers."""
 
@@ -100,8 +126,21 @@ class ZmqClient:
         log_level: int = logging.WARNING,
     ) -> None:
         spec = EngineSpec(pickle.dumps(options), limits or QueueLimits(), threads, log_level)
-        self._deadlines = deadlines or Deadlines()
-        self._supervisor = Supervisor(spec, self)
+        self._set_up(Supervisor(spec, self), deadlines or Deadlines(), None)
+
+    @classmethod
+    def owned(
+        cls, make_owner: Callable[[ZmqClient], EngineOwner], deadlines: Deadlines, name: bytes | None = None
+    ) -> ZmqClient:
+        """A client of the engines of an owner, which is made for it. `name`: what the engine calls it (see Forget)."""
+        client = cls.__new__(cls)
+        client._set_up(make_owner(client), deadlines, name)
+        return client
+
+    def _set_up(self, owner: EngineOwner, deadlines: Deadlines, name: bytes | None) -> None:
+        self._supervisor = owner
+        self._deadlines = deadlines
+        self._name = name
         self._table = StreamTable(self._send)
         self._state: EngineState = "starting"
         self._reason: str | None = None
@@ -128,7 +167,8 @@ class ZmqClient:
         if self._state == "ready":
             self._state = "draining"
             await self._table.drain(drain_timeout)
-            self._send(Shutdown())
+            if self._supervisor.owns_engine:
+                self._send(Shutdown())
         else:
             self._table.fail_all(EngineDeadError("the server shuts down"))
             self._fail_start(EngineDeadError("the server shuts down"))
@@ -147,6 +187,10 @@ class ZmqClient:
     def engine_pid(self) -> int | None:
         """The engine's process, None where there is none now."""
         return self._supervisor.pid
+
+    def forget(self, name: bytes) -> None:
+        """Another client of the same engine, of this name, is gone: the engine drops its requests."""
+        self._send(Forget(name))
 
     async def submit(self, request: GenerateRequest) -> RequestStream:
         refuse_unless_ready(self.status())
@@ -178,7 +222,7 @@ class ZmqClient:
     # ------------------------------------------------------------------------------------------------- Watcher
 
     def engine_launched(self, addresses: Addresses) -> None:
-        self._requests = _Socket(zmq.DEALER, addresses.requests, self._receive)
+        self._requests = _Socket(zmq.DEALER, addresses.requests, self._receive, self._name)
         self._beats = _Socket(zmq.SUB, addresses.beats, self._receive_beat)
         self._requests.send(encode(Hello()))
 
@@ -208,6 +252,10 @@ class ZmqClient:
         log.error("%s: no other is started", why)
         self._state, self._reason = "dead", why
         self._give_up_requests()
+
+    def count_from(self, counters: EngineCounters) -> None:
+        """What the engines before this one have counted, where another client has seen more of them."""
+        self._earlier = counters
 
     # -------------------------------------------------------------------------------------------------- inside
 
@@ -243,7 +291,7 @@ class ZmqClient:
 
     def _fail_start(self, error: PacelineError) -> None:
         """The first engine could not load: there is no second, since nothing has changed."""
-        if self._info is None:
+        if self._info is None and self._supervisor.owns_engine:
             self._state, self._reason = "dead", str(error)
             if self._first is not None and not self._first.done():
                 self._first.set_exception(error)

@@ -35,7 +35,14 @@ async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation. With `stream`, server-sent events: chunks, then [DONE]."""
     names = {"prompt": "messages", "logprobs": "top_logprobs"}
     return await answer_request(
-        request, ChatCompletionRequest, "chatcmpl", chat_generations, whole=_whole, events=_events, names=names
+        request,
+        ChatCompletionRequest,
+        "chatcmpl",
+        chat_generations,
+        whole=_whole,
+        events=_events,
+        names=names,
+        operation="chat",
     )
 
 

@@ -37,6 +37,7 @@ async def create_completion(request: Request) -> Response:
         whole=_whole,
         events=_events,
         names={"prompt_token_ids": "prompt"},
+        operation="text_completion",
     )
 
 

@@ -58,9 +58,10 @@ async def answer_request(
     whole: Callable[[Answering[Body]], msgspec.Struct],
     events: Callable[[Answering[Body]], AsyncGenerator[bytes, None]],
     names: Mapping[str, str],
+    operation: str,
 ) -> Response:
     """`make` the generations of a body, and answer with `whole` of them or with their `events`. `names`: what the
-    client calls a field that an error names otherwise."""
+    client calls a field that an error names otherwise. `operation`: what traces call it."""
     service: Service = request.app.state.service
     body, size = await read_body(request, kind, limit=service.settings.max_body_bytes)
     service.check_model(body.model)
@@ -75,6 +76,9 @@ async def answer_request(
             names = {**names, "max_tokens": "max_completion_tokens"}
         raise as_api_error(error, names, kind.model_fields) from error
     answering = Answering(service, body, request_id, now(), generations)
+    if service.tracer is not None:
+        for generation in generations:
+            generation.trace = service.tracer.prompt(operation, answering.model_name, request.headers)
     _log_request(request.state.request_id, answering)
     if body.stream:
         await unless_gone(request, submit_all(service.client, generations))
