@@ -226,7 +226,7 @@ def measure(directory: Path, streams: int, tokens: int, clients: int, rate: floa
     if counts != [tokens] * streams:
         raise RuntimeError(f"asked for {tokens} tokens a stream and got {min(counts)} to {max(counts)}")
     first, last = min(one[0][1] for one in arrivals), max(one[-1][1] for one in arrivals)
-    added = [1e3 * (at - steps[step]) for one in arrivals for step, at in one[1:]]
+    added = [1e3 * float(at - steps[step]) for one in arrivals for step, at in one[1:]]
     return Measured(streams * tokens / (last - first), 1e6 * cpu / (streams * tokens), percentiles(added))
 
 
