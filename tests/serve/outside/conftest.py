@@ -117,8 +117,8 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     return serve
 
 
-# 16 sequences and a queue of 256: 512 requests at once fill it.
-TINY = ("--dtype", "float32", "--device", "cpu", "--threads", "1", "--max-num-seqs", "16", "--max-queue", "256")
+# 16 sequences and a queue of 64: 512 requests at once fill it, 64 do not.
+TINY = ("--dtype", "float32", "--device", "cpu", "--threads", "1", "--max-num-seqs", "16", "--max-queue", "64")
 
 
 @pytest.fixture(scope="session")

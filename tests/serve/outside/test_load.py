@@ -23,7 +23,7 @@ def mixed_requests(count):
         {"prompt": [[7, 8, 9], list(range(3, 43))]},
     ]
     for number in range(count):
-        body = {"max_tokens": 4 + 13 * number % 60, "temperature": 0, "stream": number % 3 == 0}
+        body = {"max_tokens": 4 + 13 * number % 24, "temperature": 0, "stream": number % 3 == 0}
         text = "the same beginning of a prompt, " * (number % 4) + str(number)
         if number % 2:
             yield CHAT, {**body, "messages": [{"role": "user", "content": text}]}
@@ -70,7 +70,7 @@ def test_64_at_once_say_what_they_say_alone(server):
 
 
 def test_512_at_once_are_each_served_or_told_when_to_ask_again(server):
-    """16 run and 256 may wait: the rest gets 429 and, asking again as told, is served too."""
+    """16 run and 64 may wait: the rest gets 429 and, asking again as told, is served too."""
     body = {"prompt": "hello", "max_tokens": 16, "temperature": 0, "stream": False}
     expected = what_is_said(server, COMPLETION, body)
 
@@ -88,5 +88,5 @@ def test_512_at_once_are_each_served_or_told_when_to_ask_again(server):
 
     with ThreadPoolExecutor(512) as pool:
         refusals = list(pool.map(ask, range(512)))
-    assert refusals.count(0) >= 16 + 256
+    assert refusals.count(0) >= 16 + 64
     assert sum(refusals) > 0
