@@ -5,7 +5,7 @@ CONSTRAINTS = -c constraints.txt
 .PHONY: install check format test test-gpu test-full bench docs
 
 install:  ## an editable install with everything the tests need, in the active environment
-	$(PYTHON) -m pip install $(CONSTRAINTS) -e ".[test]"
+	$(PYTHON) -m pip install $(CONSTRAINTS) -e ".[test,test-clients]"
 
 check:  ## lint, format, types, layers: what CI runs beside the tests
 	$(PYTHON) -m ruff check src tests benchmarks examples
@@ -17,10 +17,10 @@ format:  ## what `check` can repair by itself
 	$(PYTHON) -m ruff check --fix src tests benchmarks examples
 	$(PYTHON) -m ruff format src tests benchmarks examples
 
-test:  ## without the slow ones
-	$(PYTHON) -m pytest
+test:  ## without the slow ones, a process a core
+	$(PYTHON) -m pytest -n logical --dist worksteal
 
-test-full:  ## all of them
+test-full:  ## all of them, which needs the extra test-clients too
 	$(PYTHON) -m pytest -m "slow or not slow"
 
 # The folders that hold GPU tests, by name: the others import packages that such a machine need not have (gguf).

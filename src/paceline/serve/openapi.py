@@ -47,20 +47,30 @@ _ERROR = {
 }
 
 
-def documented(body: type[BaseModel] | None, answer: type[msgspec.Struct], *, stream: bool = False) -> dict[str, Any]:
-    """A route's options that tell of its body, its answer and its failures."""
+def documented(
+    body: type[BaseModel] | None, answer: type[msgspec.Struct], *, stream: bool = False, path: str | None = None
+) -> dict[str, Any]:
+    """A route's options that tell of its body, its answer, its failures and the parameter in its `path`."""
     content: dict[str, Any] = {"application/json": {"schema": _ref(answer)}}
     if stream:
         content["text/event-stream"] = {"schema": {"type": "string"}}
     responses: dict[str, Any] = {"200": {"description": "The answer.", "content": content}}
     for status, text in _FAILURES.items():
         if body is not None or status in (401, 404, 500):
-            schema = {"$ref": _REF.format(name="Error")}
-            responses[str(status)] = {"description": text, "content": {"application/json": {"schema": schema}}}
+            responses[str(status)] = _failure(text)
     extra: dict[str, Any] = {"responses": responses}
     if body is not None:
         extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(body)}}}
+    if path is not None:
+        extra["parameters"] = [{"name": path, "in": "path", "required": True, "schema": {"type": "string"}}]
     return {"openapi_extra": extra, "response_model": None}
+
+
+def _failure(text: str) -> dict[str, Any]:
+    return {"description": text, "content": {"application/json": {"schema": {"$ref": _REF.format(name="Error")}}}}
+
+
+NOT_READY: dict[int | str, dict[str, Any]] = {503: _failure("Not now; the message says why.")}
 
 
 def install(app: FastAPI) -> None:

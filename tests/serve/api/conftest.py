@@ -13,7 +13,6 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
 
 from paceline.engine.load_options import LoadOptions
 from paceline.serve.in_process import InProcessClient
@@ -21,12 +20,6 @@ from paceline.serve.server import ListenOptions, listen, make_server
 from paceline.serve.service import Service
 from paceline.serve.settings import ServerSettings
 from paceline.serve.text import TextOptions
-
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}a:{% endif %}"
-)
-CONTEXT = 512
 
 
 class Running:
@@ -63,40 +56,6 @@ class Running:
         while not condition():
             assert time.monotonic() < end, "it did not come to hold"
             time.sleep(0.005)
-
-
-@pytest.fixture(scope="session")
-def tiny_chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A 2-layer Llama over single bytes, so that it can read and write any text, with a chat template."""
-    import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    directory = tmp_path_factory.mktemp("tiny_chat_model")
-    words = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    config = transformers.LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=CONTEXT,
-        eos_token_id=2,
-        bos_token_id=1,
-    )
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.3)
-    model.save_pretrained(directory)
-    (directory / "generation_config.json").unlink(missing_ok=True)
-    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE, "eos_token": "</s>"}))
-    return directory
 
 
 @pytest.fixture(scope="session")

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 
 from paceline.outputs import CompletionOutput, Logprob
 from paceline.serve.protocol.common import SYSTEM_FINGERPRINT, PromptLogprobs, Usage, finite
 from paceline.serve.protocol.sampling import Int, SamplingFields
 
+# What a template makes of a message is its own affair: only this much is asked of all.
+_PART = {
+    "type": "object",
+    "required": ["type", "text"],
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+}
+_MESSAGE = {
+    "type": "object",
+    "required": ["role"],
+    "properties": {
+        "role": {"type": "string"},
+        "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]},
+    },
+}
+
 
 class ChatCompletionRequest(SamplingFields):
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: list[Annotated[dict[str, Any], WithJsonSchema(_MESSAGE)]] = Field(min_length=1)
     max_completion_tokens: Int | None = None
     logprobs: bool | None = None
     top_logprobs: Int | None = None

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from pydantic import AfterValidator
+from pydantic import AfterValidator, WithJsonSchema
 
 from paceline.outputs import CompletionOutput
 from paceline.serve.protocol.common import SYSTEM_FINGERPRINT, PromptLogprobs, Usage, finite
@@ -29,7 +29,16 @@ def _are_ids(items: list[Any]) -> bool:
     return all(type(item) is int for item in items)
 
 
-Prompt = Annotated[Any, AfterValidator(_check_prompt)]
+_TEXT, _IDS = {"type": "string"}, {"type": "array", "minItems": 1, "items": {"type": "integer"}}
+_PROMPT_SCHEMA = {
+    "anyOf": [
+        _TEXT,
+        {"type": "array", "minItems": 1, "items": _TEXT},
+        _IDS,
+        {"type": "array", "minItems": 1, "items": _IDS},
+    ]
+}
+Prompt = Annotated[Any, AfterValidator(_check_prompt), WithJsonSchema(_PROMPT_SCHEMA)]
 
 
 class CompletionRequest(SamplingFields):

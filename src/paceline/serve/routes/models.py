@@ -19,7 +19,7 @@ async def list_models(request: Request) -> Response:
     return json_response(ModelList([_card(service, name) for name in service.settings.served_model_names]))
 
 
-@router.get("/v1/models/{name:path}", **documented(None, ModelCard))
+@router.get("/v1/models/{name:path}", **documented(None, ModelCard, path="name"))
 async def retrieve_model(request: Request) -> Response:
     """One of them."""
     name: str = request.path_params["name"]

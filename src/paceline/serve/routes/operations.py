@@ -6,10 +6,12 @@ from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
 
 from paceline.serve.client import Startup
 from paceline.serve.errors import unavailable
 from paceline.serve.metrics import CONTENT_TYPE
+from paceline.serve.openapi import NOT_READY
 from paceline.serve.service import Service
 from paceline.serve.version import VERSION
 
@@ -33,7 +35,7 @@ async def live() -> Response:
     return _json({"status": "live"})
 
 
-@router.get("/health/ready")
+@router.get("/health/ready", responses=NOT_READY)
 async def ready(request: Request) -> Response:
     """200 where a request would be answered now: loaded, not draining, and stepping if there is work; else 503."""
     service: Service = request.app.state.service
@@ -43,7 +45,7 @@ async def ready(request: Request) -> Response:
     return _json({"status": "ready"})
 
 
-@router.get("/health")
+@router.get("/health", responses=NOT_READY)
 @router.get("/ping", include_in_schema=False)
 async def health(request: Request) -> Response:
     """The same as /health/ready, for what knows only one."""
@@ -68,7 +70,7 @@ async def startup(request: Request) -> Response:
     )
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
     service: Service = request.app.state.service
