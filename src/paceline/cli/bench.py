@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import click
@@ -19,14 +18,20 @@ from paceline.benchmark.protocol import PROMPT
 from paceline.benchmark.throughput import STEP_TOKENS
 from paceline.benchmark.workload import Workload
 from paceline.cli.group import NearestGroup
-from paceline.cli.options import configure_logging, debug_option, mode_option, tensor_parallel_option
+from paceline.cli.options import (
+    check_report_paths,
+    configure_logging,
+    debug_option,
+    mode_option,
+    tensor_parallel_option,
+)
 from paceline.config import QUANTIZATIONS
-from paceline.errors import EngineError, UsageError
+from paceline.errors import EngineError
 
 
 @click.group(cls=NearestGroup)
 def bench() -> None:
-    """Measure how fast models run here, with random weights of their true shapes."""
+    """Measure how fast models run here, with random weights of their true shapes, or a server that runs somewhere."""
 
 
 Command = Callable[..., Any]
@@ -110,14 +115,16 @@ def latency(shape: str, **options: Any) -> None:
         tensor_parallel_size=options["tensor_parallel_size"],
         against=options["against"],
     )
-    plot = _check_paths(options)
+    check_report_paths(options["json_path"], options["plot_path"])
     report = run(asked, tell=_nothing if options["quiet"] else _tell)
     if _write_json(report, options["json_path"]):
         from paceline.cli.bench_tables import print_report
 
         print_report(report, __version__)
-    if plot is not None:
-        plot.plot(report, options["plot_path"], __version__)
+    if options["plot_path"] is not None:
+        from paceline.benchmark.plot import plot
+
+        plot(report, options["plot_path"], __version__)
     _fail_for(report.failures)
 
 
@@ -176,32 +183,21 @@ def throughput(shape: str, **options: Any) -> None:
         against=options["against"],
         mode=options["mode"],
     )
-    plot = _check_paths(options)
+    check_report_paths(options["json_path"], options["plot_path"])
     report = throughput_bench.run(asked, tell=_nothing if options["quiet"] else _tell)
     if _write_json(report, options["json_path"]):
         from paceline.cli.throughput_tables import print_report
 
         print_report(report, __version__)
-    if plot is not None:
-        plot.plot_throughput(report, options["plot_path"], __version__)
+    if options["plot_path"] is not None:
+        from paceline.benchmark.plot import plot_throughput
+
+        plot_throughput(report, options["plot_path"], __version__)
     _fail_for(report.failures)
 
 
 def _weight_formats(names: Sequence[str]) -> tuple[str, ...]:
     return tuple("dense" if name == "none" else name for name in names) or ("dense",)
-
-
-def _check_paths(options: Mapping[str, Any]) -> ModuleType | None:
-    """What draws, where a figure is asked for. Raises UsageError before anything is measured for nothing."""
-    json_path, plot_path = options["json_path"], options["plot_path"]
-    if json_path not in (None, "-") and not Path(json_path).resolve().parent.is_dir():
-        raise UsageError(f"--json {json_path}: there is no such directory")
-    if plot_path is None:
-        return None
-    from paceline.benchmark import plot
-
-    plot.check_plot(plot_path)
-    return plot
 
 
 def _write_json(report: Any, path: str | None) -> bool:

@@ -13,8 +13,7 @@ import click
 from paceline import __version__
 from paceline.benchmark.serve_figures import Slo
 from paceline.benchmark.workload import Workload
-from paceline.cli.options import configure_logging, debug_option
-from paceline.errors import UsageError
+from paceline.cli.options import check_report_paths, configure_logging, debug_option
 
 if TYPE_CHECKING:
     from paceline.benchmark.serve import Report
@@ -87,12 +86,7 @@ def bench_serve(url: str, **options: Any) -> None:
         ignore_eos=options["ignore_eos"],
     )
     plot_path, json_path = options["plot_path"], options["json_path"]
-    if json_path not in (None, "-") and not Path(json_path).resolve().parent.is_dir():
-        raise UsageError(f"--json {json_path}: there is no such directory")
-    if plot_path is not None:
-        from paceline.benchmark.plot import check_plot
-
-        check_plot(plot_path)
+    check_report_paths(json_path, plot_path)
     report = run(asked, tell=(lambda line: None) if options["quiet"] else (lambda line: click.echo(line, err=True)))
     if json_path == "-":
         click.echo(_json(report))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -135,3 +136,13 @@ def configure_logging(debug: bool) -> None:
     logging.addLevelName(logging.WARNING, "warning")
     if debug:
         logging.getLogger("paceline").setLevel(logging.DEBUG)
+
+
+def check_report_paths(json_path: str | None, plot_path: str | None) -> None:
+    """Raises UsageError where a benchmark's JSON or figure cannot be written, before anything is measured for it."""
+    if json_path not in (None, "-") and not Path(json_path).resolve().parent.is_dir():
+        raise UsageError(f"--json {json_path}: there is no such directory")
+    if plot_path is not None:
+        from paceline.benchmark.plot import check_plot
+
+        check_plot(plot_path)
