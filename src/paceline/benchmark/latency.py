@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from paceline.benchmark import protocol
+from paceline.benchmark.attempts import Attempts, Failure
 from paceline.benchmark.job import Job, Result, read_result
 from paceline.benchmark.process import run_process
 from paceline.benchmark.shapes import read_shape
@@ -74,13 +75,6 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Failure:
-    engine: str
-    weight_format: str
-    error: str
-
-
-@dataclass(frozen=True)
 class Report:
     """`roof`: bytes a second, the most that any of the processes read."""
 
@@ -104,26 +98,7 @@ def run(options: Options, *, tell: Callable[[str], None] = lambda line: None, ru
     EngineError where paceline itself gave no result at all.
     """
     config = read_shape(options.shape)
-    results: list[Result] = []
-    failures: list[Failure] = []
-
-    def attempt(job: Job) -> None:
-        name = f"{job.engine} {job.weight_format}"
-        tell(f"{name} ...")
-        start = time.monotonic()
-        try:
-            result = (run_job or run_worker)(job)
-        except (UsageError, EngineError) as error:
-            if isinstance(error, UsageError) and job.engine == "paceline":  # the others would be asked the same
-                raise
-            failures.append(Failure(job.engine, job.weight_format, str(error)))
-        else:
-            results.append(result)
-            speeds = ", ".join(f"{one.timing.tokens_per_second:,.1f} tok/s" for one in result.contexts)
-            tell(f"{name}: {speeds} (measured in {time.monotonic() - start:.0f} s)")
-            return
-        tell(f"{name} failed: {failures[-1].error}")
-
+    attempts: Attempts[Job, Result] = Attempts(run_job or run_worker, tell, _speeds)
     base = Job(
         "paceline",
         options.shape,
@@ -137,12 +112,17 @@ def run(options: Options, *, tell: Callable[[str], None] = lambda line: None, ru
         tensor_parallel_size=options.tensor_parallel_size,
     )
     for weight_format in options.weight_formats:
-        attempt(dataclasses.replace(base, weight_format=weight_format))
-    if not results:
-        raise EngineError(failures[0].error)
-    for job in _rivals(dataclasses.replace(base, dtype=results[0].dtype, device=results[0].device), options):
-        attempt(job)
-    return _report(options, config, results, failures)
+        attempts.attempt(dataclasses.replace(base, weight_format=weight_format))
+    if not attempts.results:
+        raise EngineError(attempts.failures[0].error)
+    first = attempts.results[0]
+    for job in _rivals(dataclasses.replace(base, dtype=first.dtype, device=first.device), options):
+        attempts.attempt(job)
+    return _report(options, config, attempts.results, attempts.failures)
+
+
+def _speeds(result: Result) -> str:
+    return ", ".join(f"{one.timing.tokens_per_second:,.1f} tok/s" for one in result.contexts)
 
 
 def _report(

@@ -43,6 +43,19 @@ def plot_throughput(report: throughput.Report, path: str, version: str) -> None:
     _draw(bars, "many streams", roof, _title(report, version), path)
 
 
+def save(figure: Any, path: str) -> None:
+    """Write a matplotlib figure and close it. Raises UsageError for a suffix that says no kind of file."""
+    from matplotlib import pyplot
+
+    figure.tight_layout()
+    try:
+        figure.savefig(path, dpi=150)
+    except ValueError as error:
+        raise UsageError(f"--plot {path}: {error}") from error
+    finally:
+        pyplot.close(figure)
+
+
 @dataclass(frozen=True)
 class _Bar:
     label: str
@@ -83,13 +96,7 @@ def _draw(bars: Sequence[_Bar], streams: str, roof: str, title: str, path: str) 
     axis.invert_yaxis()
     axis.set_xlabel(f"tokens/s of {streams}; the line is the roof: {roof}")
     axis.set_title(title, fontsize=9)
-    figure.tight_layout()
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as error:
-        raise UsageError(f"--plot {path}: {error}") from error
-    finally:
-        pyplot.close(figure)
+    save(figure, path)
 
 
 def _label(row: Row) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from paceline.benchmark.plot import save
 from paceline.benchmark.serve import Report
 from paceline.benchmark.serve_figures import Round, Slo
-from paceline.errors import UsageError
 
 
 def plot(report: Report, path: str, version: str) -> None:
@@ -38,13 +38,7 @@ def plot(report: Report, path: str, version: str) -> None:
         f"{' on average' if work.mixed else ''}, paceline {version}'s client",
         fontsize=9,
     )
-    figure.tight_layout()
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as error:
-        raise UsageError(f"--plot {path}: {error}") from error
-    finally:
-        pyplot.close(figure)
+    save(figure, path)
 
 
 def _values(one: Round, name: str) -> Sequence[float]:

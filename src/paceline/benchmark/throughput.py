@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from paceline.benchmark.latency import Failure
+from paceline.benchmark.attempts import Attempts, Failure
 from paceline.benchmark.process import run_process
 from paceline.benchmark.protocol import DECODED
 from paceline.benchmark.shapes import read_shape
@@ -182,25 +182,7 @@ def run(
     after each. A failure of one engine is a row of the report, not the end. Raises UsageError for what could not be
     right, and EngineError where paceline itself gave no result at all."""
     config = read_shape(options.shape)
-    results: list[BatchResult] = []
-    failures: list[Failure] = []
-
-    def attempt(job: BatchJob) -> None:
-        name = f"{job.engine} {job.weight_format}"
-        tell(f"{name} ...")
-        start = time.monotonic()
-        try:
-            result = (run_job or run_worker)(job)
-        except (UsageError, EngineError) as error:
-            if isinstance(error, UsageError) and job.engine == "paceline":  # the others would be asked the same
-                raise
-            failures.append(Failure(job.engine, job.weight_format, str(error)))
-            tell(f"{name} failed: {error}")
-        else:
-            results.append(result)
-            rates = ", ".join(f"{one.output_tokens / one.median:,.0f} tok/s" for one in result.runs)
-            tell(f"{name}: {rates} (measured in {time.monotonic() - start:.0f} s)")
-
+    attempts: Attempts[BatchJob, BatchResult] = Attempts(run_job or run_worker, tell, _rates)
     base = BatchJob(
         "paceline",
         options.shape,
@@ -216,12 +198,13 @@ def run(
         mode=options.mode,
     )
     for weight_format in options.weight_formats:
-        attempt(dataclasses.replace(base, weight_format=weight_format))
+        attempts.attempt(dataclasses.replace(base, weight_format=weight_format))
+    results = attempts.results
     if not results:
-        raise EngineError(failures[0].error)
+        raise EngineError(attempts.failures[0].error)
     first = results[0]
     for rival in options.against:
-        attempt(dataclasses.replace(base, engine=rival, dtype=first.dtype, device=first.device))
+        attempts.attempt(dataclasses.replace(base, engine=rival, dtype=first.dtype, device=first.device))
     roofs = max(one.bandwidth for one in results), max(one.operations for one in results)
     return Report(
         options.shape,
@@ -236,8 +219,12 @@ def run(
         *roofs,
         tuple(_rows(results, *roofs)),
         tuple(results),
-        tuple(failures),
+        tuple(attempts.failures),
     )
+
+
+def _rates(result: BatchResult) -> str:
+    return ", ".join(f"{one.output_tokens / one.median:,.0f} tok/s" for one in result.runs)
 
 
 def _rows(results: Sequence[BatchResult], bandwidth: float, operations: float) -> list[Row]:

@@ -13,7 +13,8 @@ import click
 
 from paceline import __version__
 from paceline.benchmark import throughput as throughput_bench
-from paceline.benchmark.latency import Failure, Options, run
+from paceline.benchmark.attempts import Failure
+from paceline.benchmark.latency import Options, run
 from paceline.benchmark.protocol import PROMPT
 from paceline.benchmark.throughput import STEP_TOKENS
 from paceline.benchmark.workload import Workload

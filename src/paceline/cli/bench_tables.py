@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from paceline.benchmark import throughput
+from paceline.benchmark.attempts import Failure
 from paceline.benchmark.job import Result, at_once
-from paceline.benchmark.latency import Failure, Report
+from paceline.benchmark.latency import Report
 from paceline.benchmark.protocol import FIRST, LAST
 from paceline.sizing import GIB
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from paceline import sizing
+from paceline.benchmark.engines.random_llm import random_llm
 from paceline.benchmark.job import Job, Subject
 from paceline.benchmark.protocol import LAST
 from paceline.engine.memory import Sizes
 from paceline.engine.model_runner import ModelRunner
 from paceline.errors import UsageError
 from paceline.formats import stored_bytes
-from paceline.llm import LLM
 from paceline.phases import Phases
 from paceline.sampling.params import SamplingParams
 
@@ -26,24 +23,18 @@ STEP_TOKENS = 2048  # a longer prompt is read in chunks
 def build(job: Job, device: torch.device, phases: Phases) -> Subject:
     """Raises what LLM raises."""
     longest = max(job.contexts) + LAST
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.json"
-        path.write_text(json.dumps(dict(job.config)))
-        llm = LLM(
-            str(path),
-            load_format="dummy",
-            model_impl="paceline",
-            skip_tokenizer_init=True,
-            dtype=job.dtype,
-            device=str(device),
-            mode=job.mode,
-            tensor_parallel_size=job.tensor_parallel_size,
-            quantization=None if job.weight_format == "dense" else job.weight_format,
-            max_model_len=longest,
-            max_num_seqs=1,
-            max_num_batched_tokens=STEP_TOKENS,
-            enable_prefix_caching=False,  # rounds repeat their prompt
-        )
+    llm = random_llm(
+        job.config,
+        job.weight_format,
+        device,
+        dtype=job.dtype,
+        mode=job.mode,
+        tensor_parallel_size=job.tensor_parallel_size,
+        max_model_len=longest,
+        max_num_seqs=1,
+        max_num_batched_tokens=STEP_TOKENS,
+        enable_prefix_caching=False,  # rounds repeat their prompt
+    )
     phases.seconds |= {name: s for name, s in llm.stats().phases.items() if name not in phases.seconds}  # the device's
     runner = llm.model.engine.runner
     sizes = llm.model.sizes
