@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -51,7 +50,7 @@ def run(
         for update in engine.step():
             assert update.error is None, update.error
             tokens[update.request_id] = tokens.get(update.request_id, ()) + update.new_token_ids
-            last[update.request_id] = replace(update, new_token_ids=tokens[update.request_id])
+            last[update.request_id] = update._replace(new_token_ids=tokens[update.request_id])
         engine.scheduler.check_invariants()
     assert set(engine.scheduler.stats.cache.used_blocks) == {0}
     found = [[last[i] for i in answer_ids(str(index), params)] for index, (_, params) in enumerate(requests)]
