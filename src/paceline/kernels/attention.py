@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -55,34 +55,25 @@ def paged_attention(
     The keys of the step's own tokens must have been written (kernels/kv_write.py). `soft_cap` c bounds scores to
     c * tanh(score / c) before the mask; `slopes_H` (float32, kernels/alibi.py) times the distance is taken from them.
     """
+    group = metadata.groups[kv.group]
+    tables_RB = group.block_tables_RB
+    options: dict[str, Any] = {
+        "block_size": metadata.block_size,
+        "scale": scale,
+        "window": group.window,
+        "soft_cap": soft_cap,
+        "slopes_H": slopes_H,
+    }
     if metadata.ragged is not None:
-        attend_ragged = partial(mixed_attention, counts=metadata.counts) if q_THD.is_cuda else varlen_attention_plain
-        return attend_ragged(
-            q_THD,
-            kv,
-            metadata.groups[kv.group].block_tables_RB,
-            metadata.ragged,
-            block_size=metadata.block_size,
-            scale=scale,
-            window=metadata.groups[kv.group].window,
-            soft_cap=soft_cap,
-            slopes_H=slopes_H,
-        )
+        if q_THD.is_cuda:
+            return mixed_attention(q_THD, kv, tables_RB, metadata.ragged, counts=metadata.counts, **options)
+        return varlen_attention_plain(q_THD, kv, tables_RB, metadata.ragged, **options)
     if metadata.lens_R is not None:
-        attend = partial(decode_attention, counts=metadata.counts) if q_THD.is_cuda else decode_attention_plain
-        return attend(
-            q_THD,
-            kv,
-            metadata.groups[kv.group].block_tables_RB,
-            metadata.lens_R,
-            block_size=metadata.block_size,
-            scale=scale,
-            window=metadata.groups[kv.group].window,
-            soft_cap=soft_cap,
-            slopes_H=slopes_H,
-        )
+        if q_THD.is_cuda:
+            return decode_attention(q_THD, kv, tables_RB, metadata.lens_R, counts=metadata.counts, **options)
+        return decode_attention_plain(q_THD, kv, tables_RB, metadata.lens_R, **options)
     scores = Scores(scale, soft_cap, slopes_H)
-    segments = metadata.groups[kv.group].segments
+    segments = group.segments
     if len(segments) == 1 and isinstance(segments[0].queries, slice):  # one stream: no output buffer to fill
         return _attend(q_THD, kv, segments[0], metadata.block_size, scores)
     out_THD = torch.empty_like(q_THD)

@@ -227,40 +227,54 @@ def _attend(
     parts = q_TXD.new_empty((*places, rows_a_tile, dim), dtype=torch.float32)
     tops = q_TXD.new_empty((requests, kv_heads * row_tiles, 2, rows_a_tile, launch.splits), dtype=torch.float32)
     attend[(launch.splits, kv_heads * row_tiles, requests)](
-        q_ptr=q_TXD,
-        k_ptr=kv.k_HSD,
-        v_ptr=kv.v_HSD,
-        tables_ptr=block_tables_RB,
-        lens_ptr=seq_lens_R,
         parts_ptr=parts,
         tops_ptr=tops,
         counts_ptr=counts,
-        out_ptr=out_THD,
-        q_token_stride=q_TXD.stride(0),
-        q_head_stride=q_TXD.stride(1),
-        k_head_stride=kv.k_HSD.stride(0),
-        v_head_stride=kv.v_HSD.stride(0),
-        table_stride=block_tables_RB.stride(0),
         SPLITS=launch.splits,
         CHUNK=min(16, _power_of_2(launch.splits)),
         MERGED_ROWS=max(1, min(rows_a_tile, 128 * launch.warps // _padded(dim))),  # four values a thread and split
         TILES_A_SPLIT=launch.tiles_a_split,
         KEY_TILE=launch.keys_a_tile,
         QUERIES=queries,
-        GROUP=group,
         ROW_TILES=row_tiles,
         ROW_TILE=rows_a_tile,
-        D=dim,
-        D_TILE=_padded(dim),
-        WIDE=max(kv.k_HSD.stride(0), kv.v_HSD.stride(0)) >= 1 << 31,
         STAGES=launch.stages,
         PREFETCH=launch.prefetch,
         DEPENDENT=launch.dependent,
         num_warps=launch.warps,
+        **tensor_arguments(q_TXD, kv, block_tables_RB, seq_lens_R, out_THD),
         **options,
         **launch_options(launch.dependent),
     )
     return out_THD
+
+
+def tensor_arguments(
+    q_TXD: torch.Tensor,
+    kv: KVLayer,
+    block_tables_RB: torch.Tensor,
+    seq_lens_R: torch.Tensor,
+    out_THD: torch.Tensor,
+) -> dict[str, Any]:
+    """What this kernel and that of kernels/varlen_attention.py are told of queries, cache and result."""
+    _, heads, dim = out_THD.shape
+    return {
+        "q_ptr": q_TXD,
+        "k_ptr": kv.k_HSD,
+        "v_ptr": kv.v_HSD,
+        "tables_ptr": block_tables_RB,
+        "lens_ptr": seq_lens_R,
+        "out_ptr": out_THD,
+        "q_token_stride": q_TXD.stride(0),
+        "q_head_stride": q_TXD.stride(1),
+        "k_head_stride": kv.k_HSD.stride(0),
+        "v_head_stride": kv.v_HSD.stride(0),
+        "table_stride": block_tables_RB.stride(0),
+        "GROUP": heads // kv.k_HSD.shape[0],
+        "D": dim,
+        "D_TILE": _padded(dim),
+        "WIDE": max(kv.k_HSD.stride(0), kv.v_HSD.stride(0)) >= 1 << 31,
+    }
 
 
 def decode_attention_plain(

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from paceline.inputs import KVLayer, Ragged
-from paceline.kernels.decode_attention import decode_attention, decode_refusal
+from paceline.kernels.decode_attention import decode_attention, decode_refusal, tensor_arguments
 from paceline.kernels.gpu import gpu, launch_options
 
 REQUESTS = 64  # of a step that the kernel is compiled for, at least: it looks at all of them
@@ -95,37 +95,23 @@ def varlen_attention(
     # At most: every request but one may fill its last tile with one row. What is left over ends at once.
     most_tiles = tokens * group // launch.rows_a_tile + min(requests, tokens)
     attend_ragged[(kv_heads, most_tiles)](
-        q_ptr=q_THD,
-        k_ptr=kv.k_HSD,
-        v_ptr=kv.v_HSD,
-        tables_ptr=block_tables_RB,
-        lens_ptr=ragged.lens_R,
         starts_ptr=ragged.starts_R,
         slopes_ptr=slopes_H,
-        out_ptr=out_THD,
         requests=requests,
         scale=scale,
-        q_token_stride=q_THD.stride(0),
-        q_head_stride=q_THD.stride(1),
-        k_head_stride=kv.k_HSD.stride(0),
-        v_head_stride=kv.v_HSD.stride(0),
-        table_stride=block_tables_RB.stride(0),
         BLOCK_SIZE=block_size,
         WINDOW=window or 0,
         SOFT_CAP=soft_cap or 0.0,
         R_TILE=max(REQUESTS, triton.next_power_of_2(requests)),
-        GROUP=group,
         ROW_TILE=launch.rows_a_tile,
         KEY_TILE=launch.keys_a_tile,
-        D=dim,
-        D_TILE=max(16, triton.next_power_of_2(dim)),
-        WIDE=max(kv.k_HSD.stride(0), kv.v_HSD.stride(0)) >= 1 << 31,
         STAGES=launch.stages,
         DEPENDENT=launch.dependent,
         num_warps=launch.warps,
         # A tile with a mask and one without round alike: fused, a multiplication before a subtraction rounds once, and
         # a selection between the two prevents that.
         enable_fp_fusion=False,
+        **tensor_arguments(q_THD, kv, block_tables_RB, ragged.lens_R, out_THD),
         **launch_options(launch.dependent),
     )
     return out_THD
