@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,18 @@ from paceline.benchmark.attempts import Failure
 from paceline.benchmark.latency import Options, run
 from paceline.benchmark.protocol import PROMPT
 from paceline.benchmark.throughput import STEP_TOKENS
-from paceline.benchmark.workload import Workload
+from paceline.cli.bench_options import workload_of, workload_options
 from paceline.cli.group import NearestGroup
 from paceline.cli.options import (
+    Command,
     check_report_paths,
     configure_logging,
     debug_option,
+    device_option,
     mode_option,
     tensor_parallel_option,
+    threads_option,
+    with_options,
 )
 from paceline.config import QUANTIZATIONS
 from paceline.errors import EngineError
@@ -35,19 +39,9 @@ def bench() -> None:
     """Measure how fast models run here, with random weights of their true shapes, or a server that runs somewhere."""
 
 
-Command = Callable[..., Any]
-
-
-def _with_options(command: Command, *options: Callable[[Command], Command]) -> Command:
-    """The command with options in this order."""
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
 def _measured(command: Command) -> Command:
     """How the model is run, where, and in which precisions."""
-    return _with_options(
+    return with_options(
         command,
         click.option(
             "--dtype",
@@ -62,15 +56,15 @@ def _measured(command: Command) -> Command:
             type=click.Choice(["none", *QUANTIZATIONS]),
             help="How weights are stored; several are a row each [default: none].",
         ),
-        click.option("--device", default="auto", show_default=True, metavar="NAME", help="cpu, cuda or cuda:N."),
+        device_option,
         mode_option,
-        click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads [default: every core]."),
+        threads_option,
     )
 
 
 def _reported(command: Command) -> Command:
     """Where figures go."""
-    return _with_options(
+    return with_options(
         command,
         click.option("--json", "json_path", metavar="FILE", help="Write every figure there, '-' for standard output."),
         click.option(
@@ -132,12 +126,7 @@ def latency(shape: str, **options: Any) -> None:
 @bench.command()
 @click.argument("shape", default="smollm2-135m")
 @click.option("--requests", type=int, default=256, show_default=True, metavar="N", help="Requests, all at once.")
-@click.option("--input-len", type=int, default=512, show_default=True, metavar="N", help="Tokens of a prompt.")
-@click.option("--output-len", type=int, default=256, show_default=True, metavar="N", help="Tokens of an answer.")
-@click.option("--mixed", is_flag=True, help="Lengths are drawn, log-normal, with those as their means.")
-@click.option("--prefix", type=int, default=0, metavar="N", help="Tokens before each prompt that all of a group share.")
-@click.option("--groups", type=int, default=1, show_default=True, metavar="N", help="Groups that share a prefix.")
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of lengths and tokens.")
+@workload_options
 @click.option(
     "--batch", type=int, multiple=True, metavar="N", help="Time the decodes of N streams alone, too; several."
 )
@@ -163,15 +152,7 @@ def throughput(shape: str, **options: Any) -> None:
     configure_logging(options["debug"])
     asked = throughput_bench.Options(
         shape,
-        Workload(
-            options["requests"],
-            options["input_len"],
-            options["output_len"],
-            options["mixed"],
-            options["prefix"],
-            options["groups"],
-            options["seed"],
-        ),
+        workload_of(options),
         offline=not options["decode_only"],
         batches=options["batch"],
         weight_formats=_weight_formats(options["quantize"]),

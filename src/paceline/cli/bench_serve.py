@@ -12,7 +12,7 @@ import click
 
 from paceline import __version__
 from paceline.benchmark.serve_figures import Slo
-from paceline.benchmark.workload import Workload
+from paceline.cli.bench_options import workload_of, workload_options
 from paceline.cli.options import check_report_paths, configure_logging, debug_option
 
 if TYPE_CHECKING:
@@ -40,12 +40,7 @@ class _Rate(click.ParamType[float]):
 @click.option("--api-key", envvar="PACELINE_API_KEY", show_envvar=True, metavar="KEY", help="Sent with every request.")
 @click.option("--rate", type=_Rate(), multiple=True, metavar="R", help="Requests a second; several [default: inf].")
 @click.option("--requests", type=int, default=256, show_default=True, metavar="N", help="Requests of each rate.")
-@click.option("--input-len", type=int, default=512, show_default=True, metavar="N", help="Tokens of a prompt.")
-@click.option("--output-len", type=int, default=256, show_default=True, metavar="N", help="Tokens of an answer.")
-@click.option("--mixed", is_flag=True, help="Lengths are drawn, log-normal, with those as their means.")
-@click.option("--prefix", type=int, default=0, metavar="N", help="Tokens before each prompt that all of a group share.")
-@click.option("--groups", type=int, default=1, show_default=True, metavar="N", help="Groups that share a prefix.")
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of lengths, words and arrivals.")
+@workload_options
 @click.option("--warmup", type=int, default=8, show_default=True, metavar="N", help="Requests sent before, at once.")
 @click.option(
     "--ignore-eos/--no-ignore-eos",
@@ -71,15 +66,7 @@ def bench_serve(url: str, **options: Any) -> None:
         url,
         options["model"],
         options["api_key"],
-        Workload(
-            options["requests"],
-            options["input_len"],
-            options["output_len"],
-            options["mixed"],
-            options["prefix"],
-            options["groups"],
-            options["seed"],
-        ),
+        workload_of(options),
         rates=options["rate"] or (math.inf,),
         slo=None if options["goodput"] is None else Slo.parse(options["goodput"]),
         warmup=options["warmup"],

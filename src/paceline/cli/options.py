@@ -18,6 +18,36 @@ from paceline.loading.aliases import DEFAULT_MODEL
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "min_tokens", "max_tokens")
 
 
+Command = Callable[..., Any]
+
+
+def with_options(command: Command, *options: Callable[[Command], Command]) -> Command:
+    """The command with options in this order."""
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+revision_option = click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="What the weights are computed in.",
+)
+device_option = click.option("--device", default="auto", show_default=True, metavar="NAME", help="cpu, cuda or cuda:N.")
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads [default: every core]."
+)
+memory_option = click.option(
+    "--memory-gib", type=float, metavar="GIB", help="Take no more memory [default: what is free]."
+)
+offload_dir_option = click.option("--offload-dir", metavar="DIR", help="Where a file of offloaded weights may lie.")
+chat_template_option = click.option(
+    "--chat-template", metavar="FILE", help="A Jinja chat template in place of the model's own."
+)
+
 mode_option = click.option(
     "--mode",
     type=click.Choice(MODES),
@@ -36,9 +66,10 @@ tensor_parallel_option = click.option(
 )
 
 
-def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
+def sampling_options(command: Command) -> Command:
     """Add the options that fill SamplingParams."""
-    options = [
+    return with_options(
+        command,
         click.option("--max-tokens", type=int, metavar="N", help="Stop after N tokens [default: the model's own end]."),
         click.option("--min-tokens", type=int, metavar="N", help="Do not stop before N tokens."),
         click.option("--temperature", type=float, metavar="T", help="0 is greedy [default: the model's, else 0.2]."),
@@ -49,15 +80,13 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--seed", type=int, metavar="N", help="The same seed gives the same text."),
         click.option("--stop", multiple=True, metavar="TEXT", help="Stop before TEXT; may be given several times."),
         click.option("--ignore-eos", is_flag=True, help="Go on past the model's own end (needs --max-tokens)."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    )
 
 
-def engine_options(command: Callable[..., None]) -> Callable[..., None]:
+def engine_options(command: Command) -> Command:
     """Add the options that say which model runs and how."""
-    options = [
+    return with_options(
+        command,
         click.option(
             "--model",
             default=DEFAULT_MODEL,
@@ -65,16 +94,10 @@ def engine_options(command: Callable[..., None]) -> Callable[..., None]:
             metavar="NAME",
             help="A hub id (org/name or org/name@revision), a directory, a GGUF file or an alias.",
         ),
-        click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."),
-        click.option(
-            "--dtype",
-            type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-            default="auto",
-            show_default=True,
-            help="What the weights are computed in.",
-        ),
-        click.option("--device", default="auto", show_default=True, metavar="NAME", help="cpu, cuda or cuda:N."),
-        click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads [default: every core]."),
+        revision_option,
+        dtype_option,
+        device_option,
+        threads_option,
         click.option(
             "--quantize",
             type=click.Choice(QUANTIZATIONS),
@@ -90,12 +113,12 @@ def engine_options(command: Callable[..., None]) -> Callable[..., None]:
         mode_option,
         click.option("--deterministic", is_flag=True, help="The same numbers to the bit, whatever else runs; slower."),
         click.option("--max-model-len", type=int, metavar="N", help="Longest context [default: the model's own]."),
-        click.option("--memory-gib", type=float, metavar="GIB", help="Take no more memory [default: what is free]."),
+        memory_option,
         click.option("--offload", is_flag=True, help="Stream the weights, for a model larger than the device."),
         click.option(
             "--offload-to", type=click.Choice(["host", "disk"]), help="Where --offload keeps them [default: what fits]."
         ),
-        click.option("--offload-dir", metavar="DIR", help="Where a file of offloaded weights may lie."),
+        offload_dir_option,
         tensor_parallel_option,
         click.option(
             "--pipeline-parallel-size",
@@ -105,12 +128,9 @@ def engine_options(command: Callable[..., None]) -> Callable[..., None]:
             metavar="N",
             help="Split the layers over N GPUs, or N times as many: room for a larger model.",
         ),
-        click.option("--chat-template", metavar="FILE", help="A Jinja chat template in place of the model's own."),
+        chat_template_option,
         click.option("--speculative", type=click.Choice(["ngram"]), help="Draft tokens ahead; the text is the same."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    )
 
 
 debug_option = click.option("--debug", is_flag=True, help="Log in detail, and show the traceback of an error.")

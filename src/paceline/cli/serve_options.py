@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from paceline.config import LOAD_FORMATS, MODEL_IMPLS, MODES, OFFLOADS, QUANTIZATIONS
+from paceline.cli.options import (
+    Command,
+    chat_template_option,
+    device_option,
+    dtype_option,
+    memory_option,
+    mode_option,
+    offload_dir_option,
+    revision_option,
+    threads_option,
+    with_options,
+)
+from paceline.config import LOAD_FORMATS, MODEL_IMPLS, OFFLOADS, QUANTIZATIONS
 from paceline.errors import UsageError
 from paceline.loading.aliases import DEFAULT_MODEL
 from paceline.registry import unknown
@@ -78,23 +90,14 @@ def _read_config(context: click.Context, _: click.Parameter, path: str | None) -
     context.default_map = defaults
 
 
-Command = Callable[..., None]
-
-
 def serve_options(command: Command) -> Command:
     """All options of `paceline serve`, whose context gives each its variable (ENVIRONMENT)."""
-    return _with(model_and_engine_options(command), _server_options())
+    return with_options(model_and_engine_options(command), *_server_options())
 
 
 def model_and_engine_options(command: Command) -> Command:
     """Those that say which model runs and how, as cli/load_options.py reads them."""
-    return _with(command, [*_model_options(), *_engine_options()])
-
-
-def _with(command: Command, options: Sequence[Callable[[Command], Command]]) -> Command:
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return with_options(command, *_model_options(), *_engine_options())
 
 
 def _server_options() -> list[Callable[..., Any]]:
@@ -224,15 +227,9 @@ def _model_options() -> list[Callable[..., Any]]:
     return [
         click.option("--model", default=DEFAULT_MODEL, show_default=True, metavar="NAME", help="The same as MODEL."),
         click.option("--tokenizer", metavar="NAME", help="Where the tokenizer is, if not with the model."),
-        click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."),
-        click.option(
-            "--dtype",
-            type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-            default="auto",
-            show_default=True,
-            help="What the weights are computed in.",
-        ),
-        click.option("--device", default="auto", show_default=True, metavar="NAME", help="cpu, cuda or cuda:N."),
+        revision_option,
+        dtype_option,
+        device_option,
         click.option(
             "--quantization",
             "-q",
@@ -256,7 +253,7 @@ def _model_options() -> list[Callable[..., Any]]:
             show_default=True,
             help="Whose definition of the model runs.",
         ),
-        click.option("--chat-template", metavar="FILE", help="A Jinja chat template in place of the model's own."),
+        chat_template_option,
         click.option(
             "--generation-config",
             type=click.Choice(["auto", "none", "vllm"]),
@@ -314,29 +311,23 @@ def _engine_options() -> list[Callable[..., Any]]:
             help="Tokens of one block of the cache.",
         ),
         click.option("--kv-cache-gib", type=float, metavar="GIB", help="The cache's size [default: what is free]."),
-        click.option("--memory-gib", type=float, metavar="GIB", help="Take no more memory [default: what is free]."),
+        memory_option,
         click.option(
             "--offload",
             type=click.Choice(OFFLOADS),
             help="Stream the weights, for a model larger than the device.",
         ),
-        click.option("--offload-dir", metavar="DIR", help="Where a file of offloaded weights may lie."),
+        offload_dir_option,
         click.option(
             "--speculative-config",
             type=_Json(dict, "object"),
             metavar="JSON",
             help='Draft tokens ahead, as {"method": "ngram"}.',
         ),
-        click.option(
-            "--mode",
-            type=click.Choice(MODES),
-            default="auto",
-            show_default=True,
-            help="How steps run: eager, graph or compile.",
-        ),
+        mode_option,
         click.option("--enforce-eager", is_flag=True, help="The same as --mode eager."),
         click.option(
             "--seed", type=int, default=0, show_default=True, metavar="N", help="For requests that bring none."
         ),
-        click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads [default: every core]."),
+        threads_option,
     ]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from paceline.benchmark.serve import Report
 from paceline.benchmark.serve_figures import PERCENTILES
+from paceline.cli.bench_tables import make_table
 
 LATE = 0.010  # seconds at p99 beyond which the client, not the server, may be what was measured
 
@@ -41,7 +39,7 @@ def print_report(report: Report, version: str) -> None:
 
 def _rates(report: Report) -> Table:
     heads = ["seconds", "answered", "failed", "req/s", "prompt tok", "output tok", "output tok/s", "total tok/s"]
-    table = _table("Throughput", ("rate",), heads + ([] if report.slo is None else ["good req/s", "good"]))
+    table = make_table("Throughput", ("rate",), heads + ([] if report.slo is None else ["good req/s", "good"]))
     for one in report.rounds:
         answered = one.num_requests - one.num_failed
         cells = [
@@ -61,19 +59,10 @@ def _rates(report: Report) -> Table:
 
 
 def _latencies(report: Report) -> Table:
-    table = _table("Milliseconds", ("rate", "of"), [f"p{percent}" for percent in PERCENTILES])
+    table = make_table("Milliseconds", ("rate", "of"), [f"p{percent}" for percent in PERCENTILES])
     for one in report.rounds:
         kinds = {"TTFT": one.ttft, "TPOT": one.tpot, "ITL": one.itl, "latency": one.latency}
         for name, figures in kinds.items():
             cells = [f"{1e3 * value:,.1f}" for value in figures.values()]
             table.add_row(f"{one.rate:g}" if name == "TTFT" else "", name, *cells)
-    return table
-
-
-def _table(title: str, words: Sequence[str], numbers: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=SIMPLE_HEAD)
-    for head in words:
-        table.add_column(head)
-    for head in numbers:
-        table.add_column(head, justify="right")
     return table
