@@ -15,6 +15,7 @@ from paceline.errors import EngineError
 from paceline.serve.app import create_app
 from paceline.serve.errors import bad_request
 from paceline.serve.service import Service
+from paceline.serve.tasks import run_together
 
 ATTEMPTS = 3  # at a request during which engines die
 POLL_SECONDS = 0.2  # while an engine is started anew
@@ -65,13 +66,7 @@ async def run_batch(
             raise service.failure
         app = create_app(service)
         # As many again as the engine works on wait, so that no place of its batch stays free.
-        tasks = [asyncio.ensure_future(work(app)) for _ in range(2 * service.model.info.max_num_seqs)]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        await run_together(work(app) for _ in range(2 * service.model.info.max_num_seqs))
     finally:
         await service.close()
     return progress

@@ -13,6 +13,7 @@ from paceline.serve import errors, openapi
 from paceline.serve.gate import Gate
 from paceline.serve.routes import chat, completions, models, operations, tokenize
 from paceline.serve.service import Service
+from paceline.serve.tasks import cancel
 from paceline.serve.version import VERSION
 
 
@@ -26,8 +27,7 @@ def create_app(service: Service) -> FastAPI:
         try:
             yield
         finally:
-            starting.cancel()
-            await asyncio.gather(starting, return_exceptions=True)
+            await cancel(starting)
             await service.close()
             if service.tracer is not None:
                 await asyncio.to_thread(service.tracer.close)

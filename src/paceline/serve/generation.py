@@ -14,6 +14,7 @@ from paceline.serve.client import EngineClient, GenerateRequest, RequestStream
 from paceline.serve.errors import ApiError, bad_request, unavailable
 from paceline.serve.metrics import Metrics
 from paceline.serve.protocol.common import Usage, usage
+from paceline.serve.tasks import cancel, run_together
 from paceline.serve.tracing import PromptTrace
 
 
@@ -111,13 +112,9 @@ async def close_all(generations: Sequence[Generation]) -> None:
 
 async def run_all(generations: Sequence[Generation]) -> None:
     """All to their ends, side by side; the first failure ends the others."""
-    tasks = [asyncio.ensure_future(generation.run()) for generation in generations]
     try:
-        await asyncio.gather(*tasks)
+        await run_together(generation.run() for generation in generations)
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
         await close_all(generations)
 
 
@@ -149,9 +146,7 @@ async def grow_all(generations: Sequence[Generation]) -> AsyncGenerator[int, Non
             else:
                 yield grown
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel(*tasks)
 
 
 def usage_of(generations: Sequence[Generation]) -> Usage:

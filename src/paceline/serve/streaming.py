@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from paceline.serve.errors import as_api_error
+from paceline.serve.tasks import cancel
 
 T = TypeVar("T")
 
@@ -81,9 +82,7 @@ async def _first_of(task: asyncio.Future[T], receive: Receive) -> T:
             return task.result()
         raise ClientDisconnect
     finally:
-        for one in both:
-            one.cancel()
-        await asyncio.gather(*both, return_exceptions=True)
+        await cancel(*both)
 
 
 async def _until_gone(receive: Receive) -> None:
