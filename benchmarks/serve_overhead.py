@@ -106,9 +106,8 @@ def run_api(directory: Path, streams: int, step_seconds: float, times: str, read
     from paceline.serve.server import ListenOptions, listen, run_server
     from paceline.serve.service import Service
     from paceline.serve.settings import ServerSettings
-    from paceline.serve.supervisor import Supervisor
     from paceline.serve.text import TextOptions
-    from paceline.serve.zmq_client import ZmqClient
+    from paceline.serve.zmq_client import ZmqClient, supervised
 
     options = LoadOptions(
         str(directory),
@@ -116,10 +115,7 @@ def run_api(directory: Path, streams: int, step_seconds: float, times: str, read
         cache=CacheConfig(16, streams * STEPS // 64, True),
         scheduler=SchedulerConfig(streams, max(2048, streams)),
     )
-    client = ZmqClient(options, threads=1)
-    client._supervisor = Supervisor(
-        client._supervisor._spec, client, target=partial(run_instant_engine, step_seconds, times)
-    )
+    client = ZmqClient(partial(supervised(options, threads=1), target=partial(run_instant_engine, step_seconds, times)))
     where = ListenOptions(port=0)
     listener = listen(where)
     port = listener.getsockname()[1]

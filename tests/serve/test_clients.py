@@ -14,20 +14,30 @@ from paceline.errors import EngineDeadError, ModelNotFoundError, PromptTooLongEr
 from paceline.serve.admission import QueueLimits
 from paceline.serve.client import EngineClient, GenerateRequest
 from paceline.serve.in_process import InProcessClient
-from paceline.serve.zmq_client import ZmqClient
+from paceline.serve.zmq_client import ZmqClient, supervised
 
 Run = Callable[[Any], Any]
-KINDS = [pytest.param(InProcessClient, id="thread"), pytest.param(ZmqClient, id="process")]
 MAX_QUEUE = 80
 
 
+def in_process(options: Any, **given: Any) -> EngineClient:
+    return InProcessClient(options, **given)
+
+
+def of_a_process(options: Any, **given: Any) -> EngineClient:
+    return ZmqClient(supervised(options, **given))
+
+
+KINDS = [pytest.param(in_process, id="thread"), pytest.param(of_a_process, id="process")]
+
+
 @pytest.fixture(scope="module", params=KINDS)
-def kind(request: pytest.FixtureRequest) -> type:
+def kind(request: pytest.FixtureRequest) -> Callable[..., EngineClient]:
     return request.param
 
 
 @pytest.fixture(scope="module")
-def client(kind: type, tiny_options: Any, run_async: Run) -> Iterator[EngineClient]:
+def client(kind: Callable[..., EngineClient], tiny_options: Any, run_async: Run) -> Iterator[EngineClient]:
     made = kind(tiny_options(), limits=QueueLimits(max_requests=MAX_QUEUE), threads=1)
     run_async(made.start())
     yield made
@@ -195,7 +205,7 @@ def test_what_cannot_be_served_is_refused_by_name(client, run_async, collect, ma
 
 @pytest.mark.parametrize("drain_timeout", [50.0, 0.0])
 def test_closing_drains(kind, tiny_options, run_async, make_request, until, drain_timeout):
-    if kind is ZmqClient and not drain_timeout:
+    if kind is of_a_process and not drain_timeout:
         pytest.skip("both share what ends requests (serve/streams.py), and a process takes seconds to start")
 
     async def close() -> None:

@@ -13,7 +13,6 @@ from paceline.errors import EngineDeadError, UsageError
 from paceline.serve.client import EngineCounters
 from paceline.serve.engine_process import Addresses
 from paceline.serve.failures import error_of
-from paceline.serve.health import Deadlines
 from paceline.serve.messages import Failure, LoadFailed, encode
 from paceline.serve.relay import Died, Exit, GivenUp, Launched, RelayedEngine
 from paceline.serve.server import ListenOptions
@@ -30,9 +29,7 @@ def attached(tmp_path):
     def make() -> tuple[ZmqClient, Any, list[str]]:
         mine, theirs = multiprocessing.Pipe()
         exits: list[str] = []
-        client = ZmqClient.owned(
-            lambda watcher: RelayedEngine(theirs, watcher, lambda: exits.append("exit")), Deadlines(), b"worker"
-        )
+        client = ZmqClient(lambda watcher: RelayedEngine(theirs, watcher, lambda: exits.append("exit")), name=b"worker")
         return client, mine, exits
 
     return make

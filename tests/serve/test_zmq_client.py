@@ -19,7 +19,7 @@ from paceline.errors import EngineDeadError
 from paceline.serve import supervisor
 from paceline.serve.health import Deadlines
 from paceline.serve.messages import Failure, LoadFailed, encode
-from paceline.serve.zmq_client import ZmqClient
+from paceline.serve.zmq_client import ZmqClient, supervised
 
 Run = Callable[[Any], Any]
 
@@ -30,7 +30,7 @@ def client(tiny_options: Any, run_async: Run) -> Iterator[ZmqClient]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(supervisor, "MAX_DEATHS", 100)
         patch.setattr(supervisor, "LONGEST_BACKOFF", 0.0)
-        made = ZmqClient(tiny_options(), deadlines=Deadlines(resume=50.0), threads=1)
+        made = ZmqClient(supervised(tiny_options(), threads=1), deadlines=Deadlines(resume=50.0))
         run_async(made.start())
         yield made
         run_async(made.close())
@@ -189,7 +189,7 @@ def test_an_engine_that_keeps_dying_is_given_up(tiny_options, run_async, make_re
     monkeypatch.setattr(supervisor, "MAX_DEATHS", 1)
 
     async def kill() -> None:
-        client = ZmqClient(tiny_options(), threads=1)
+        client = ZmqClient(supervised(tiny_options(), threads=1))
         await client.start()
         stream = await client.submit(make_request("r", max_tokens=3000))
         await stream.__anext__()
@@ -206,7 +206,7 @@ def test_an_engine_that_keeps_dying_is_given_up(tiny_options, run_async, make_re
 
 def test_a_start_can_be_cancelled(tiny_options, run_async):
     async def cancel() -> None:
-        client = ZmqClient(tiny_options())
+        client = ZmqClient(supervised(tiny_options()))
         task = asyncio.ensure_future(client.start())
         while client.engine_pid is None:
             await asyncio.sleep(0)
@@ -245,11 +245,11 @@ def test_the_engine_ends_with_its_parent(tiny_weights, tmp_path):
             f"""
             import asyncio
             from paceline.engine.load_options import LoadOptions
-            from paceline.serve.zmq_client import ZmqClient
+            from paceline.serve.zmq_client import ZmqClient, supervised
 
             async def main():
                 options = LoadOptions({str(tiny_weights)!r}, device="cpu", skip_tokenizer_init=True)
-                client = ZmqClient(options, threads=1)
+                client = ZmqClient(supervised(options, threads=1))
                 await client.start()
                 print("ready", flush=True)
                 await asyncio.Event().wait()

@@ -51,7 +51,7 @@ def batch(requests_path: str, answers_path: str, **options: Any) -> None:
         from paceline.serve.admission import QueueLimits
         from paceline.serve.service import Service
         from paceline.serve.settings import ServerSettings
-        from paceline.serve.zmq_client import ZmqClient
+        from paceline.serve.zmq_client import ZmqClient, supervised
 
     if Path(requests_path).resolve() == Path(answers_path).resolve():
         raise UsageError(f"{answers_path} is the file of the requests: write the answers to another one")
@@ -65,7 +65,7 @@ def batch(requests_path: str, answers_path: str, **options: Any) -> None:
         else:
             _tell(options, f"{load.model}: {total - there} of {total} requests to answer")
             settings = ServerSettings(options["served_model_name"] or (load.model,), max_logprobs=-1)
-            client = ZmqClient(load, limits=QueueLimits(None, None), threads=options["threads"])
+            client = ZmqClient(supervised(load, limits=QueueLimits(None, None), threads=options["threads"]))
             service = Service(client, settings, text_options(load).load)
             start = time.perf_counter()
             with _bar(there, total, quiet=options["quiet"]) as told:

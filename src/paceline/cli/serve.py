@@ -52,7 +52,7 @@ def serve(context: click.Context, /, name: str | None, **options: Any) -> None:
         from paceline.serve.service import Service
         from paceline.serve.worker_server import WorkerOptions
         from paceline.serve.workers import Workers
-        from paceline.serve.zmq_client import ZmqClient
+        from paceline.serve.zmq_client import ZmqClient, supervised
 
     where = ListenOptions(
         options["host"],
@@ -75,7 +75,7 @@ def serve(context: click.Context, /, name: str | None, **options: Any) -> None:
         url = where.url_at(listeners[0].getsockname()[1])
         told = f"{load.model} on {url}/v1: loading; {url}/startup says how far"
         if count == 1:
-            client = ZmqClient(load, limits=limits, threads=options["threads"], log_level=log_level)
+            client = ZmqClient(supervised(load, limits=limits, threads=options["threads"], log_level=log_level))
             service = Service(client, settings, text.load, _tell_ready)
             click.echo(told, err=True)
             run_server(service, where, listeners[0])

@@ -13,12 +13,13 @@ from paceline.errors import EngineDeadError
 from paceline.log import get_logger
 from paceline.phases import Phases
 from paceline.serve.admission import QueueLimits
-from paceline.serve.client import EngineState, EngineStatus, GenerateRequest, ModelInfo, RequestStream
+from paceline.serve.client import EngineStatus, ModelInfo
 from paceline.serve.failures import error_of
 from paceline.serve.health import Deadlines, status_of
 from paceline.serve.host import EngineHost
 from paceline.serve.messages import FromEngine, Hello, LoadFailed, Ready, Shutdown, ToEngine
-from paceline.serve.streams import StreamTable, refuse_unless_ready
+from paceline.serve.streams import StreamTable
+from paceline.serve.table_client import TableClient
 
 log = get_logger(__name__)
 
@@ -47,7 +48,7 @@ class _ThreadPort:
             self._loop.call_soon_threadsafe(function, *args)
 
 
-class InProcessClient:
+class InProcessClient(TableClient):
     """An EngineClient. `threads`: torch's CPU threads, for the whole process."""
 
     def __init__(
@@ -58,16 +59,12 @@ class InProcessClient:
         deadlines: Deadlines | None = None,
         threads: int | None = None,
     ) -> None:
+        super().__init__(StreamTable(self._send), deadlines or Deadlines())
         self._options = options
         self._limits = limits or QueueLimits()
-        self._deadlines = deadlines or Deadlines()
         self._threads = threads
         self._host = EngineHost(Phases())
-        self._state: EngineState = "starting"
-        self._reason: str | None = None
-        self._info: ModelInfo | None = None
         self._port: _ThreadPort | None = None
-        self._table = StreamTable(self._send)
 
     async def start(self) -> None:
         self._ready: asyncio.Future[ModelInfo] = asyncio.get_running_loop().create_future()
@@ -126,22 +123,6 @@ class InProcessClient:
         if self._info is not None:  # else it still loads, and will see the Shutdown when it has
             await self._ended.wait()
         self._host = EngineHost(Phases())  # gives the model back
-
-    @property
-    def info(self) -> ModelInfo:
-        if self._info is None:
-            raise EngineDeadError("the engine has not loaded its model yet: wait until it is ready")
-        return self._info
-
-    async def submit(self, request: GenerateRequest) -> RequestStream:
-        refuse_unless_ready(self.status())
-        return await self._table.submit(request)
-
-    async def end_answer(self, request_id: str, index: int) -> None:
-        self._table.end_answer(request_id, index)
-
-    async def abort(self, request_id: str) -> None:
-        self._table.abort(request_id)
 
     def status(self) -> EngineStatus:
         return status_of(self._state, self._reason, self._host.beat(), 0.0, self._deadlines)

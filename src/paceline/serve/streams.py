@@ -11,7 +11,7 @@ from types import TracebackType
 from weakref import WeakValueDictionary
 
 from paceline.errors import EngineDeadError, PacelineError, UsageError
-from paceline.serve.client import AnswerUpdate, EngineStatus, GenerateRequest
+from paceline.serve.client import AnswerUpdate, GenerateRequest
 from paceline.serve.failures import error_of
 from paceline.serve.messages import (
     Abort,
@@ -26,12 +26,6 @@ from paceline.serve.messages import (
 )
 
 MAX_RESUMES = 1  # a request that runs while two engines die is likely their death: it may not take a third one
-
-
-def refuse_unless_ready(status: EngineStatus) -> None:
-    """EngineDeadError where a request would not be worked on."""
-    if not status.ready:
-        raise EngineDeadError(f"the engine takes no request now: {status.reason or status.state}")
 
 
 class Stream:

@@ -56,8 +56,8 @@ def _serve(options: WorkerOptions, name: bytes, listener: socket.socket, connect
     def exit_once_more() -> None:
         server.handle_exit(signal.SIGTERM, None)
 
-    client = ZmqClient.owned(
-        lambda watcher: RelayedEngine(connection, watcher, exit_once_more), options.deadlines, name
+    client = ZmqClient(
+        lambda watcher: RelayedEngine(connection, watcher, exit_once_more), deadlines=options.deadlines, name=name
     )
     service = Service(client, options.settings, options.text.load)
     server = make_server(service, options.where, _WorkerServer)

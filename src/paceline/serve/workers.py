@@ -32,6 +32,7 @@ from paceline.serve.engine_process import Addresses, EngineSpec
 from paceline.serve.failures import error_of
 from paceline.serve.relay import Died, Exit, Failed, GivenUp, Launched
 from paceline.serve.supervisor import DEATH_WINDOW, MAX_DEATHS, Supervisor
+from paceline.serve.tasks import cancel
 from paceline.serve.worker import WorkerSpec, run_worker
 from paceline.serve.worker_server import WorkerOptions
 from paceline.serve.zmq_client import ZmqClient
@@ -69,7 +70,7 @@ class Workers:
         levels = {name: logging.getLogger(name).level for name in ("paceline", "paceline.serve")}
         self._spec = WorkerSpec(pickle.dumps(options), levels, self._directory)
         self._drain_timeout = options.where.drain_timeout
-        self._client = ZmqClient.owned(lambda client: Supervisor(engine, _Both(client, self)), options.deadlines)
+        self._client = ZmqClient(lambda client: Supervisor(engine, _Both(client, self)), deadlines=options.deadlines)
         self._workers: dict[int, _Worker] = {}
         self._num_started = 0
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
@@ -90,8 +91,7 @@ class Workers:
         try:
             await self._over.wait()
         finally:
-            loading.cancel()
-            await asyncio.gather(loading, return_exceptions=True)
+            await cancel(loading)
             await self._client.close()
             shutil.rmtree(self._directory, ignore_errors=True)
         if self._failure is not None:

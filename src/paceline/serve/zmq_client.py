@@ -11,6 +11,7 @@ import logging
 import pickle
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import msgspec
@@ -22,11 +23,8 @@ from paceline.log import get_logger
 from paceline.serve.admission import QueueLimits
 from paceline.serve.client import (
     EngineCounters,
-    EngineState,
     EngineStatus,
-    GenerateRequest,
     ModelInfo,
-    RequestStream,
     Startup,
 )
 from paceline.serve.engine_process import Addresses, EngineSpec
@@ -45,8 +43,9 @@ from paceline.serve.messages import (
     decode_from_engine,
     encode,
 )
-from paceline.serve.streams import StreamTable, refuse_unless_ready
-from paceline.serve.supervisor import Supervisor
+from paceline.serve.streams import StreamTable
+from paceline.serve.supervisor import Supervisor, Watcher
+from paceline.serve.table_client import TableClient
 
 log = get_logger(__name__)
 
@@ -113,38 +112,32 @@ class EngineOwner(Protocol):
     async def stop(self, timeout: float) -> None: ...
 
 
-class ZmqClient:
-    """An EngineClient. `threads`: torch's CPU threads in the engine's process; `log_level`: of its loggers."""
+def supervised(
+    options: LoadOptions,
+    *,
+    limits: QueueLimits | None = None,
+    threads: int | None = None,
+    log_level: int = logging.WARNING,
+) -> Callable[[Watcher], Supervisor]:
+    """The owner that starts engines of its own. `threads`: torch's CPU threads in their process; `log_level`: of its
+    loggers."""
+    spec = EngineSpec(pickle.dumps(options), limits or QueueLimits(), threads, log_level)
+    return partial(Supervisor, spec)
+
+
+class ZmqClient(TableClient):
+    """An EngineClient of an owner's engines, made for it. `name`: what the engine calls this client (see Forget)."""
 
     def __init__(
         self,
-        options: LoadOptions,
+        make_owner: Callable[[ZmqClient], EngineOwner],
         *,
-        limits: QueueLimits | None = None,
         deadlines: Deadlines | None = None,
-        threads: int | None = None,
-        log_level: int = logging.WARNING,
+        name: bytes | None = None,
     ) -> None:
-        spec = EngineSpec(pickle.dumps(options), limits or QueueLimits(), threads, log_level)
-        self._set_up(Supervisor(spec, self), deadlines or Deadlines(), None)
-
-    @classmethod
-    def owned(
-        cls, make_owner: Callable[[ZmqClient], EngineOwner], deadlines: Deadlines, name: bytes | None = None
-    ) -> ZmqClient:
-        """A client of the engines of an owner, which is made for it. `name`: what the engine calls it (see Forget)."""
-        client = cls.__new__(cls)
-        client._set_up(make_owner(client), deadlines, name)
-        return client
-
-    def _set_up(self, owner: EngineOwner, deadlines: Deadlines, name: bytes | None) -> None:
-        self._supervisor = owner
-        self._deadlines = deadlines
+        super().__init__(StreamTable(self._send), deadlines or Deadlines())
+        self._supervisor = make_owner(self)
         self._name = name
-        self._table = StreamTable(self._send)
-        self._state: EngineState = "starting"
-        self._reason: str | None = None
-        self._info: ModelInfo | None = None
         self._first: asyncio.Future[ModelInfo] | None = None
         self._requests: _Socket | None = None
         self._beats: _Socket | None = None
@@ -178,12 +171,6 @@ class ZmqClient:
         self._disconnect()
 
     @property
-    def info(self) -> ModelInfo:
-        if self._info is None:
-            raise EngineDeadError("the engine has not loaded its model yet: wait until it is ready")
-        return self._info
-
-    @property
     def engine_pid(self) -> int | None:
         """The engine's process, None where there is none now."""
         return self._supervisor.pid
@@ -191,16 +178,6 @@ class ZmqClient:
     def forget(self, name: bytes) -> None:
         """Another client of the same engine, of this name, is gone: the engine drops its requests."""
         self._send(Forget(name))
-
-    async def submit(self, request: GenerateRequest) -> RequestStream:
-        refuse_unless_ready(self.status())
-        return await self._table.submit(request)
-
-    async def end_answer(self, request_id: str, index: int) -> None:
-        self._table.end_answer(request_id, index)
-
-    async def abort(self, request_id: str) -> None:
-        self._table.abort(request_id)
 
     def status(self) -> EngineStatus:
         if self._beats is not None:
