@@ -78,6 +78,34 @@ def default_model_gguf() -> Path:
 
 
 @pytest.fixture(scope="session")
+def save_tiny_llama() -> Callable[[Path, int, int], None]:
+    """Saves a 2-layer Llama of random weights: into which directory, of how many tokens, with what longest context."""
+
+    def save(directory: Path, vocab_size: int, context: int) -> None:
+        import torch
+        import transformers
+
+        config = transformers.LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=context,
+            eos_token_id=2,
+            bos_token_id=1,
+        )
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(config)
+        for parameter in model.parameters():
+            parameter.data.normal_(0, 0.3)
+        model.save_pretrained(directory)
+
+    return save
+
+
+@pytest.fixture(scope="session")
 def held_tensors() -> Callable[[object], list[torch.Tensor]]:
     """Every tensor that a model holds, one for each memory: parameters, buffers, plain attributes and what lies in the
     weights' formats."""

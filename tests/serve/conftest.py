@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-import torch
 
 from paceline.config import CacheConfig, SchedulerConfig
 from paceline.engine.load_options import LoadOptions
@@ -26,54 +25,24 @@ CONTEXT = 512
 
 
 @pytest.fixture(scope="session")
-def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_weights(tmp_path_factory: pytest.TempPathFactory, save_tiny_llama: Callable[[Path, int, int], None]) -> Path:
     """A 2-layer Llama without a tokenizer: 64 tokens, a context of 4096, so that a request can run for long."""
-    import transformers
 
     directory = tmp_path_factory.mktemp("tiny_weights")
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=4096,
-        eos_token_id=2,
-        bos_token_id=1,
-    )
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.3)
-    model.save_pretrained(directory)
+    save_tiny_llama(directory, 64, 4096)
     return directory
 
 
 @pytest.fixture(scope="session")
-def tiny_chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_chat_model(
+    tmp_path_factory: pytest.TempPathFactory, save_tiny_llama: Callable[[Path, int, int], None]
+) -> Path:
     """A 2-layer Llama over single bytes, so that it can read and write any text, with a chat template."""
-    import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     directory = tmp_path_factory.mktemp("tiny_chat_model")
     words = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    config = transformers.LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=CONTEXT,
-        eos_token_id=2,
-        bos_token_id=1,
-    )
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.3)
-    model.save_pretrained(directory)
+    save_tiny_llama(directory, len(words), CONTEXT)
     (directory / "generation_config.json").unlink(missing_ok=True)
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
