@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from paceline.errors import EngineError, UsageError
 
@@ -18,6 +18,16 @@ class Asked(Protocol):
 
     @property
     def weight_format(self) -> str: ...
+
+
+def check_asked(asked: Any, *lists: str) -> None:
+    """Raises UsageError for a benchmark's options that name one thing twice in a list, or no weight format."""
+    for name in (*lists, "weight_formats", "against"):
+        values = getattr(asked, name)
+        if len(set(values)) < len(values):
+            raise UsageError(f"{name} names the same twice: {', '.join(map(str, values))}")
+    if not asked.weight_formats:
+        raise UsageError("no weight format is given: name one, such as dense")
 
 
 Job = TypeVar("Job", bound=Asked)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from paceline.benchmark import protocol
-from paceline.benchmark.attempts import Attempts, Failure
+from paceline.benchmark.attempts import Attempts, Failure, check_asked
 from paceline.benchmark.job import Job, Result, read_result
 from paceline.benchmark.process import run_process
 from paceline.benchmark.shapes import read_shape
@@ -42,14 +42,9 @@ class Options:
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise UsageError(f"rounds must be at least 1, got {self.rounds}")
-        for name in ("contexts", "weight_formats", "against"):
-            values = getattr(self, name)
-            if len(set(values)) < len(values):
-                raise UsageError(f"{name} names the same twice: {', '.join(map(str, values))}")
+        check_asked(self, "contexts")
         if not self.contexts or min(self.contexts) < 1:
             raise UsageError(f"a context holds at least 1 token, got {min(self.contexts, default=0)}")
-        if not self.weight_formats:
-            raise UsageError("no weight format is given: name one, such as dense")
         for rival in self.against:
             name, _, folder = rival.partition("=")
             if name not in RIVALS or bool(folder) != (name == "gpt-fast"):

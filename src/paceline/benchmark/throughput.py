@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from paceline.benchmark.attempts import Attempts, Failure
+from paceline.benchmark.attempts import Attempts, Failure, check_asked
 from paceline.benchmark.process import run_process
 from paceline.benchmark.protocol import DECODED
 from paceline.benchmark.shapes import read_shape
@@ -116,10 +116,7 @@ class Options:
         for name in ("rounds", "streams"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("batches", "weight_formats", "against"):
-            values = getattr(self, name)
-            if len(set(values)) < len(values):
-                raise UsageError(f"{name} names the same twice: {', '.join(map(str, values))}")
+        check_asked(self, "batches")
         if self.batches and min(self.batches) < 1:
             raise UsageError(f"a batch has at least 1 stream, got {min(self.batches)}")
         if not self.batches and not self.offline:
@@ -127,8 +124,6 @@ class Options:
         most = max(self.streams, *self.batches, 1)
         if self.step_tokens < most:
             raise UsageError(f"a step of {self.step_tokens} tokens does not hold {most} streams: raise step tokens")
-        if not self.weight_formats:
-            raise UsageError("no weight format is given: name one, such as dense")
         for rival in self.against:
             if rival not in RIVALS:
                 raise UsageError(f"against must be {', '.join(RIVALS)}, got {rival!r}")
