@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from logging import INFO, WARNING
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +14,12 @@ import torch
 from paceline import sizing
 from paceline.config import DecoderConfig, EngineConfig, KVGroup
 from paceline.engine.decode_step import DecodeStep
-from paceline.engine.device import DTYPES, available_bytes, pick_device, pick_dtype
+from paceline.engine.device import available_bytes, pick_device, pick_dtype
 from paceline.engine.engine import Engine
 from paceline.engine.graphs import captured_decode, config_refusal, graph_refusal
 from paceline.engine.load_options import LoadOptions
 from paceline.engine.memory import CPU_CACHE_SHARE, CUDA_MEMORY_SHARE, Room, Sizes, divide
+from paceline.engine.model_files import open_model, read_generation_config, read_tokenizer, stored_dtype
 from paceline.engine.model_runner import ModelRunner
 from paceline.engine.offload import offloaded_weights, open_stream, tell_speed
 from paceline.engine.warm_up import compile_or_tell
@@ -29,11 +29,9 @@ from paceline.formats.streamed import WeightStream
 from paceline.kernels.choices import fallbacks
 from paceline.kernels.gemv_launch import load_table
 from paceline.kernels.gpu import gpu, untried_gpu
-from paceline.loading.checkpoint import Checkpoint, open_checkpoint
-from paceline.loading.description import describe
+from paceline.loading.checkpoint import Checkpoint
 from paceline.loading.progress import Progress
-from paceline.loading.random_checkpoint import RandomCheckpoint
-from paceline.loading.resolve import ModelSource, resolve
+from paceline.loading.resolve import ModelSource
 from paceline.log import get_logger
 from paceline.models.deterministic import make_deterministic
 from paceline.models.fallback import FallbackConfig, load_fallback, measure
@@ -45,10 +43,8 @@ from paceline.parallel.parts import RankSplit, join
 from paceline.parallel.processes import Ranks
 from paceline.parallel.split import held_by, local_config, local_groups
 from paceline.phases import Phases
-from paceline.registry import lookup
-from paceline.sampling.params import generation_defaults
 from paceline.sizing_cuda import workspace_bytes
-from paceline.tokens.tokenizer import Tokenizer, load_tokenizer
+from paceline.tokens.tokenizer import Tokenizer
 
 log = get_logger(__name__)
 
@@ -138,7 +134,7 @@ def _load(
         config = choose_config(checkpoint.config, options.model_impl)
         if tokenizer is not None:
             tokenizer = tokenizer.for_vocabulary(config.vocab_size)
-        dtype = pick_dtype(options.dtype, _stored_dtype(checkpoint), device)
+        dtype = pick_dtype(options.dtype, stored_dtype(checkpoint), device)
         with phases.time("weights"):
             if isinstance(config, FallbackConfig):
                 weights = _load_fallback(config, checkpoint, options, dtype, device, progress)
@@ -180,33 +176,6 @@ def _load(
         sizes=weights.sizes,
         load_peak=load_peak,
     )
-
-
-def open_model(options: LoadOptions, device: torch.device, progress: Progress | None) -> tuple[ModelSource, Checkpoint]:
-    """Find the model's files, fetched first where they must be, and read their headers."""
-    if options.load_format == "dummy":
-        found = describe(
-            options.model, revision=options.revision, token=options.hf_token, download_dir=options.download_dir
-        )
-        log.warning("%s: the weights are random, and so is what the model says", options.model)
-        checkpoint = RandomCheckpoint(
-            found.config,
-            dtype=lookup(DTYPES, "dtype of the checkpoint", found.stored_dtype),
-            # A store of offloaded weights lies in host memory or in a file.
-            device=device if options.offload is None else "cpu",
-            seed=options.seed,
-        )
-        return ModelSource(options.model, "dummy", Path(options.model), note=found.note), checkpoint
-    source = resolve(
-        options.model,
-        revision=options.revision,
-        token=options.hf_token,
-        download_dir=options.download_dir,
-        progress=progress,
-    )
-    if source.note:
-        log.info("%s", source.note)
-    return source, open_checkpoint(source)
 
 
 def _load_decoder(
@@ -298,43 +267,6 @@ def _load_fallback(
     return _Weights(config, model, max_model_len, num_blocks, sizes.step_weights)
 
 
-def read_generation_config(options: LoadOptions, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The model's sampling defaults, said once: they decide wherever a request is silent."""
-    if options.generation_config == "none":
-        return {}
-    defaults = generation_defaults(checkpoint.generation_config)
-    if defaults:
-        listed = ", ".join(f"{name}={value}" for name, value in defaults.items())
-        log.warning("the model's generation_config.json sets %s where a request sets nothing", listed)
-    return dict(checkpoint.generation_config)
-
-
-def read_tokenizer(options: LoadOptions, source: ModelSource, checkpoint: Checkpoint) -> Tokenizer | None:
-    """None where the options say so."""
-    if options.skip_tokenizer_init:
-        return None
-    if options.tokenizer is not None:
-        source = resolve(options.tokenizer, token=options.hf_token, download_dir=options.download_dir)
-    return load_tokenizer(
-        source,
-        generation_config=checkpoint.generation_config,
-        config=checkpoint.config,
-        chat_template=options.chat_template,
-    )
-
-
-def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that most of the checkpoint's values have, once read."""
-    sizes: dict[torch.dtype, int] = {}
-    for name in checkpoint.names():
-        count = 1
-        for size in checkpoint.shape(name):
-            count *= size
-        dtype = checkpoint.dtype(name)
-        sizes[dtype] = sizes.get(dtype, 0) + count
-    return max(sizes, key=lambda dtype: sizes[dtype])
-
-
 def _sizes(
     config: DecoderConfig,
     held: sizing.Held | None,
@@ -343,7 +275,7 @@ def _sizes(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Sizes:
-    on_cuda, stored = device.type == "cuda", _stored_dtype(checkpoint)
+    on_cuda, stored = device.type == "cuda", stored_dtype(checkpoint)
     streamed = options.offload is not None
     read_here = options.load_format == "dummy" or (on_cuda and stored != dtype)
     return Sizes(

@@ -10,10 +10,11 @@ from torch._C._distributed_c10d import TCPStore
 
 from paceline import sizing
 from paceline.config import DecoderConfig
-from paceline.engine.build import LoadedModel, open_model, read_generation_config, read_tokenizer
+from paceline.engine.build import LoadedModel
 from paceline.engine.device import pick_device
 from paceline.engine.engine import Engine
 from paceline.engine.load_options import LoadOptions
+from paceline.engine.model_files import open_model, read_generation_config, read_tokenizer
 from paceline.engine.rank import Facts, Job, Part, rank_options
 from paceline.engine.remote import RemoteRunner
 from paceline.errors import EngineError, UsageError
