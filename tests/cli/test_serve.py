@@ -138,11 +138,11 @@ def test_what_the_engine_is_started_with(monkeypatch, capsys, flags, level):
 
     seen = []
 
-    def client(options, **others):
+    def supervised(options, **others):
         seen.append((options, others))
         raise PacelineError("seen enough")
 
-    monkeypatch.setattr(zmq_client, "ZmqClient", client)
+    monkeypatch.setattr(zmq_client, "supervised", supervised)
     given = "--max-model-len=99 --quantization=int8 --max-num-seqs=3 --max-queue=7 --threads=2 --enforce-eager --port=0"
     assert app.main(["serve", "m", *given.split(" "), *flags]) == 1
     assert capsys.readouterr().err.endswith("error: seen enough\n")
