@@ -115,7 +115,10 @@ def read_state_dict(file: Path) -> dict[str, torch.Tensor]:
             warnings.simplefilter("ignore")  # of pickle protocols: what cannot be read raises
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        raise _refusal(file, str(error)) from error
+        found = REFUSED_NAME.search(str(error))
+        if found and _ends_within(file, found[1].rpartition(".")[2]):
+            raise CheckpointError(f"{file}: corrupt or truncated (it ends within a name); download it again") from error
+        raise _refusal(file, found[1] if found else None) from error
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # torch raises many types for bytes that are no checkpoint: RuntimeError, EOFError, ...
@@ -137,7 +140,12 @@ def _tensor(file: Path, name: object, value: object) -> torch.Tensor:
     return value.detach()
 
 
-def _refusal(file: Path, message: str) -> UnsupportedModelError:
-    found = REFUSED_NAME.search(message)
-    why = f"it asks for '{found[1]}', and so could run code" if found else "it is corrupt or holds more than tensors"
+def _ends_within(file: Path, name: str) -> bool:
+    """Whether the file breaks off in this name, which torch read up to the last byte: there it expects a newline."""
+    data = file.read_bytes()
+    return data[:-1].endswith(name.encode())
+
+
+def _refusal(file: Path, name: str | None) -> UnsupportedModelError:
+    why = f"it asks for '{name}', and so could run code" if name else "it is corrupt or holds more than tensors"
     return UnsupportedModelError(f"{file}: refused, as {why}: {CONVERT.format(file=file.name)}")
