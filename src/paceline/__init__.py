@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from paceline.config import SpeculativeConfig
     from paceline.errors import PacelineError, UsageError
+    from paceline.fusion import optimize
     from paceline.llm import LLM
     from paceline.outputs import CompletionOutput, RequestOutput
     from paceline.planner.inference import plan
@@ -29,6 +30,7 @@ __all__ = [
     "SpeculativeConfig",
     "UsageError",
     "__version__",
+    "optimize",
     "plan",
 ]
 
@@ -41,6 +43,7 @@ _HOME = {
     "SamplingParams": "paceline.sampling.params",
     "SpeculativeConfig": "paceline.config",
     "UsageError": "paceline.errors",
+    "optimize": "paceline.fusion",
     "plan": "paceline.planner.inference",
 }
 

@@ -52,6 +52,11 @@ def packed_bytes(rows: int, columns: int, itemsize: int) -> int:
     return -(-rows // 64) * 64 * (-(-columns * itemsize // 64) * 64)
 
 
-def linear_onednn(x_TK: torch.Tensor, packed_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
-    y_TN: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(x_TK, packed_NK, bias_N, "none", [], "")
+def linear_onednn(
+    x_TK: torch.Tensor, packed_NK: torch.Tensor, bias_N: torch.Tensor | None = None, activation: str = "none"
+) -> torch.Tensor:
+    """`activation`: "none", "relu", "gelu" or "gelu_tanh", of the product before it is stored."""
+    post_op, _, algorithm = activation.partition("_")
+    algorithm = algorithm or ("none" if post_op == "gelu" else "")
+    y_TN: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(x_TK, packed_NK, bias_N, post_op, [], algorithm)
     return y_TN

@@ -1,0 +1,179 @@
+"""From a graph that Dynamo captured to what runs in its place.
+
+The model's weights become constants of the graph, so that passes may pack, join and fold them. On its first call the
+rewritten graph is compared with the captured one on the same inputs, and dropped where they differ: a pass that is
+wrong about a model costs its speed-up, never a result.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from paceline.fusion.graph import mutates
+from paceline.fusion.options import Options
+from paceline.fusion.passes import run_passes
+from paceline.fusion.report import GraphReport
+from paceline.fusion.rewrite import Rewrite
+from paceline.log import get_logger
+
+log = get_logger(__name__)
+
+# The largest difference, relative to the results' root mean square, that other orders of the same sums explain: ten
+# times what was seen over the models of tests/fusion.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+RANDOM = ("dropout", "rand", "randn", "randint", "bernoulli", "multinomial", "normal_", "uniform_", "rrelu")
+
+
+class CapturedGraph:
+    """Takes what Dynamo gives the captured graph at each call, and returns what that would."""
+
+    def __init__(
+        self, graph_module: fx.GraphModule, example_inputs: Sequence[Any], weights: Mapping[int, str], options: Options
+    ) -> None:
+        self._captured = graph_module
+        self._options = options
+        self._weight_places = [place for place, value in enumerate(example_inputs) if id(value) in weights]
+        self._input_places = [place for place in range(len(example_inputs)) if place not in set(self._weight_places)]
+        self._weights: tuple[torch.Tensor, ...] = ()
+        self._stamps: list[tuple[torch.Tensor, int, int]] = []
+        self._run: Callable[..., Any] | None = None
+        self.report = GraphReport(len(graph_module.graph.nodes))
+
+    def __call__(self, *args: Any) -> Any:
+        inputs = [args[place] for place in self._input_places]
+        if self._run is None or (self._options.level == "safe" and self._is_stale(args)):
+            return self._build_and_check(args, inputs)
+        return self._run(*inputs)
+
+    def _is_stale(self, args: Sequence[Any]) -> bool:
+        """Whether a weight is another than when the graph was rewritten, or was written to."""
+        if not all(map(operator.is_, (args[place] for place in self._weight_places), self._weights)):
+            return True
+        return any(_version(tensor) != v or tensor.data_ptr() != p for tensor, v, p in self._stamps)
+
+    def _build_and_check(self, args: Sequence[Any], inputs: list[Any]) -> Any:
+        self._weights = tuple(args[place] for place in self._weight_places)
+        bound = _bind(self._captured, self._weight_places, self._weights)
+        self.report.replaced.clear()
+        self.report.left.clear()
+        self.report.refused = _refusal(bound.graph)
+        if self.report.refused:
+            self._run = bound.forward
+            self._stamps = []
+            return self._run(*inputs)
+        copies = pytree.tree_map_only(torch.Tensor, torch.clone, inputs)
+        expected = bound.forward(*inputs)
+        self._run = bound.forward
+        self.report.nodes_after = self.report.nodes_before
+        rewritten = _copy(bound)
+        rewrite = Rewrite(rewritten, self._options, self.report)
+        try:
+            run_passes(rewrite)
+            result = rewritten.forward(*copies)
+        except Exception as error:  # a pass that is wrong about a model must not end the caller's call
+            first_line = str(error).strip().splitlines()[:1]
+            self._drop(f"it failed with {type(error).__name__}: {' '.join(first_line)}")
+            return expected
+        self.report.error = difference = _difference(expected, result)
+        if difference is None or not difference <= _tolerance(expected):
+            by = "" if difference is None else f" by {difference:.1e}"
+            self._drop(f"its results differ from the model's own{by}")
+            return expected
+        self._stamps = [(tensor, _version(tensor), tensor.data_ptr()) for tensor in rewrite.copied]
+        self.report.nodes_after = len(rewritten.graph.nodes)
+        self._run = rewritten.forward
+        return expected
+
+    def _drop(self, reason: str) -> None:
+        self.report.refused = reason
+        self._stamps = []
+        log.warning("a rewritten graph is dropped, and the captured one runs: %s", reason)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _copy(graph_module: fx.GraphModule) -> fx.GraphModule:
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(graph_module.graph, {}))
+    made = fx.GraphModule(graph_module, graph)
+    vars(made).update({name: value for name, value in vars(graph_module).items() if name.startswith("constant_")})
+    return made
+
+
+def _bind(captured: fx.GraphModule, places: Sequence[int], weights: Sequence[torch.Tensor]) -> fx.GraphModule:
+    """A copy of the captured graph in which the inputs at these places are constants."""
+    bound = _copy(captured)
+    inputs = [node for node in bound.graph.nodes if node.op == "placeholder"]
+    for place, weight in zip(places, weights, strict=True):
+        name = f"constant_{place}"
+        vars(bound)[name] = weight
+        with bound.graph.inserting_before(inputs[place]):
+            node = bound.graph.create_node("get_attr", name)
+        node.meta["example_value"] = weight
+        node.meta["source"] = str(inputs[place].target)
+        inputs[place].replace_all_uses_with(node)
+        bound.graph.erase_node(inputs[place])
+    bound.recompile()
+    return bound
+
+
+def _refusal(graph: fx.Graph) -> str | None:
+    """Why no pass may touch a graph."""
+    for node in graph.nodes:
+        name = getattr(node.target, "__name__", node.target) if node.op in ("call_function", "call_method") else ""
+        if name in RANDOM and not _is_off(node):
+            return f"it draws random numbers ({name})"
+        if mutates(node) and node.all_input_nodes and node.all_input_nodes[0].op == "get_attr":
+            return f"it changes a weight or buffer of the model ({name})"
+    return None
+
+
+def _is_off(node: fx.Node) -> bool:
+    """A dropout that drops nothing."""
+    if getattr(node.target, "__name__", "") != "dropout":
+        return False
+    args = dict(zip(("p", "training"), node.args[1:3], strict=False)) | dict(node.kwargs)
+    return bool(args.get("training", True) is False or args.get("p", 0.5) == 0)
+
+
+def _difference(expected: Any, result: Any) -> float | None:
+    """The largest difference of two results, relative to the root mean square of the tensor it is in; None where they
+    are of another form, or differ in anything but the digits of floating-point numbers."""
+    first, form = pytree.tree_flatten(expected)
+    second, other_form = pytree.tree_flatten(result)
+    if form != other_form:
+        return None
+    worst = 0.0
+    for a, b in zip(first, second, strict=True):
+        if not isinstance(a, torch.Tensor):
+            if a is not b and a != b:
+                return None
+            continue
+        if not isinstance(b, torch.Tensor) or a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+            return None
+        if not a.dtype.is_floating_point:
+            if not torch.equal(a, b):
+                return None
+            continue
+        x, y = a.double(), b.double()
+        finite = x.isfinite()
+        if not torch.equal(finite, y.isfinite()) or not torch.equal(x[~finite].nan_to_num(), y[~finite].nan_to_num()):
+            return None
+        x, y = x[finite], y[finite]
+        if x.numel():
+            scale = float(x.square().mean().sqrt())
+            worst = max(worst, float((x - y).abs().max()) / scale if scale else float((x - y).abs().max()))
+    return worst
+
+
+def _tolerance(expected: Any) -> float:
+    dtypes = {t.dtype for t in pytree.tree_leaves(expected) if isinstance(t, torch.Tensor)} & TOLERANCE.keys()
+    return max((TOLERANCE[dtype] for dtype in dtypes), default=0.0)

@@ -1,0 +1,58 @@
+"""A model computed in another dtype, with a copy of its weights; the model's own stay as they are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+
+class CopiedWeights:
+    """`model`: a copy of the given one, whose floating-point weights are in `dtype`. `forward`: its forward."""
+
+    def __init__(self, model: nn.Module, original: Callable[..., Any], dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        own = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        # Through the memo each weight is converted once, and shared weights stay shared.
+        memo: dict[int, Any] = {key: _converted(tensor, dtype) for key, tensor in own.items()}
+        self._pairs = [(tensor, memo[key]) for key, tensor in own.items()]
+        instance = vars(model).pop("forward", None)
+        try:
+            self.model = copy.deepcopy(model, memo)
+        finally:
+            if instance is not None:
+                vars(model)["forward"] = instance
+        self.forward: Callable[..., Any] = original.__func__.__get__(self.model)  # type: ignore[attr-defined]
+        self._stamps = [_stamp(tensor) for tensor, _ in self._pairs]
+
+    def refresh(self) -> None:
+        """Copy anew what was written to since."""
+        for index, (own, copied) in enumerate(self._pairs):
+            stamp = _stamp(own)
+            if stamp != self._stamps[index]:
+                with torch.no_grad():
+                    copied.copy_(own)
+                self._stamps[index] = stamp
+
+    def converted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments, floating-point tensors in the copy's dtype."""
+        converted: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
+            torch.Tensor, self._cast, (args, kwargs)
+        )
+        return converted
+
+    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+
+
+def _converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    made = tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+    return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
+
+
+def _stamp(tensor: torch.Tensor) -> tuple[int, int]:
+    return (0 if tensor.is_inference() else tensor._version), tensor.data_ptr()

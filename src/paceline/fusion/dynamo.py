@@ -1,0 +1,56 @@
+"""Every name of torch that fusion uses and that torch does not promise to keep. tests/fusion/test_dynamo.py asks each
+of them of the torch that runs it; a release that moves one is mended here."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch._dynamo as torch_dynamo
+from torch._dynamo.exc import TorchDynamoException
+
+CaptureError = TorchDynamoException  # what Dynamo raises for code that it, or a backend, cannot take
+
+Backend = Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]]
+MOST_CAPTURES = 64  # of one model: batch 1 or more, each set of arguments, each dtype, ... torch's own limit is 8
+
+
+def compile_with(function: Callable[..., Any], backend: Backend, *, watch_modules: bool) -> Callable[..., Any]:
+    """`function` captured graph by graph for `backend`, guarded by Dynamo. `watch_modules`: notice a change of what
+    modules hold besides tensors."""
+    options: dict[str, Any] | None = None
+    if not watch_modules:
+        options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    known = inspect.signature(torch.compile).parameters
+    limit = {"recompile_limit": MOST_CAPTURES} if "recompile_limit" in known else {}
+    return torch.compile(_own_code(function), backend=backend, options=options, **limit)  # type: ignore[call-overload,no-any-return]
+
+
+def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that calls `function`, with a code object of its own: Dynamo counts captures by code object, so that
+    otherwise every optimised model would draw on one limit."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return types.FunctionType(
+        forward.__code__.replace(), forward.__globals__, forward.__name__, None, forward.__closure__
+    )
+
+
+def mark_dynamic(tensor: torch.Tensor) -> None:
+    """Capture any size of the tensor's dimensions, where the code allows it."""
+    for dim in range(tensor.dim()):
+        torch_dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def graph_breaks() -> dict[str, int]:
+    """Why captures have ended early so far, each reason's first line with its count."""
+    found: dict[str, int] = {}
+    for reason, count in torch_dynamo.utils.counters["graph_break"].items():
+        line = str(reason).strip().splitlines()[0]
+        found[line] = found.get(line, 0) + count
+    return found

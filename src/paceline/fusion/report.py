@@ -1,0 +1,69 @@
+"""What optimize() made of a model: counted as it happens, told on request."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from paceline.errors import UsageError
+from paceline.log import get_logger
+
+log = get_logger(__name__)
+
+
+@dataclass
+class GraphReport:
+    """One captured graph. `replaced`: how often each pass found its pattern. `left`: what a pass saw and left, with
+    the reason, and how often. `error`: of the rewritten graph's results against the captured one's, relative, on the
+    inputs of the first call. `refused`: why it runs as it was captured; None where it does not."""
+
+    nodes_before: int
+    nodes_after: int = 0
+    replaced: Counter[str] = field(default_factory=Counter)
+    left: Counter[str] = field(default_factory=Counter)
+    error: float | None = None
+    refused: str | None = None
+
+
+@dataclass
+class Report:
+    """What was replaced, graph by graph; `eager`: calls that ran the model's own forward, by reason; `breaks`: where
+    Dynamo had to leave code to Python, by reason."""
+
+    name: str
+    graphs: list[GraphReport] = field(default_factory=list)
+    eager: Counter[str] = field(default_factory=Counter)
+    breaks: Counter[str] = field(default_factory=Counter)
+
+    def leave(self, reason: str) -> None:
+        """Count a call that the model's own forward answers, and say why the first time."""
+        if not self.eager[reason]:
+            log.warning("%s runs as it is: %s", self.name, reason)
+        self.eager[reason] += 1
+
+    @property
+    def replaced(self) -> Counter[str]:
+        return sum((graph.replaced for graph in self.graphs), Counter())
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {len(self.graphs)} graph{'' if len(self.graphs) == 1 else 's'} captured"]
+        for index, graph in enumerate(self.graphs, 1):
+            counts = ", ".join(f"{count} {name}" for name, count in graph.replaced.items()) or "nothing replaced"
+            error = "" if graph.error is None else f"; error {graph.error:.1e}"
+            lines.append(f"  graph {index}: {graph.nodes_before} -> {graph.nodes_after} nodes: {counts}{error}")
+            if graph.refused:
+                lines.append(f"    runs as captured: {graph.refused}")
+            lines.extend(f"    left {count}x: {reason}" for reason, count in graph.left.items())
+        lines.extend(f"  {count} calls ran as the model is: {reason}" for reason, count in self.eager.items())
+        lines.extend(f"  left to Python {count}x: {reason}" for reason, count in self.breaks.items())
+        return "\n".join(lines)
+
+
+def report(model: nn.Module) -> Report:
+    """The report of a model that optimize() returned. Raises UsageError for any other."""
+    found = getattr(vars(model).get("forward"), "report", None)
+    if not isinstance(found, Report):
+        raise UsageError(f"{type(model).__name__} is not optimised: call paceline.optimize(model) first")
+    return found

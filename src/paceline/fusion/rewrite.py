@@ -1,0 +1,37 @@
+"""A graph on its way through the passes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from paceline.fusion.options import Options
+from paceline.fusion.report import GraphReport
+
+
+@dataclass
+class Rewrite:
+    """`touched`: nodes that share memory with something changed in place. `copied`: weights that the graph now holds in
+    another form, so that a change of theirs must be noticed."""
+
+    module: fx.GraphModule
+    options: Options
+    report: GraphReport
+    copied: list[torch.Tensor] = field(default_factory=list)
+    touched: set[fx.Node] = field(default_factory=set)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    def count(self, name: str) -> None:
+        self.report.replaced[name] += 1
+
+    def leave(self, reason: str) -> None:
+        self.report.left[reason] += 1
+
+    def is_free(self, *nodes: object) -> bool:
+        """Whether none of these is changed in place, so that their uses may move."""
+        return self.touched.isdisjoint(nodes)

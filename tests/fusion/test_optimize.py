@@ -1,0 +1,116 @@
+import pytest
+import torch
+from torch import nn
+
+import paceline
+from paceline.errors import UsageError
+from paceline.fusion import report, restore
+
+
+class Block(nn.Module):
+    """A transformer layer as one writes it by hand."""
+
+    def __init__(self, width: int = 32, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        batch, length, width = x.shape
+        q, k, v = (
+            part(x).view(batch, length, self.heads, -1).transpose(1, 2) for part in (self.query, self.key, self.value)
+        )
+        scores = q @ k.transpose(-1, -2) / (width // self.heads) ** 0.5
+        scores = scores.masked_fill(mask[:, None, None, :] == 0, torch.finfo(x.dtype).min)
+        seen = self.dropout(scores.softmax(-1)) @ v
+        x = self.first(x + self.dropout(self.out(seen.transpose(1, 2).reshape(batch, length, width))))
+        return self.second(x + self.dropout(self.down(nn.functional.gelu(self.up(x)))))
+
+
+@pytest.fixture
+def block() -> Block:
+    torch.manual_seed(0)
+    return Block().eval()
+
+
+def inputs(batch: int, length: int, padded: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(batch * 100 + length)
+    mask = torch.ones(batch, length, dtype=torch.long)
+    if padded:
+        mask[-1, -padded:] = 0
+    return torch.randn(batch, length, 32, generator=generator), mask
+
+
+def test_each_shape_gives_what_the_model_gives(block: Block) -> None:
+    shapes = [(2, 7), (2, 7), (3, 5), (1, 9), (1, 4), (8, 33)]
+    with torch.no_grad():
+        expected = [block(*inputs(*shape)) for shape in shapes]
+    assert paceline.optimize(block) is block
+    for shape, wanted in zip(shapes, expected, strict=True):
+        torch.testing.assert_close(block(*inputs(*shape)), wanted, rtol=1e-5, atol=1e-5)
+    told = report(block)
+    assert len(told.graphs) == 2  # a batch of one, and more
+    for graph in told.graphs:
+        assert graph.refused is None
+        assert graph.error is not None
+        assert graph.error < 1e-5
+        assert graph.replaced["attention"] == 1
+        assert graph.replaced["3 linears as one"] == 1
+        assert graph.replaced["packed linear with gelu"] == 1
+    assert not told.eager
+
+
+def test_restore_gives_the_model_back(block: Block) -> None:
+    before = block.forward
+    paceline.optimize(block)
+    assert "forward" in vars(block)
+    assert restore(block) is block
+    assert block.forward == before
+    with pytest.raises(UsageError, match="Block is not optimised"):
+        report(block)
+
+
+def test_training_and_gradients_are_the_models_own(block: Block) -> None:
+    paceline.optimize(block)
+    x, mask = inputs(2, 5)
+    block.train()
+    block(x, mask).sum().backward()
+    assert block.up.weight.grad is not None
+    block.eval()
+    x.requires_grad_()
+    block(x, mask).sum().backward()
+    assert x.grad is not None
+    assert report(block).eager == {
+        "it is in training mode: call model.eval()": 1,
+        "an input requires a gradient": 1,
+    }
+
+
+def test_a_weight_that_changes_is_noticed(block: Block) -> None:
+    paceline.optimize(block)
+    x, mask = inputs(2, 5)
+    block(x, mask)
+    with torch.no_grad():
+        block.query.weight.mul_(-3)
+        torch.testing.assert_close(block(x, mask), block.forward.original(x, mask), rtol=1e-5, atol=1e-5)
+        block.down.weight = nn.Parameter(block.down.weight * 2)
+        torch.testing.assert_close(block(x, mask), block.forward.original(x, mask), rtol=1e-5, atol=1e-5)
+        block.up.weight.data = block.up.weight.data * 5
+        torch.testing.assert_close(block(x, mask), block.forward.original(x, mask), rtol=1e-5, atol=1e-5)
+
+
+def test_another_dtype_leaves_the_weights_alone(block: Block) -> None:
+    x, mask = inputs(2, 5)
+    with torch.no_grad():
+        wanted = block(x, mask)
+    paceline.optimize(block, dtype=torch.bfloat16)
+    found = block(x, mask)
+    assert found.dtype == torch.bfloat16
+    assert block.up.weight.dtype == torch.float32
+    torch.testing.assert_close(found.float(), wanted, rtol=5e-2, atol=5e-2)
+    with torch.no_grad():
+        block.first.weight.mul_(2)
+    torch.testing.assert_close(block(x, mask).float(), block.forward.original(x, mask), rtol=8e-2, atol=8e-2)
