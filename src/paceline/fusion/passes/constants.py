@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -13,6 +15,10 @@ MOST_BYTES = 1 << 20
 
 
 def apply(rewrite: Rewrite) -> None:
+    for node in list(rewrite.graph.nodes):
+        number = _number(node)
+        if number is not None:
+            _put_number(node, number)
     known: dict[fx.Node, torch.Tensor] = {}
     for node in list(rewrite.graph.nodes):
         if node.op == "get_attr":
@@ -33,6 +39,26 @@ def apply(rewrite: Rewrite) -> None:
         known[folded] = value
         rewrite.copied.extend(sources)
         rewrite.count("constant")
+
+
+def _number(node: fx.Node) -> int | float | None:
+    """What a node computes from sizes that have turned out to be fixed: width // heads, its square root."""
+    value = fake(node)
+    if node.op not in ("call_function", "call_method"):
+        return None
+    if isinstance(value, torch.SymInt):
+        value = value.node.maybe_as_int()
+    elif isinstance(value, torch.SymFloat):
+        value = value.node.maybe_as_float()
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _put_number(node: fx.Node, number: int | float) -> None:
+    def put(value: fx.Node) -> Any:
+        return number if value is node else value
+
+    for user in list(node.users):
+        user.args, user.kwargs = fx.map_arg(user.args, put), fx.map_arg(user.kwargs, put)
 
 
 def _is_foldable(node: fx.Node, known: dict[fx.Node, torch.Tensor]) -> bool:
