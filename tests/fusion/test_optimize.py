@@ -18,13 +18,13 @@ class Block(nn.Module):
         self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
         self.dropout = nn.Dropout(0.1)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         batch, length, width = x.shape
         q, k, v = (
             part(x).view(batch, length, self.heads, -1).transpose(1, 2) for part in (self.query, self.key, self.value)
         )
         scores = q @ k.transpose(-1, -2) / (width // self.heads) ** 0.5
-        scores = scores.masked_fill(mask[:, None, None, :] == 0, torch.finfo(x.dtype).min)
+        scores = scores.masked_fill(attention_mask[:, None, None, :] == 0, torch.finfo(x.dtype).min)
         seen = self.dropout(scores.softmax(-1)) @ v
         x = self.first(x + self.dropout(self.out(seen.transpose(1, 2).reshape(batch, length, width))))
         return self.second(x + self.dropout(self.down(nn.functional.gelu(self.up(x)))))
@@ -114,3 +114,36 @@ def test_another_dtype_leaves_the_weights_alone(block: Block) -> None:
     with torch.no_grad():
         block.first.weight.mul_(2)
     torch.testing.assert_close(block(x, mask).float(), block.forward.original(x, mask), rtol=8e-2, atol=8e-2)
+
+
+def test_fast_computes_nothing_at_padding(block: Block) -> None:
+    x, mask = inputs(4, 9, padded=5)
+    with torch.no_grad():
+        wanted = block(x, mask)
+    paceline.optimize(block, level="fast")
+    block(x, mask)
+    found = block(x, mask)
+    real = mask.bool()
+    torch.testing.assert_close(found[real], wanted[real], rtol=1e-5, atol=1e-5)
+    assert not found[~real].any()
+    assert report(block).graphs[0].replaced["padding left out"] == 1
+    unpadded, ones = inputs(3, 6, padded=0)
+    torch.testing.assert_close(block(unpadded, ones), block.forward.original(unpadded, ones), rtol=1e-5, atol=1e-5)
+
+
+class Leaky(Block):
+    """Its tokens see the mean over the whole length, padding and all."""
+
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return super().forward(x, attention_mask) + super().forward(x, attention_mask).mean(1, keepdim=True)
+
+
+def test_padding_that_tokens_depend_on_is_computed() -> None:
+    torch.manual_seed(0)
+    leaky = Leaky().eval()
+    x, mask = inputs(4, 9, padded=0)  # nothing in this call tells the difference
+    paceline.optimize(leaky, level="fast")
+    leaky(x, mask)
+    x, mask = inputs(4, 9, padded=5)
+    torch.testing.assert_close(leaky(x, mask), leaky.forward.original(x, mask), rtol=1e-5, atol=1e-5)
+    assert any(reason.startswith("padding is computed") for reason in report(leaky).graphs[0].left)

@@ -7,6 +7,7 @@ wrong about a model costs its speed-up, never a result.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,8 @@ from torch.utils import _pytree as pytree
 
 from paceline.fusion.graph import mutates
 from paceline.fusion.options import Options
-from paceline.fusion.passes import run_passes
+from paceline.fusion.passes import leave_out_padding, run_passes
+from paceline.fusion.passes.padding import attention_mask
 from paceline.fusion.report import GraphReport
 from paceline.fusion.rewrite import Rewrite
 from paceline.log import get_logger
@@ -33,13 +35,20 @@ RANDOM = ("dropout", "rand", "randn", "randint", "bernoulli", "multinomial", "no
 
 
 class CapturedGraph:
-    """Takes what Dynamo gives the captured graph at each call, and returns what that would."""
+    """Takes what Dynamo gives the captured graph at each call, and returns what that would. `weights`: the names of the
+    model's tensors, by id. `parameters`: those of its forward, in order."""
 
     def __init__(
-        self, graph_module: fx.GraphModule, example_inputs: Sequence[Any], weights: Mapping[int, str], options: Options
+        self,
+        graph_module: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        weights: Mapping[int, str],
+        options: Options,
+        parameters: Sequence[str],
     ) -> None:
         self._captured = graph_module
         self._options = options
+        self._parameters = parameters
         self._weight_places = [place for place, value in enumerate(example_inputs) if id(value) in weights]
         self._input_places = [place for place in range(len(example_inputs)) if place not in set(self._weight_places)]
         self._weights: tuple[torch.Tensor, ...] = ()
@@ -69,33 +78,76 @@ class CapturedGraph:
             self._run = bound.forward
             self._stamps = []
             return self._run(*inputs)
-        copies = pytree.tree_map_only(torch.Tensor, torch.clone, inputs)
+        copies = _cloned(inputs)
         expected = bound.forward(*inputs)
         self._run = bound.forward
         self.report.nodes_after = self.report.nodes_before
-        rewritten = _copy(bound)
-        rewrite = Rewrite(rewritten, self._options, self.report)
+        rewrite = Rewrite(_copy(bound), self._options, self.report, self._parameters)
         try:
             run_passes(rewrite)
-            result = rewritten.forward(*copies)
+            difference = _difference(expected, rewrite.module.forward(*copies))
+            wrong = difference is None or not difference <= _tolerance(expected)
+            if self._options.level == "fast" and not wrong:
+                rewrite = self._without_padding(bound, rewrite, inputs)
         except Exception as error:  # a pass that is wrong about a model must not end the caller's call
-            first_line = str(error).strip().splitlines()[:1]
-            self._drop(f"it failed with {type(error).__name__}: {' '.join(first_line)}")
+            self._drop(f"it failed with {type(error).__name__}: {' '.join(str(error).strip().splitlines()[:1])}")
             return expected
-        self.report.error = difference = _difference(expected, result)
-        if difference is None or not difference <= _tolerance(expected):
+        self.report.error = difference
+        if wrong:
             by = "" if difference is None else f" by {difference:.1e}"
             self._drop(f"its results differ from the model's own{by}")
             return expected
         self._stamps = [(tensor, _version(tensor), tensor.data_ptr()) for tensor in rewrite.copied]
-        self.report.nodes_after = len(rewritten.graph.nodes)
-        self._run = rewritten.forward
+        self.report.nodes_after = len(rewrite.graph.nodes)
+        self._run = rewrite.module.forward
         return expected
+
+    def _without_padding(self, bound: fx.GraphModule, rewrite: Rewrite, inputs: list[Any]) -> Rewrite:
+        """The graph that computes nothing at padding, where there is one and it gives the tokens what they should get:
+        with the caller's mask, and with others that leave out more."""
+        packed = Rewrite(_copy(rewrite.module), self._options, self.report, self._parameters, rewrite.copied)
+        mask = attention_mask(packed)
+        if mask is None or not leave_out_padding(packed):
+            return rewrite
+        place = [node.target for node in packed.graph.nodes if node.op == "placeholder"].index(mask.target)
+        for tried in (inputs[place], _shorter(inputs[place], 1), _shorter(inputs[place], 2)):
+            with_mask = [*inputs[:place], tried, *inputs[place + 1 :]]
+            at_tokens = functools.partial(_at_tokens, mask_BS=tried)
+            expected, result = (
+                pytree.tree_map_only(torch.Tensor, at_tokens, graph.forward(*_cloned(with_mask)))
+                for graph in (bound, packed.module)
+            )
+            difference = _difference(expected, result)
+            if difference is None or not difference <= _tolerance(expected):
+                del self.report.replaced["padding left out"]
+                self.report.left["padding is computed: what stands there changes what tokens get"] += 1
+                return rewrite
+        return packed
 
     def _drop(self, reason: str) -> None:
         self.report.refused = reason
         self._stamps = []
         log.warning("a rewritten graph is dropped, and the captured one runs: %s", reason)
+
+
+def _cloned(inputs: list[Any]) -> list[Any]:
+    return pytree.tree_map_only(torch.Tensor, torch.clone, inputs)  # type: ignore[no-any-return]
+
+
+def _shorter(mask_BS: torch.Tensor, seed: int) -> torch.Tensor:
+    """The mask with each row's end masked, from a place that the seed chooses; the first token stays."""
+    batch, length = mask_BS.shape
+    draw = torch.rand(batch, 1, generator=torch.Generator().manual_seed(seed)).to(mask_BS.device)
+    kept = torch.arange(length, device=mask_BS.device) < (draw * length).ceil().clamp(min=1)
+    return mask_BS * kept.to(mask_BS.dtype)
+
+
+def _at_tokens(result: torch.Tensor, mask_BS: torch.Tensor) -> torch.Tensor:
+    """A result with zeros at padding, if it has one row a token."""
+    if result.shape[:2] != mask_BS.shape:
+        return result
+    real = mask_BS.bool().view(*mask_BS.shape, *[1] * (result.dim() - 2))
+    return torch.where(real, result, torch.zeros((), dtype=result.dtype, device=result.device))
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -4,8 +4,9 @@ of them of the torch that runs it; a release that moves one is mended here."""
 from __future__ import annotations
 
 import inspect
+import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +40,16 @@ def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     return types.FunctionType(
         forward.__code__.replace(), forward.__globals__, forward.__name__, None, forward.__closure__
     )
+
+
+def parameter_of(placeholder: str, positional: Sequence[str]) -> str | None:
+    """Which parameter of the captured function an input of a graph is, by the name Dynamo gave it; None for what is
+    inside of one. `positional`: the function's parameters in order."""
+    given = re.fullmatch(r"L_args_(\d+)_", placeholder)
+    if given is not None:
+        return positional[int(given[1])] if int(given[1]) < len(positional) else None
+    named = re.fullmatch(r"L_kwargs_(\w+)_", placeholder)
+    return None if named is None else named[1]
 
 
 def mark_dynamic(tensor: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ instance by one that captures what the model computes (torch.compile's Dynamo), 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -123,10 +124,11 @@ class _Optimised:
     def _compile(self) -> Callable[..., Any]:
         function = self._original if self._copy is None else self._copy.forward
         model = self._model if self._copy is None else self._copy.model
+        parameters = list(inspect.signature(self._original).parameters)
 
         def backend(graph_module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
             weights = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-            captured = CapturedGraph(graph_module, example_inputs, weights, self._options)
+            captured = CapturedGraph(graph_module, example_inputs, weights, self._options, parameters)
             self._report.graphs.append(captured.report)
             return captured
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,12 +14,13 @@ from paceline.fusion.report import GraphReport
 
 @dataclass
 class Rewrite:
-    """`touched`: nodes that share memory with something changed in place. `copied`: weights that the graph now holds in
-    another form, so that a change of theirs must be noticed."""
+    """`parameters`: those of the model's forward, in order. `copied`: weights that the graph now holds in another form,
+    so that a change of theirs must be noticed. `touched`: nodes that share memory with something changed in place."""
 
     module: fx.GraphModule
     options: Options
     report: GraphReport
+    parameters: Sequence[str] = ()
     copied: list[torch.Tensor] = field(default_factory=list)
     touched: set[fx.Node] = field(default_factory=set)
 

@@ -4,6 +4,9 @@ The first ones only clean: what does nothing, what is known, what is computed tw
 become that thing; then things are joined; the last ones choose how each runs on the device at hand.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from paceline.fusion.graph import touched_in_place
 from paceline.fusion.passes import (
     activations,
@@ -12,12 +15,15 @@ from paceline.fusion.passes import (
     constants,
     cpu_attention,
     cpu_linear,
+    heads,
     linear,
     no_ops,
     norms,
+    padding,
     qkv,
 )
 from paceline.fusion.rewrite import Rewrite
+from paceline.kernels.linear import linear_onednn
 
 PASSES = (
     no_ops.apply,
@@ -28,9 +34,14 @@ PASSES = (
     linear.apply,
     attention.apply,
     qkv.apply,
+    common.apply,
     cpu_attention.apply,
+    heads.apply,
     cpu_linear.apply,
 )
+
+# Functions that passes put in and that treat each row of their first argument by itself.
+OF_TOKENS: frozenset[Callable[..., Any]] = frozenset({linear_onednn, norms.rms_norm, activations.quick_gelu})
 
 
 def run_passes(rewrite: Rewrite) -> None:
@@ -39,5 +50,17 @@ def run_passes(rewrite: Rewrite) -> None:
         rewrite.touched = touched_in_place(rewrite.graph)
         apply(rewrite)
         rewrite.graph.eliminate_dead_code()
+    _finish(rewrite)
+
+
+def leave_out_padding(rewrite: Rewrite) -> bool:
+    """The pass of level "fast", which is tried by itself (capture.py); whether it found anything to do."""
+    rewrite.touched = touched_in_place(rewrite.graph)
+    done = padding.apply(rewrite, OF_TOKENS)
+    _finish(rewrite)
+    return done
+
+
+def _finish(rewrite: Rewrite) -> None:
     rewrite.graph.lint()
     rewrite.module.recompile()

@@ -152,36 +152,52 @@ def _refusal(rewrite: Rewrite, node: fx.Node, weights: fx.Node, softmax: fx.Node
 
 
 def _replace(rewrite: Rewrite, node: fx.Node, scores: _Scores, value: fx.Node) -> None:
-    args = (scores.query, scores.key, value, tuple(scores.biases), tuple(scores.fills), scores.scale, scores.heads)
-    replace(node, call(rewrite.graph, node, attention, args, fake(node)))
+    graph, heads = rewrite.graph, scores.heads
+    query, key = scores.query, _turned_back(scores.key)
+    if key is None:
+        key = call(graph, node, torch.transpose, (scores.key, -1, -2), _turned(fake(scores.key)))
+    if heads is not None:
+        query, key, value = (call(graph, node, _apart, (part, heads), None) for part in (query, key, value))
+    bias = None
+    if scores.biases or scores.fills:
+        parts = (tuple(scores.biases), tuple(scores.fills), dtype_of(node), heads)
+        bias = call(graph, node, bias_of, parts, None)
+    y = call(
+        graph, node, F.scaled_dot_product_attention, (query, key, value), fake(node), attn_mask=bias, scale=scores.scale
+    )
+    replace(node, y if heads is None else call(graph, node, torch.flatten, (y, 0, 1), fake(node)))
 
 
-def attention(
-    query: torch.Tensor,
-    key_t: torch.Tensor,
-    value: torch.Tensor,
+def _turned_back(key: fx.Node) -> fx.Node | None:
+    """The keys whose last two dimensions the model exchanged for its product."""
+    rank = rank_of(key)
+    if not is_op(key, "transpose") or rank is None:
+        return None
+    dims = {argument(key, "dim0") % rank, argument(key, "dim1") % rank}
+    return argument(key, "input") if dims == {rank - 1, rank - 2} else None
+
+
+def _turned(value: Any) -> Any:
+    return value.transpose(-1, -2) if isinstance(value, torch.Tensor) else None
+
+
+def bias_of(
     biases: tuple[torch.Tensor, ...],
     fills: tuple[tuple[torch.Tensor, float], ...],
-    scale: float,
-    heads: int | None = None,
+    dtype: torch.dtype,
+    heads: int | None,
 ) -> torch.Tensor:
-    """softmax(scale query key_t + biases, and where a mask of `fills` is true its value) value.
-
-    [B, H, S, D], or [B H, S, D] with `heads`, where biases and masks may be of either form."""
-    key = key_t.transpose(-1, -2)
-    if heads is not None:
-        query, key, value = (_apart(tensor, heads) for tensor in (query, key, value))
+    """What is added to the scores: the biases, and where a mask of `fills` is true its value in their place. With
+    `heads`, those of [B H, S, S] as [B, H, S, S]."""
     bias: torch.Tensor | None = None
     for one in biases:
         apart = _heads_apart(one, heads)
         bias = apart if bias is None else bias + apart
     for mask, fill in fills:
-        below = torch.zeros((), dtype=query.dtype, device=query.device) if bias is None else bias
+        below = torch.zeros((), dtype=dtype, device=mask.device) if bias is None else bias
         bias = torch.where(_heads_apart(mask, heads), fill, below)
-    if bias is not None:
-        bias = bias.to(query.dtype)
-    y = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
-    return y if heads is None else y.flatten(0, 1)
+    assert bias is not None
+    return bias.to(dtype)
 
 
 def _heads_apart(bias: torch.Tensor, heads: int | None) -> torch.Tensor:

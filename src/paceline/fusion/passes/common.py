@@ -13,7 +13,7 @@ from paceline.fusion.rewrite import Rewrite
 def apply(rewrite: Rewrite) -> None:
     first: dict[Any, fx.Node] = {}
     for node in list(rewrite.graph.nodes):
-        if name_of(node) == "" or mutates(node) or not rewrite.is_free(node, *node.all_input_nodes):
+        if not _is_pure(node) or mutates(node) or not rewrite.is_free(node, *node.all_input_nodes):
             continue
         key = (node.op, node.target, _key(node.args), _key(node.kwargs))
         try:
@@ -23,6 +23,11 @@ def apply(rewrite: Rewrite) -> None:
         if earlier is not node:
             replace(node, earlier)
             rewrite.count("repeated")
+
+
+def _is_pure(node: fx.Node) -> bool:
+    """torch's functions (a graph that draws random numbers never gets here), and what passes have put in."""
+    return name_of(node) != "" or getattr(node.target, "__module__", "").startswith("paceline.fusion")
 
 
 def _key(value: Any) -> Any:

@@ -52,7 +52,8 @@ def _join(rewrite: Rewrite, linears: list[fx.Node]) -> None:
         rewrite.copied.extend(bias for bias in biases if bias is not None)
         bias_node = constant(rewrite.module, torch.cat(filled).detach(), "joined_bias", first)
     x = argument(first, "input")
-    y = call(rewrite.graph, first, F.linear, (x, joined, bias_node), None)
+    value = torch.cat([fake(node) for node in linears], -1)
+    y = call(rewrite.graph, first, F.linear, (x, joined, bias_node), value)
     sizes = [weight.shape[0] for weight in weights]
     split = call(rewrite.graph, first, torch.split, (y, sizes, -1), None)
     for index, node in enumerate(linears):

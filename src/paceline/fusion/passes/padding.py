@@ -1,0 +1,146 @@
+"""At level "fast" nothing is computed at padding: tokens are packed together where their way through the layers begins,
+and put back where it ends, with zeros between. Between the two, each operation treats each token by itself, but for
+attention, which is handed the padded form.
+
+That attention gives padding no weight is not seen from the graph: CapturedGraph tries it, with other masks than the
+caller's.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from paceline.fusion.dynamo import parameter_of
+from paceline.fusion.graph import argument, call, fake, is_op, name_of, rank_of, same_size, shape_of
+from paceline.fusion.heads import attend, attend_packed, pack, packing, unpack
+from paceline.fusion.rewrite import Rewrite
+
+BY_ITSELF = ("linear", "layer_norm", "gelu", "silu", "relu", "tanh", "sigmoid", "to", "dropout")
+BY_PAIRS = ("add", "sub", "mul", "div")
+
+
+def apply(rewrite: Rewrite, of_tokens: frozenset[Callable[..., Any]]) -> bool:
+    """`of_tokens`: functions, put in by other passes, that treat each row of their first argument by itself. Returns
+    whether anything was done."""
+    mask = attention_mask(rewrite)
+    if mask is None:
+        return False
+    first = next((node for node in rewrite.graph.nodes if _is_self_attention(node, mask)), None)
+    if first is None:
+        return False
+    shape = (shape_of(first.args[0]) or ())[:2]
+    region = _region(rewrite, shape, of_tokens)
+    if not any(node.target is attend for node in region):
+        return False
+    start, entry = next(
+        (node, source)
+        for node in region
+        for source in node.all_input_nodes
+        if source not in region and _is_of_tokens(source, shape)
+    )
+    packed = call(rewrite.graph, start, packing, (mask, entry), None)
+    entered: dict[fx.Node, fx.Node] = {}
+    for node in region:
+        for source in node.all_input_nodes:
+            if source not in region and source not in entered and _is_of_tokens(source, shape):
+                entered[source] = call(rewrite.graph, node, pack, (source, packed), fake(source))
+    for node in list(region):
+        outside = [user for user in node.users if user not in region]
+        if node.target is attend:
+            node.target = attend_packed
+            node.args = (*node.args, packed)
+            mask_of_attention = node.args[3]
+            node.args = tuple(
+                entered.get(arg, arg) if isinstance(arg, fx.Node) and arg is not mask_of_attention else arg
+                for arg in node.args
+            )
+        else:
+            node.args = fx.map_arg(node.args, lambda source: entered.get(source, source))
+        if outside and _is_of_tokens(node, shape):
+            back = call(rewrite.graph, node.next, unpack, (node, packed), fake(node))
+            for user in outside:
+                user.replace_input_with(node, back)
+    rewrite.count("padding left out")
+    return True
+
+
+def attention_mask(rewrite: Rewrite) -> fx.Node | None:
+    """The input that is true for tokens and false for padding, by its name and form."""
+    for node in rewrite.graph.nodes:
+        if node.op != "placeholder" or parameter_of(str(node.target), rewrite.parameters) != "attention_mask":
+            continue
+        value = fake(node)
+        if isinstance(value, torch.Tensor) and value.dim() == 2 and not value.is_floating_point():
+            return None if value.shape[0] == 1 else node
+    return None
+
+
+def _is_self_attention(node: fx.Node, mask: fx.Node) -> bool:
+    """Of a batch of the mask's form, as the captured inputs have it."""
+    if node.target is not attend:
+        return False
+    shapes = [shape_of(arg) for arg in node.args[:3]]
+    expected = shape_of(mask)
+    if any(shape is None or len(shape) != 3 for shape in shapes) or expected is None:
+        return False
+    q, k, v = (shape[:2] for shape in shapes if shape is not None)
+    same = all(same_size(a, b) and same_size(a, c) for a, b, c in zip(q, k, v, strict=True))
+    return same and [_hint(size) for size in q] == [_hint(size) for size in expected]
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def _region(rewrite: Rewrite, shape: tuple[Any, ...], of_tokens: frozenset[Callable[..., Any]]) -> dict[fx.Node, None]:
+    """The nodes that treat each token by itself, in order."""
+    region: dict[fx.Node, None] = {}
+    for node in rewrite.graph.nodes:
+        if rewrite.is_free(node, *node.all_input_nodes) and _is_by_itself(node, shape, of_tokens, region):
+            region[node] = None
+    # What splits a tensor of tokens has no shape of its own to go by: with nobody behind it in the region it goes.
+    for node in reversed(list(region)):
+        if not _is_of_tokens(node, shape) and any(user not in region for user in node.users):
+            del region[node]
+    return region
+
+
+def _is_by_itself(
+    node: fx.Node, shape: tuple[Any, ...], of_tokens: frozenset[Callable[..., Any]], region: dict[fx.Node, None]
+) -> bool:
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if node.target is torch.split:
+        return _is_of_tokens(node.args[0], shape) and bool(node.args[2] == -1)
+    if node.target is operator.getitem and node.args[0] in region and isinstance(node.args[1], int):
+        return True
+    if not _is_of_tokens(node, shape):
+        return False
+    if node.target is attend:
+        return all(_is_of_tokens(arg, shape) for arg in node.args[:3])
+    if node.target in of_tokens or is_op(node, *BY_ITSELF):
+        first = node.args[0] if node.args else None
+        others = [source for source in node.all_input_nodes if source is not first]
+        if is_op(node, "layer_norm") and len(argument(node, "normalized_shape")) != 1:
+            return False
+        return _is_of_tokens(first, shape) and all(source.op == "get_attr" for source in others)
+    if name_of(node) in BY_PAIRS:
+        return all(
+            not isinstance(arg, fx.Node) or _is_of_tokens(arg, shape) or _is_of_channels(arg) for arg in node.args[:2]
+        )
+    return False
+
+
+def _is_of_tokens(node: Any, shape: tuple[Any, ...]) -> bool:
+    """Whether it is [batch, tokens, channels]."""
+    found = shape_of(node)
+    return found is not None and len(found) == 3 and all(same_size(a, b) for a, b in zip(found[:2], shape, strict=True))
+
+
+def _is_of_channels(node: fx.Node) -> bool:
+    return node.op == "get_attr" and rank_of(node) == 1
