@@ -4,7 +4,7 @@ from torch import nn
 
 import paceline
 from paceline.errors import UsageError
-from paceline.fusion import report, restore
+from paceline.fusion import measure_stages, report, restore
 
 
 class Block(nn.Module):
@@ -95,11 +95,11 @@ def test_a_weight_that_changes_is_noticed(block: Block) -> None:
     block(x, mask)
     with torch.no_grad():
         block.query.weight.mul_(-3)
-        torch.testing.assert_close(block(x, mask), block.forward.original(x, mask), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(block(x, mask), block.forward.optimised.original(x, mask), rtol=1e-5, atol=1e-5)
         block.down.weight = nn.Parameter(block.down.weight * 2)
-        torch.testing.assert_close(block(x, mask), block.forward.original(x, mask), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(block(x, mask), block.forward.optimised.original(x, mask), rtol=1e-5, atol=1e-5)
         block.up.weight.data = block.up.weight.data * 5
-        torch.testing.assert_close(block(x, mask), block.forward.original(x, mask), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(block(x, mask), block.forward.optimised.original(x, mask), rtol=1e-5, atol=1e-5)
 
 
 def test_another_dtype_leaves_the_weights_alone(block: Block) -> None:
@@ -113,7 +113,7 @@ def test_another_dtype_leaves_the_weights_alone(block: Block) -> None:
     torch.testing.assert_close(found.float(), wanted, rtol=5e-2, atol=5e-2)
     with torch.no_grad():
         block.first.weight.mul_(2)
-    torch.testing.assert_close(block(x, mask).float(), block.forward.original(x, mask), rtol=8e-2, atol=8e-2)
+    torch.testing.assert_close(block(x, mask).float(), block.forward.optimised.original(x, mask), rtol=8e-2, atol=8e-2)
 
 
 def test_fast_computes_nothing_at_padding(block: Block) -> None:
@@ -128,7 +128,9 @@ def test_fast_computes_nothing_at_padding(block: Block) -> None:
     assert not found[~real].any()
     assert report(block).graphs[0].replaced["padding left out"] == 1
     unpadded, ones = inputs(3, 6, padded=0)
-    torch.testing.assert_close(block(unpadded, ones), block.forward.original(unpadded, ones), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        block(unpadded, ones), block.forward.optimised.original(unpadded, ones), rtol=1e-5, atol=1e-5
+    )
 
 
 class Leaky(Block):
@@ -145,5 +147,18 @@ def test_padding_that_tokens_depend_on_is_computed() -> None:
     paceline.optimize(leaky, level="fast")
     leaky(x, mask)
     x, mask = inputs(4, 9, padded=5)
-    torch.testing.assert_close(leaky(x, mask), leaky.forward.original(x, mask), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(leaky(x, mask), leaky.forward.optimised.original(x, mask), rtol=1e-5, atol=1e-5)
     assert any(reason.startswith("padding is computed") for reason in report(leaky).graphs[0].left)
+
+
+def test_stages_are_measured_by_pass(block: Block) -> None:
+    paceline.optimize(block)
+    stages = measure_stages(block, *inputs(2, 7), repeats=2)
+    names = [stage.name for stage in stages]
+    assert names[:2] == ["the model's own forward", "as captured"]
+    assert names[-1] == "called through the model"
+    assert {"attention", "qkv", "cpu linear"} <= set(names)
+    assert "norms" not in names  # which finds nothing here
+    for stage in stages:
+        assert stage.milliseconds > 0
+        assert stage.error is None or stage.error < 1e-5

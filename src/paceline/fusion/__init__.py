@@ -1,6 +1,7 @@
 """Any transformer made faster by one line: see fusion/optimize.py."""
 
-from paceline.fusion.optimize import optimize, restore
-from paceline.fusion.report import Report, report
+from paceline.fusion.optimize import optimize, report, restore
+from paceline.fusion.report import Report
+from paceline.fusion.stages import Stage, measure_stages
 
-__all__ = ["Report", "optimize", "report", "restore"]
+__all__ = ["Report", "Stage", "measure_stages", "optimize", "report", "restore"]

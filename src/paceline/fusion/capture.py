@@ -54,13 +54,24 @@ class CapturedGraph:
         self._weights: tuple[torch.Tensor, ...] = ()
         self._stamps: list[tuple[torch.Tensor, int, int]] = []
         self._run: Callable[..., Any] | None = None
+        self.recorder: Callable[[CapturedGraph, list[Any]], None] | None = None
         self.report = GraphReport(len(graph_module.graph.nodes))
 
     def __call__(self, *args: Any) -> Any:
         inputs = [args[place] for place in self._input_places]
+        if self.recorder is not None:
+            self.recorder(self, inputs)
         if self._run is None or (self._options.level == "safe" and self._is_stale(args)):
             return self._build_and_check(args, inputs)
         return self._run(*inputs)
+
+    def with_passes(self, count: int) -> fx.GraphModule:
+        """The captured graph behind the first `count` passes, for measuring. It takes what `record` gets."""
+        rewrite = Rewrite(
+            _bind(self._captured, self._weight_places, self._weights), self._options, GraphReport(0), self._parameters
+        )
+        run_passes(rewrite, count)
+        return rewrite.module
 
     def _is_stale(self, args: Sequence[Any]) -> bool:
         """Whether a weight is another than when the graph was rewritten, or was written to."""
@@ -85,16 +96,16 @@ class CapturedGraph:
         rewrite = Rewrite(_copy(bound), self._options, self.report, self._parameters)
         try:
             run_passes(rewrite)
-            difference = _difference(expected, rewrite.module.forward(*copies))
-            wrong = difference is None or not difference <= _tolerance(expected)
+            found = difference(expected, rewrite.module.forward(*copies))
+            wrong = found is None or not found <= _tolerance(expected)
             if self._options.level == "fast" and not wrong:
                 rewrite = self._without_padding(bound, rewrite, inputs)
         except Exception as error:  # a pass that is wrong about a model must not end the caller's call
             self._drop(f"it failed with {type(error).__name__}: {' '.join(str(error).strip().splitlines()[:1])}")
             return expected
-        self.report.error = difference
+        self.report.error = found
         if wrong:
-            by = "" if difference is None else f" by {difference:.1e}"
+            by = "" if found is None else f" by {found:.1e}"
             self._drop(f"its results differ from the model's own{by}")
             return expected
         self._stamps = [(tensor, _version(tensor), tensor.data_ptr()) for tensor in rewrite.copied]
@@ -117,8 +128,8 @@ class CapturedGraph:
                 pytree.tree_map_only(torch.Tensor, at_tokens, graph.forward(*_cloned(with_mask)))
                 for graph in (bound, packed.module)
             )
-            difference = _difference(expected, result)
-            if difference is None or not difference <= _tolerance(expected):
+            found = difference(expected, result)
+            if found is None or not found <= _tolerance(expected):
                 del self.report.replaced["padding left out"]
                 self.report.left["padding is computed: what stands there changes what tokens get"] += 1
                 return rewrite
@@ -198,19 +209,19 @@ def _is_off(node: fx.Node) -> bool:
     return bool(args.get("training", True) is False or args.get("p", 0.5) == 0)
 
 
-def _difference(expected: Any, result: Any) -> float | None:
+def difference(expected: Any, result: Any) -> float | None:
     """The largest difference of two results' rows, as vectors, relative to the root mean square of the rows' lengths;
     None where they are of another form, or differ in anything but the digits of floating-point numbers."""
     first, form = pytree.tree_flatten(expected)
     second, other_form = pytree.tree_flatten(result)
     if form != other_form:
         return None
-    differences = [_leaf_difference(a, b) for a, b in zip(first, second, strict=True)]
     worst = 0.0
-    for difference in differences:
-        if difference is None:
+    for a, b in zip(first, second, strict=True):
+        found = _leaf_difference(a, b)
+        if found is None:
             return None
-        worst = max(worst, difference)
+        worst = max(worst, found)
     return worst
 
 

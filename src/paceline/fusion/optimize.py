@@ -33,7 +33,6 @@ def optimize(
     *,
     dtype: torch.dtype | None = None,
     level: Literal["safe", "fast"] = "safe",
-    rest: Literal["eager", "compile"] = "eager",
 ) -> Model:
     """Make `model` faster, and return it: the same object, whose forward now runs rewritten graphs.
 
@@ -42,10 +41,10 @@ def optimize(
     `paceline.fusion.restore(model)` undoes it.
 
     `dtype`: compute in it, with a copy of the weights (the model's own stay as they are); floating-point inputs are
-    converted, and results are in it, as those of `model.to(dtype)` are. `level` and `rest`: see Options. Optimising an
+    converted, and results are in it, as those of `model.to(dtype)` are. `level`: see Options. Optimising an
     optimised model does it anew. Raises UsageError for options that do not exist.
     """
-    options = Options(dtype, level, rest)
+    options = Options(dtype, level)
     if not isinstance(model, nn.Module):
         raise UsageError(f"optimize takes a torch.nn.Module, got {type(model).__name__}")
     restore(model)
@@ -55,36 +54,50 @@ def optimize(
 
 def restore(model: Model) -> Model:
     """Give an optimised model its own forward back, and return it. A model that is not optimised stays as it is."""
-    if isinstance(getattr(vars(model).get("forward"), "report", None), Report):
-        original = vars(model)["forward"].original
+    if isinstance(getattr(vars(model).get("forward"), "optimised", None), Optimised):
+        original = optimised_of(model).original
         del vars(model)["forward"]
         if getattr(model.forward, "__func__", model.forward) is not getattr(original, "__func__", original):
             vars(model)["forward"] = original  # it had one of its own on the instance
     return model
 
 
+def optimised_of(model: nn.Module) -> Optimised:
+    """What runs an optimised model. Raises UsageError for any other."""
+    found = getattr(vars(model).get("forward"), "optimised", None)
+    if not isinstance(found, Optimised):
+        raise UsageError(f"{type(model).__name__} is not optimised: call paceline.optimize(model) first")
+    return found
+
+
+def report(model: nn.Module) -> Report:
+    """What was replaced in a model that optimize() returned, what was not, and why. Raises UsageError for any other."""
+    return optimised_of(model).report
+
+
 def _forward(model: nn.Module, options: Options) -> Callable[..., Any]:
-    """What `model.forward` becomes. It has two attributes: `report`, and `original`."""
-    told = Report(type(model).__name__)
+    """What `model.forward` becomes. Its attribute `optimised` is what runs behind it."""
     original = model.forward
-    optimised = _Optimised(model, original, options, told)
+    optimised = Optimised(model, original, options)
 
     # A function, not an object with __call__: a library may look at its signature, and Dynamo may trace it.
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
         return optimised(args, kwargs)
 
-    forward.report = told  # type: ignore[attr-defined]
-    forward.original = original  # type: ignore[attr-defined]
+    forward.optimised = optimised  # type: ignore[attr-defined]
     return forward
 
 
-class _Optimised:
-    def __init__(self, model: nn.Module, original: Callable[..., Any], options: Options, told: Report) -> None:
+class Optimised:
+    """`original`: the model's own forward. `report`: what became of it."""
+
+    def __init__(self, model: nn.Module, original: Callable[..., Any], options: Options) -> None:
         self._model = model
-        self._original = original
+        self.original = original
         self._options = options
-        self._report = told
+        self.report = Report(type(model).__name__)
+        self._graphs: list[CapturedGraph] = []
         self._copy = CopiedWeights(model, original, options.dtype) if options.dtype is not None else None
         self._compiled: Callable[..., Any] | None = None
         self._shapes: set[tuple[Any, ...]] = set()
@@ -94,8 +107,8 @@ class _Optimised:
         tensors = list(_tensors((args, kwargs)))
         reason = self._refusal(tensors)
         if reason is not None:
-            self._report.leave(reason)
-            return self._original(*args, **kwargs)
+            self.report.leave(reason)
+            return self.original(*args, **kwargs)
         shapes = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
         if shapes not in self._shapes:
             if len(self._shapes) >= MOST_SHAPES:
@@ -110,30 +123,43 @@ class _Optimised:
         try:
             return self._run(args, kwargs)
         except CaptureError as error:
-            self._report.leave(f"it could not be captured: {str(error).strip().splitlines()[0]}")
-            return self._original(*args, **kwargs)
+            self.report.leave(f"it could not be captured: {str(error).strip().splitlines()[0]}")
+            return self.original(*args, **kwargs)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        run, graphs = self._compiled or self._compile(), len(self._report.graphs)
+        run, graphs = self._compiled or self._compile(), len(self.report.graphs)
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             result = run(*args, **kwargs)
-        if len(self._report.graphs) != graphs:
-            self._report.breaks = Counter(graph_breaks()) - self._breaks
+        if len(self.report.graphs) != graphs:
+            self.report.breaks = Counter(graph_breaks()) - self._breaks
         return result
 
     def _compile(self) -> Callable[..., Any]:
-        function = self._original if self._copy is None else self._copy.forward
+        function = self.original if self._copy is None else self._copy.forward
         model = self._model if self._copy is None else self._copy.model
-        parameters = list(inspect.signature(self._original).parameters)
+        parameters = list(inspect.signature(self.original).parameters)
 
         def backend(graph_module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
             weights = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
             captured = CapturedGraph(graph_module, example_inputs, weights, self._options, parameters)
-            self._report.graphs.append(captured.report)
+            self._graphs.append(captured)
+            self.report.graphs.append(captured.report)
             return captured
 
         self._compiled = compile_with(function, backend, watch_modules=self._options.level == "safe")
         return self._compiled
+
+    def record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[CapturedGraph, list[Any]]]:
+        """The captured graphs that a call runs, in order, with what each is given."""
+        calls: list[tuple[CapturedGraph, list[Any]]] = []
+        for graph in self._graphs:
+            graph.recorder = lambda graph, inputs: calls.append((graph, inputs))
+        try:
+            self(args, kwargs)
+        finally:
+            for graph in self._graphs:
+                graph.recorder = None
+        return calls
 
     def _refusal(self, tensors: list[torch.Tensor]) -> str | None:
         """Why this call is not for an optimised graph."""

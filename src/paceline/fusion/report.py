@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from torch import nn
-
-from paceline.errors import UsageError
 from paceline.log import get_logger
 
 log = get_logger(__name__)
@@ -59,11 +56,3 @@ class Report:
         lines.extend(f"  {count} calls ran as the model is: {reason}" for reason, count in self.eager.items())
         lines.extend(f"  left to Python {count}x: {reason}" for reason, count in self.breaks.items())
         return "\n".join(lines)
-
-
-def report(model: nn.Module) -> Report:
-    """The report of a model that optimize() returned. Raises UsageError for any other."""
-    found = getattr(vars(model).get("forward"), "report", None)
-    if not isinstance(found, Report):
-        raise UsageError(f"{type(model).__name__} is not optimised: call paceline.optimize(model) first")
-    return found

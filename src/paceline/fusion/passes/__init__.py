@@ -44,9 +44,9 @@ PASSES = (
 OF_TOKENS: frozenset[Callable[..., Any]] = frozenset({linear_onednn, norms.rms_norm, activations.quick_gelu})
 
 
-def run_passes(rewrite: Rewrite) -> None:
-    """All of them over the graph, in place."""
-    for apply in PASSES:
+def run_passes(rewrite: Rewrite, count: int = len(PASSES)) -> None:
+    """The first `count` of them over the graph, in place."""
+    for apply in PASSES[:count]:
         rewrite.touched = touched_in_place(rewrite.graph)
         apply(rewrite)
         rewrite.graph.eliminate_dead_code()
