@@ -162,3 +162,22 @@ def test_stages_are_measured_by_pass(block: Block) -> None:
     for stage in stages:
         assert stage.milliseconds > 0
         assert stage.error is None or stage.error < 1e-5
+
+
+@pytest.mark.parametrize("quantize", ["int8", "fp8"])
+def test_quantised_weights_on_request(quantize: str) -> None:
+    torch.manual_seed(0)
+    wide = Block(width=64).eval()
+    x, mask = torch.randn(2, 7, 64), torch.ones(2, 7, dtype=torch.long)
+    with torch.no_grad():
+        wanted = wide(x, mask)
+    paceline.optimize(wide, quantize=quantize)
+    wide(x, mask)
+    found = wide(x, mask)
+    (graph,) = report(wide).graphs
+    assert graph.replaced[f"{quantize} linear"] == 4  # queries, keys and values are one
+    assert graph.error is not None
+    assert 1e-4 < graph.error < 0.1
+    assert 0 < float((found - wanted).norm() / wanted.norm()) < 0.1
+    with pytest.raises(UsageError, match="quantize"):
+        paceline.optimize(wide, quantize="int3")

@@ -33,6 +33,7 @@ def optimize(
     *,
     dtype: torch.dtype | None = None,
     level: Literal["safe", "fast"] = "safe",
+    quantize: str | None = None,
 ) -> Model:
     """Make `model` faster, and return it: the same object, whose forward now runs rewritten graphs.
 
@@ -41,10 +42,11 @@ def optimize(
     `paceline.fusion.restore(model)` undoes it.
 
     `dtype`: compute in it, with a copy of the weights (the model's own stay as they are); floating-point inputs are
-    converted, and results are in it, as those of `model.to(dtype)` are. `level`: see Options. Optimising an
+    converted, and results are in it, as those of `model.to(dtype)` are. `level`: see Options. `quantize`: store the
+    weights of linears as "int8", "fp8" or another format of paceline's; the report has the error. Optimising an
     optimised model does it anew. Raises UsageError for options that do not exist.
     """
-    options = Options(dtype, level)
+    options = Options(dtype, level, quantize)
     if not isinstance(model, nn.Module):
         raise UsageError(f"optimize takes a torch.nn.Module, got {type(model).__name__}")
     restore(model)

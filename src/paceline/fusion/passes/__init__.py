@@ -17,10 +17,12 @@ from paceline.fusion.passes import (
     cpu_linear,
     heads,
     linear,
+    masks,
     no_ops,
     norms,
     padding,
     qkv,
+    quantized,
 )
 from paceline.fusion.rewrite import Rewrite
 from paceline.kernels.linear import linear_onednn
@@ -34,14 +36,18 @@ PASSES = (
     linear.apply,
     attention.apply,
     qkv.apply,
+    masks.apply,
     common.apply,
     cpu_attention.apply,
     heads.apply,
+    quantized.apply,
     cpu_linear.apply,
 )
 
 # Functions that passes put in and that treat each row of their first argument by itself.
-OF_TOKENS: frozenset[Callable[..., Any]] = frozenset({linear_onednn, norms.rms_norm, activations.quick_gelu})
+OF_TOKENS: frozenset[Callable[..., Any]] = frozenset(
+    {linear_onednn, norms.rms_norm, activations.quick_gelu, quantized.product}
+)
 
 
 def run_passes(rewrite: Rewrite, count: int = len(PASSES)) -> None:
