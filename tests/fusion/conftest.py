@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,7 +53,14 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], str, tuple[str, ...]]] 
     "modernbert": (
         "ModernBertModel",
         "ModernBertConfig",
-        {**USUAL, **SPECIAL, "cls_token_id": 1, "sep_token_id": 2, "global_attn_every_n_layers": 2, "local_attention": 8},
+        {
+            **USUAL,
+            **SPECIAL,
+            "cls_token_id": 1,
+            "sep_token_id": 2,
+            "global_attn_every_n_layers": 2,
+            "local_attention": 8,
+        },
         "text",
         ("sdpa", "eager"),
     ),
@@ -100,7 +106,13 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], str, tuple[str, ...]]] 
         "text",
         ("sdpa", "eager"),
     ),
-    "llama": ("LlamaForCausalLM", "LlamaConfig", {**USUAL, **SPECIAL, "num_key_value_heads": 2}, "text", ("sdpa", "eager")),
+    "llama": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {**USUAL, **SPECIAL, "num_key_value_heads": 2},
+        "text",
+        ("sdpa", "eager"),
+    ),
 }
 
 

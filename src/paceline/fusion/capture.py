@@ -17,11 +17,12 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from paceline.fusion.graph import mutates
+from paceline.fusion.effects import mark_touched, refusal
 from paceline.fusion.options import Options
 from paceline.fusion.passes import leave_out_padding, run_passes
 from paceline.fusion.passes.padding import attention_mask
 from paceline.fusion.report import GraphReport
+from paceline.fusion.results import own_results
 from paceline.fusion.rewrite import Rewrite
 from paceline.log import get_logger
 
@@ -31,7 +32,7 @@ log = get_logger(__name__)
 # explain.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 SHORT = 16  # rows of fewer elements are taken together: their lengths vary too much
-RANDOM = ("dropout", "rand", "randn", "randint", "bernoulli", "multinomial", "normal_", "uniform_", "rrelu")
+MOST_BUILDS = 8  # of one graph in a row: a model that writes to its weights itself would pay for one at each call
 
 
 class CapturedGraph:
@@ -54,15 +55,19 @@ class CapturedGraph:
         self._weights: tuple[torch.Tensor, ...] = ()
         self._stamps: list[tuple[torch.Tensor, int, int]] = []
         self._run: Callable[..., Any] | None = None
+        self._builds = 0
         self.recorder: Callable[[CapturedGraph, list[Any]], None] | None = None
-        self.report = GraphReport(len(graph_module.graph.nodes))
+        self.report = GraphReport(len(graph_module.graph.nodes), len(graph_module.graph.nodes))
 
     def __call__(self, *args: Any) -> Any:
         inputs = [args[place] for place in self._input_places]
         if self.recorder is not None:
             self.recorder(self, inputs)
+        if self.report.refused is not None:
+            return self._captured.forward(*args)
         if self._run is None or (self._options.level == "safe" and self._is_stale(args)):
             return self._build_and_check(args, inputs)
+        self._builds = 0
         return self._run(*inputs)
 
     def with_passes(self, count: int) -> fx.GraphModule:
@@ -80,25 +85,27 @@ class CapturedGraph:
         return any(_version(tensor) != v or tensor.data_ptr() != p for tensor, v, p in self._stamps)
 
     def _build_and_check(self, args: Sequence[Any], inputs: list[Any]) -> Any:
+        self._run = None
+        self._builds += 1
         self._weights = tuple(args[place] for place in self._weight_places)
         bound = _bind(self._captured, self._weight_places, self._weights)
+        mark_touched(bound.graph)
         self.report.replaced.clear()
         self.report.left.clear()
-        self.report.refused = _refusal(bound.graph)
-        if self.report.refused:
-            self._run = bound.forward
-            self._stamps = []
-            return self._run(*inputs)
+        self.report.refused = self._refusal(bound.graph)
+        if self.report.refused is not None:
+            return self._captured.forward(*args)
         copies = _cloned(inputs)
         expected = bound.forward(*inputs)
-        self._run = bound.forward
-        self.report.nodes_after = self.report.nodes_before
         rewrite = Rewrite(_copy(bound), self._options, self.report, self._parameters)
         try:
             run_passes(rewrite)
-            found = difference(expected, rewrite.module.forward(*copies))
+            result = rewrite.module.forward(*copies)
+            own_results(rewrite.module, (expected, inputs), (result, copies), self._weights)
+            # The inputs too: a graph may write to them.
+            found = difference((expected, inputs), (result, copies))
             # What quantised weights change is for the caller to judge, who asked for them.
-            wrong = found is None or not (found <= _tolerance(expected) or self._options.quantize)
+            wrong = found is None or not (found <= self._tolerance(expected) or self._options.quantize)
             if self._options.level == "fast" and not wrong:
                 rewrite = self._without_padding(rewrite, inputs)
         except Exception as error:  # a pass that is wrong about a model must not end the caller's call
@@ -130,15 +137,28 @@ class CapturedGraph:
                 for graph in (rewrite.module, packed.module)
             )
             found = difference(expected, result)
-            if found is None or not found <= _tolerance(expected):
+            if found is None or not found <= self._tolerance(expected):
                 del self.report.replaced["padding left out"]
                 self.report.left["padding is computed: what stands there changes what tokens get"] += 1
                 return rewrite
         return packed
 
+    def _refusal(self, graph: fx.Graph) -> str | None:
+        if self._builds > MOST_BUILDS:
+            return "its weights change from call to call"
+        if self._options.level == "safe" and any(weight.is_inference() for weight in self._weights):
+            return "its weights were made in inference mode, where no change of them can be noticed"
+        return refusal(graph)
+
+    def _tolerance(self, results: Any) -> float:
+        """Of the coarsest dtype: what is computed in bfloat16 may be returned in float32."""
+        values = (*pytree.tree_leaves(results), *self._weights)
+        return max(
+            (TOLERANCE.get(value.dtype, 0.0) for value in values if isinstance(value, torch.Tensor)), default=0.0
+        )
+
     def _drop(self, reason: str) -> None:
         self.report.refused = reason
-        self._stamps = []
         log.warning("a rewritten graph is dropped, and the captured one runs: %s", reason)
 
 
@@ -183,31 +203,12 @@ def _bind(captured: fx.GraphModule, places: Sequence[int], weights: Sequence[tor
         vars(bound)[name] = weight
         with bound.graph.inserting_before(inputs[place]):
             node = bound.graph.create_node("get_attr", name)
-        node.meta["example_value"] = weight
+        node.meta["example_value"] = inputs[place].meta.get("example_value", weight)
         node.meta["source"] = str(inputs[place].target)
         inputs[place].replace_all_uses_with(node)
         bound.graph.erase_node(inputs[place])
     bound.recompile()
     return bound
-
-
-def _refusal(graph: fx.Graph) -> str | None:
-    """Why no pass may touch a graph."""
-    for node in graph.nodes:
-        name = getattr(node.target, "__name__", node.target) if node.op in ("call_function", "call_method") else ""
-        if name in RANDOM and not _is_off(node):
-            return f"it draws random numbers ({name})"
-        if mutates(node) and node.all_input_nodes and node.all_input_nodes[0].op == "get_attr":
-            return f"it changes a weight or buffer of the model ({name})"
-    return None
-
-
-def _is_off(node: fx.Node) -> bool:
-    """A dropout that drops nothing."""
-    if getattr(node.target, "__name__", "") != "dropout":
-        return False
-    args = dict(zip(("p", "training"), node.args[1:3], strict=False)) | dict(node.kwargs)
-    return bool(args.get("training", True) is False or args.get("p", 0.5) == 0)
 
 
 def difference(expected: Any, result: Any) -> float | None:
@@ -244,8 +245,3 @@ def _leaf_difference(a: Any, b: Any) -> float | None:
     length = math.sqrt(float(x.square().sum()) * width / x.numel())
     worst = math.sqrt(float((x - y).reshape(-1, width).square().sum(-1).max()))
     return worst / length if length else worst
-
-
-def _tolerance(expected: Any) -> float:
-    dtypes = {t.dtype for t in pytree.tree_leaves(expected) if isinstance(t, torch.Tensor)} & TOLERANCE.keys()
-    return max((TOLERANCE[dtype] for dtype in dtypes), default=0.0)

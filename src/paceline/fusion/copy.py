@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,21 +11,20 @@ from torch.utils import _pytree as pytree
 
 
 class CopiedWeights:
-    """`model`: a copy of the given one, whose floating-point weights are in `dtype`. `forward`: its forward."""
+    """`model`: a copy of the given one, not optimised, whose floating-point weights are in `dtype`."""
 
-    def __init__(self, model: nn.Module, original: Callable[..., Any], dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self._dtype = dtype
         own = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         # Through the memo each weight is converted once, and shared weights stay shared.
-        memo: dict[int, Any] = {key: _converted(tensor, dtype) for key, tensor in own.items()}
+        with torch.inference_mode(False):  # an inference tensor could not be copied to anew
+            memo: dict[int, Any] = {key: _converted(tensor, dtype) for key, tensor in own.items()}
         self._pairs = [(tensor, memo[key]) for key, tensor in own.items()]
-        instance = vars(model).pop("forward", None)
+        optimised = vars(model).pop("forward")
         try:
             self.model = copy.deepcopy(model, memo)
         finally:
-            if instance is not None:
-                vars(model)["forward"] = instance
-        self.forward: Callable[..., Any] = original.__func__.__get__(self.model)  # type: ignore[attr-defined]
+            vars(model)["forward"] = optimised
         self._stamps = [_stamp(tensor) for tensor, _ in self._pairs]
 
     def refresh(self) -> None:

@@ -4,9 +4,11 @@ of them of the torch that runs it; a release that moves one is mended here."""
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +30,17 @@ def compile_with(function: Callable[..., Any], backend: Backend, *, watch_module
     known = inspect.signature(torch.compile).parameters
     limit = {"recompile_limit": MOST_CAPTURES} if "recompile_limit" in known else {}
     return torch.compile(_own_code(function), backend=backend, options=options, **limit)  # type: ignore[call-overload,no-any-return]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the page that torch logs for an operation that cannot be: the model's own error follows."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -65,3 +78,46 @@ def graph_breaks() -> dict[str, int]:
         line = str(reason).strip().splitlines()[0]
         found[line] = found.get(line, 0) + count
     return found
+
+
+def storage_id(value: Any) -> int | None:
+    """The same for tensors, fake ones too, that lie in one memory; None for what has none to share: numbers, sparse
+    tensors, oneDNN's packed ones."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return None
+    return int(value.untyped_storage()._cdata)
+
+
+def is_random(target: Any) -> bool:
+    """Whether a torch function, a method of this name or an operator of a library draws random numbers."""
+    if isinstance(target, torch._ops.OpOverload):
+        return torch.Tag.nondeterministic_seeded in target.tags
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    packet = target if isinstance(target, torch._ops.OpOverloadPacket) else getattr(torch.ops.aten, name, None)
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
+        return name == "gumbel_softmax"
+    return any(is_random(getattr(packet, overload)) for overload in packet.overloads())  # type: ignore[no-untyped-call]
+
+
+def is_operator(target: Any) -> bool:
+    """Whether a call's target is one of torch.ops: of torch or another library, or one that takes functions."""
+    return isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator))
+
+
+def written_arguments(target: Any) -> dict[int, str] | None:
+    """Place and name of the arguments that an operator of a library writes to, by its schema; None for what is no such
+    operator. Of one that takes functions or kernels nothing is known: all its arguments."""
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return dict(enumerate(map(str, range(64)))) if "mutation" in target.name() else {}  # type: ignore[no-untyped-call]
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        overloads = [getattr(target, one) for one in target.overloads()]  # type: ignore[no-untyped-call]
+    elif isinstance(target, torch._ops.OpOverload):
+        overloads = [target]
+    else:
+        return None
+    return {
+        place: argument.name
+        for overload in overloads
+        for place, argument in enumerate(overload._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    }

@@ -7,11 +7,13 @@ result in meta["example_value"], whose sizes may be symbols.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
+
+from paceline.fusion.dynamo import is_operator
 
 ALIASES = {
     "truediv": "div",
@@ -32,6 +34,10 @@ OPERATORS = {"_operator", "operator", "builtins"}
 # The order of arguments, for what passes look into: torch's own functions tell no signature.
 PARAMETERS = {
     "linear": ("input", "weight", "bias"),
+    "batch_norm": ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    "instance_norm": ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps"),
+    "embedding": ("input", "weight", "padding_idx", "max_norm"),
+    "embedding_bag": ("input", "weight", "offsets", "max_norm"),
     "layer_norm": ("input", "normalized_shape", "weight", "bias", "eps"),
     "rms_norm": ("input", "normalized_shape", "weight", "eps"),
     "softmax": ("input", "dim", "_stacklevel", "dtype"),
@@ -65,19 +71,26 @@ PARAMETERS = {
 SCALAR = (int, float, bool)
 
 
-def name_of(node: Any) -> str:
-    """The operation of a node in one word; "" for what is none: inputs, constants, other functions than torch's."""
+def spelled(node: Any) -> str:
+    """The name of the torch function or method that a node calls; "" for all else, libraries' operators too."""
     if not isinstance(node, fx.Node):
         return ""
     if node.op == "call_method":
-        name = str(node.target)
-    elif node.op == "call_function":
-        module = getattr(node.target, "__module__", None) or ""
-        if not (module.split(".")[0] in OPERATORS or module.startswith("torch") or module == ""):
-            return ""
-        name = getattr(node.target, "__name__", "")
-    else:
+        return str(node.target)
+    if node.op != "call_function" or is_operator(node.target):
         return ""
+    module = getattr(node.target, "__module__", None) or ""
+    if not (module.split(".")[0] in OPERATORS or module.startswith("torch") or module == ""):
+        return ""
+    return getattr(node.target, "__name__", "")
+
+
+def name_of(node: Any) -> str:
+    """The operation of a node in one word; "" for what is none: inputs, constants, other functions than torch's. And
+    for what lies in memory that the graph changes in place (fusion/effects.py): no pass knows such a value."""
+    if isinstance(node, fx.Node) and node.meta.get("touched"):
+        return ""
+    name = spelled(node)
     return ALIASES.get(name, name)
 
 
@@ -88,7 +101,7 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
     if node.op == "call_method" and name_of(node) == "softmax" and name == "dtype":
         place = 2  # Tensor.softmax knows no _stacklevel
     else:
-        place = PARAMETERS[name_of(node)].index(name)
+        place = PARAMETERS[ALIASES.get(spelled(node), spelled(node))].index(name)
     return node.args[place] if place < len(node.args) else default
 
 
@@ -205,57 +218,3 @@ def replace(old: fx.Node, new: fx.Node) -> None:
     old.replace_all_uses_with(new)
     if "example_value" not in new.meta and "example_value" in old.meta:
         new.meta["example_value"] = old.meta["example_value"]
-
-
-def mutates(node: fx.Node) -> bool:
-    """Whether the node may change one of its arguments in place."""
-    if "out" in node.kwargs or node.kwargs.get("inplace"):
-        return True
-    name = name_of(node)
-    if name in ("setitem", "set_"):
-        return True
-    if node.op == "call_method":
-        return name.endswith("_") and not name.endswith("__")
-    if node.op == "call_function":
-        spelled = getattr(node.target, "__name__", "")
-        if getattr(node.target, "__module__", "") in OPERATORS:
-            return spelled in IN_PLACE_OPERATORS  # operator.and_ changes nothing
-        return spelled.endswith("_") and not spelled.endswith("__")
-    return False
-
-
-IN_PLACE_OPERATORS = {
-    "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor", "ilshift",
-    "irshift",
-}  # fmt: skip
-VIEWS = {
-    "view", "reshape", "transpose", "permute", "expand", "expand_as", "getitem", "squeeze", "unsqueeze", "flatten",
-    "unflatten", "chunk", "split", "unbind", "narrow", "select", "t", "view_as", "contiguous", "to", "detach", "float",
-    "movedim", "swapaxes", "type_as", "dropout", "diagonal", "slice", "unfold", "as_strided", "real", "imag",
-}  # fmt: skip
-
-
-def touched_in_place(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes whose values share memory with something that the graph changes in place: no pass moves their uses."""
-    touched: set[fx.Node] = set()
-    for node in graph.nodes:
-        if mutates(node):
-            touched.update(_same_memory(node))
-    return touched
-
-
-def _same_memory(node: fx.Node) -> Iterator[fx.Node]:
-    """A mutating node, what it changes, and every view of either, up and down."""
-    seen: set[fx.Node] = set()
-    todo = [node, *(arg for arg in node.all_input_nodes[:1])]
-    if isinstance(node.kwargs.get("out"), fx.Node):
-        todo.append(node.kwargs["out"])  # type: ignore[arg-type]
-    while todo:
-        current = todo.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if (is_op(current, *VIEWS) or mutates(current)) and current.all_input_nodes:
-            todo.append(current.all_input_nodes[0])
-        todo.extend(user for user in current.users if is_op(user, *VIEWS) and user.all_input_nodes[0] is current)
-    return iter(seen)

@@ -7,11 +7,13 @@ instance by one that captures what the model computes (torch.compile's Dynamo), 
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -20,7 +22,8 @@ from torch import fx, nn
 from paceline.errors import UsageError
 from paceline.fusion.capture import CapturedGraph
 from paceline.fusion.copy import CopiedWeights
-from paceline.fusion.dynamo import CaptureError, compile_with, graph_breaks, mark_dynamic
+from paceline.fusion.dynamo import CaptureError, compile_with, graph_breaks, mark_dynamic, quiet
+from paceline.fusion.modules import changed_state, hooks, module_state, own_forward, unsupported
 from paceline.fusion.options import Options
 from paceline.fusion.report import Report
 
@@ -50,24 +53,24 @@ def optimize(
     if not isinstance(model, nn.Module):
         raise UsageError(f"optimize takes a torch.nn.Module, got {type(model).__name__}")
     restore(model)
-    vars(model)["forward"] = _forward(model, options)
+    vars(model)["forward"] = OptimisedForward(model, options, vars(model).get("forward"))
     return model
 
 
 def restore(model: Model) -> Model:
     """Give an optimised model its own forward back, and return it. A model that is not optimised stays as it is."""
-    if isinstance(getattr(vars(model).get("forward"), "optimised", None), Optimised):
-        original = optimised_of(model).original
+    forward = vars(model).get("forward")
+    if isinstance(forward, OptimisedForward):
         del vars(model)["forward"]
-        if getattr(model.forward, "__func__", model.forward) is not getattr(original, "__func__", original):
-            vars(model)["forward"] = original  # it had one of its own on the instance
+        if forward.replaced is not None:
+            vars(model)["forward"] = forward.replaced
     return model
 
 
-def optimised_of(model: nn.Module) -> Optimised:
+def optimised_of(model: nn.Module) -> OptimisedForward:
     """What runs an optimised model. Raises UsageError for any other."""
-    found = getattr(vars(model).get("forward"), "optimised", None)
-    if not isinstance(found, Optimised):
+    found = vars(model).get("forward")
+    if not isinstance(found, OptimisedForward):
         raise UsageError(f"{type(model).__name__} is not optimised: call paceline.optimize(model) first")
     return found
 
@@ -77,69 +80,103 @@ def report(model: nn.Module) -> Report:
     return optimised_of(model).report
 
 
-def _forward(model: nn.Module, options: Options) -> Callable[..., Any]:
-    """What `model.forward` becomes. Its attribute `optimised` is what runs behind it."""
-    original = model.forward
-    optimised = Optimised(model, original, options)
+class OptimisedForward:
+    """What `model.forward` becomes. A copy or a pickle of the model brings it along, with nothing captured yet.
 
-    # A function, not an object with __call__: a library may look at its signature, and Dynamo may trace it.
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return optimised(args, kwargs)
+    `original`: the model's own forward. `replaced`: that, where it was set on the instance and not by its class.
+    """
 
-    forward.optimised = optimised  # type: ignore[attr-defined]
-    return forward
-
-
-class Optimised:
-    """`original`: the model's own forward. `report`: what became of it."""
-
-    def __init__(self, model: nn.Module, original: Callable[..., Any], options: Options) -> None:
-        self._model = model
-        self.original = original
-        self._options = options
+    def __init__(self, model: nn.Module, options: Options, replaced: Callable[..., Any] | None = None) -> None:
         self.report = Report(type(model).__name__)
+        self.replaced = replaced
+        self._model = model
+        self._options = options
+        self._copy: CopiedWeights | None = None
         self._graphs: list[CapturedGraph] = []
-        self._copy = CopiedWeights(model, original, options.dtype) if options.dtype is not None else None
         self._compiled: Callable[..., Any] | None = None
+        self._hookless: list[dict[Any, Any]] = []
         self._shapes: set[tuple[Any, ...]] = set()
         self._breaks = Counter(graph_breaks())
+        functools.update_wrapper(self, self.original)  # libraries look at its signature
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    @property
+    def original(self) -> Callable[..., Any]:
+        return own_forward(self._model) if self.replaced is None else self.replaced
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OptimisedForward:
+        replaced = copy.deepcopy(self.replaced, memo)
+        return OptimisedForward(copy.deepcopy(self._model, memo), self._options, replaced)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OptimisedForward, (self._model, self._options, self.replaced)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # a part of an optimised or compiled model: its forward is captured with it
+            return self.original(*args, **kwargs)
         tensors = list(_tensors((args, kwargs)))
         reason = self._refusal(tensors)
         if reason is not None:
             self.report.leave(reason)
             return self.original(*args, **kwargs)
-        shapes = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
-        if shapes not in self._shapes:
-            if len(self._shapes) >= MOST_SHAPES:
-                self._shapes.clear()
-            self._shapes.add(shapes)
-            for tensor in tensors:
-                mark_dynamic(tensor)
+        new = self._is_new(tensors)
+        run = self._compiled_now()
         if self._copy is not None:
             if self._options.level == "safe":
                 self._copy.refresh()
             args, kwargs = self._copy.converted(args, kwargs)
         try:
-            return self._run(args, kwargs)
+            with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+                return self._watched(run, args, kwargs) if new else run(*args, **kwargs)
         except CaptureError as error:
             self.report.leave(f"it could not be captured: {str(error).strip().splitlines()[0]}")
             return self.original(*args, **kwargs)
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        run, graphs = self._compiled or self._compile(), len(self.report.graphs)
-        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+    def _is_new(self, tensors: list[torch.Tensor]) -> bool:
+        """Whether tensors of these shapes come for the first time."""
+        shapes = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
+        if shapes in self._shapes:
+            return False
+        if len(self._shapes) >= MOST_SHAPES:
+            self._shapes.clear()
+        self._shapes.add(shapes)
+        for tensor in tensors:
+            mark_dynamic(tensor)
+        return True
+
+    def _watched(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call that may capture."""
+        graphs = len(self.report.graphs)
+        held = module_state(self._target) if self._options.level == "fast" else None
+        with quiet():
             result = run(*args, **kwargs)
         if len(self.report.graphs) != graphs:
             self.report.breaks = Counter(graph_breaks()) - self._breaks
+        if not self.report.graphs:
+            self.report.leave("Dynamo captured nothing of it")
+        if held is not None and changed_state(held, module_state(self._target)):
+            self.report.note('level "safe" is used: its forward changes what its modules hold')
+            self._options = replace(self._options, level="safe")
+            self._compiled = None
+            self._shapes.clear()
         return result
 
+    @property
+    def _target(self) -> nn.Module:
+        """The model that is captured: itself, or its copy in another dtype."""
+        return self._model if self._copy is None else self._copy.model
+
+    def _compiled_now(self) -> Callable[..., Any]:
+        # Dynamo does not notice the first hook of a module that had none when it captured.
+        if self._compiled is None or (self._options.level == "safe" and any(self._hookless)):
+            self._compiled = self._compile()
+        return self._compiled
+
     def _compile(self) -> Callable[..., Any]:
-        function = self.original if self._copy is None else self._copy.forward
-        model = self._model if self._copy is None else self._copy.model
+        if self._options.dtype is not None and self._copy is None:
+            self._copy = CopiedWeights(self._model, self._options.dtype)
+        model = self._target
         parameters = list(inspect.signature(self.original).parameters)
+        self._hookless = [found for found in hooks(model) if not found]
 
         def backend(graph_module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
             weights = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
@@ -148,8 +185,8 @@ class Optimised:
             self.report.graphs.append(captured.report)
             return captured
 
-        self._compiled = compile_with(function, backend, watch_modules=self._options.level == "safe")
-        return self._compiled
+        forward = self.original if self._copy is None else own_forward(model)
+        return compile_with(forward, backend, watch_modules=self._options.level == "safe")
 
     def record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[CapturedGraph, list[Any]]]:
         """The captured graphs that a call runs, in order, with what each is given."""
@@ -157,7 +194,7 @@ class Optimised:
         for graph in self._graphs:
             graph.recorder = lambda graph, inputs: calls.append((graph, inputs))
         try:
-            self(args, kwargs)
+            self(*args, **kwargs)
         finally:
             for graph in self._graphs:
                 graph.recorder = None
@@ -169,10 +206,11 @@ class Optimised:
             return "it is in training mode: call model.eval()"
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return "an input requires a gradient"
-        if any(torch.is_autocast_enabled(kind) for kind in {tensor.device.type for tensor in tensors}):
+        kinds = {tensor.device.type for tensor in tensors} - {"meta"}
+        if any(torch.is_autocast_enabled(kind) for kind in kinds):
             return "autocast is on: pass dtype= to optimize instead"
-        if torch.compiler.is_compiling():
-            return "it is being compiled by somebody else"
+        if self._compiled is None:
+            return unsupported(self._model, converted=self._options.dtype is not None)
         return None
 
 

@@ -27,12 +27,17 @@ class GraphReport:
 @dataclass
 class Report:
     """What was replaced, graph by graph; `eager`: calls that ran the model's own forward, by reason; `breaks`: where
-    Dynamo had to leave code to Python, by reason."""
+    Dynamo had to leave code to Python, by reason; `notes`: what was done otherwise than asked."""
 
     name: str
     graphs: list[GraphReport] = field(default_factory=list)
     eager: Counter[str] = field(default_factory=Counter)
     breaks: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, note: str) -> None:
+        log.warning("%s: %s", self.name, note)
+        self.notes.append(note)
 
     def leave(self, reason: str) -> None:
         """Count a call that the model's own forward answers, and say why the first time."""
@@ -55,4 +60,5 @@ class Report:
             lines.extend(f"    left {count}x: {reason}" for reason, count in graph.left.items())
         lines.extend(f"  {count} calls ran as the model is: {reason}" for reason, count in self.eager.items())
         lines.extend(f"  left to Python {count}x: {reason}" for reason, count in self.breaks.items())
+        lines.extend(f"  {note}" for note in self.notes)
         return "\n".join(lines)

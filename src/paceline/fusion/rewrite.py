@@ -15,14 +15,13 @@ from paceline.fusion.report import GraphReport
 @dataclass
 class Rewrite:
     """`parameters`: those of the model's forward, in order. `copied`: weights that the graph now holds in another form,
-    so that a change of theirs must be noticed. `touched`: nodes that share memory with something changed in place."""
+    so that a change of theirs must be noticed."""
 
     module: fx.GraphModule
     options: Options
     report: GraphReport
     parameters: Sequence[str] = ()
     copied: list[torch.Tensor] = field(default_factory=list)
-    touched: set[fx.Node] = field(default_factory=set)
 
     @property
     def graph(self) -> fx.Graph:
@@ -36,4 +35,4 @@ class Rewrite:
 
     def is_free(self, *nodes: object) -> bool:
         """Whether none of these is changed in place, so that their uses may move."""
-        return self.touched.isdisjoint(nodes)
+        return not any(isinstance(node, fx.Node) and node.meta.get("touched") for node in nodes)

@@ -7,7 +7,7 @@ become that thing; then things are joined; the last ones choose how each runs on
 from collections.abc import Callable
 from typing import Any
 
-from paceline.fusion.graph import touched_in_place
+from paceline.fusion.effects import has_effect, mark_touched
 from paceline.fusion.passes import (
     activations,
     attention,
@@ -53,15 +53,15 @@ OF_TOKENS: frozenset[Callable[..., Any]] = frozenset(
 def run_passes(rewrite: Rewrite, count: int = len(PASSES)) -> None:
     """The first `count` of them over the graph, in place."""
     for apply in PASSES[:count]:
-        rewrite.touched = touched_in_place(rewrite.graph)
+        mark_touched(rewrite.graph)
         apply(rewrite)
-        rewrite.graph.eliminate_dead_code()
+        rewrite.graph.eliminate_dead_code(has_effect)
     _finish(rewrite)
 
 
 def leave_out_padding(rewrite: Rewrite) -> bool:
     """The pass of level "fast", which is tried by itself (capture.py); whether it found anything to do."""
-    rewrite.touched = touched_in_place(rewrite.graph)
+    mark_touched(rewrite.graph)
     done = padding.apply(rewrite, OF_TOKENS)
     _finish(rewrite)
     return done

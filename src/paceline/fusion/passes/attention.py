@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
+from paceline.fusion.effects import changes_between
 from paceline.fusion.graph import (
     argument,
     call,
@@ -136,7 +137,8 @@ def _refusal(rewrite: Rewrite, node: fx.Node, weights: fx.Node, softmax: fx.Node
         return "its softmax is not over the keys"
     if any(only_user(inner) is None for inner in (weights, softmax, *scores.nodes)):
         return "its scores or weights are used elsewhere: they are a result, say"
-    if not rewrite.is_free(node, weights, softmax, *scores.nodes):
+    read = (scores.query, scores.key, *scores.biases, *(mask for mask, _ in scores.fills))
+    if not rewrite.is_free(node, weights, softmax, *scores.nodes) or changes_between(scores.nodes[-1], node, read):
         return "something in it is changed in place"
     if dtype_of(scores.query) != dtype_of(node) or dtype_of(scores.key) != dtype_of(node):
         return "its queries, keys and result are not of one dtype"

@@ -6,14 +6,15 @@ from typing import Any
 
 from torch import fx
 
-from paceline.fusion.graph import mutates, name_of, replace
+from paceline.fusion.effects import has_effect
+from paceline.fusion.graph import name_of, replace
 from paceline.fusion.rewrite import Rewrite
 
 
 def apply(rewrite: Rewrite) -> None:
     first: dict[Any, fx.Node] = {}
     for node in list(rewrite.graph.nodes):
-        if not _is_pure(node) or mutates(node) or not rewrite.is_free(node, *node.all_input_nodes):
+        if not _is_pure(node) or has_effect(node) or not rewrite.is_free(node, *node.all_input_nodes):
             continue
         key = (node.op, node.target, _key(node.args), _key(node.kwargs))
         try:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from paceline.fusion.graph import constant, fake, is_op, mutates, name_of, replace, weight_of
+from paceline.fusion.graph import constant, fake, is_op, name_of, replace, weight_of
 from paceline.fusion.rewrite import Rewrite
 
 # A result may be larger than what it is made of by so much: more would trade memory for little time.
@@ -62,7 +62,7 @@ def _put_number(node: fx.Node, number: int | float) -> None:
 
 
 def _is_foldable(node: fx.Node, known: dict[fx.Node, torch.Tensor]) -> bool:
-    if name_of(node) == "" or mutates(node) or is_op(node, "empty", "empty_like", "new_empty"):
+    if name_of(node) == "" or is_op(node, "empty", "empty_like", "new_empty"):
         return False
     if not isinstance(fake(node), torch.Tensor):
         return False
