@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from paceline.fusion.graph import argument, call, dtype_of, fake, is_op, mutates, operands, rank_of, shape_of
+from paceline.fusion.graph import argument, call, dtype_of, fake, is_op, operands, rank_of, shape_of
 from paceline.fusion.passes.attention import bias_of
 from paceline.fusion.rewrite import Rewrite
 
@@ -82,7 +82,7 @@ def _is_number(value: Any) -> bool:
 
 def _always_true(node: Any) -> bool:
     """Whether every element is true, whatever the inputs are."""
-    if not isinstance(node, fx.Node) or dtype_of(node) != torch.bool or mutates(node):
+    if not isinstance(node, fx.Node) or dtype_of(node) != torch.bool:
         return False
     if is_op(node, "ones", "new_ones"):
         return True
