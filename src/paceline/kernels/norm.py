@@ -1,7 +1,8 @@
 """Root-mean-square norm (Zhang and Sennrich, 2019) and layer norm (Ba et al., 2016).
 
 `rms_norm` and `layer_norm` are plain torch and take anything; `norm_rows` is both as one Triton kernel
-(kernels/norm_triton.py), for CUDA where `norm_refusal` finds nothing against it.
+(kernels/norm_triton.py), for CUDA where `norm_refusal` finds nothing against it. kernels/add_norm.py is the same kernel
+with what is added before.
 """
 
 from __future__ import annotations
@@ -16,28 +17,34 @@ from paceline.kernels.scaled_linear import ScaledRows, empty_rows
 MOST_CHANNELS = 16384
 
 
-def rms_norm(x_TC: torch.Tensor, weight_C: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(x_TC: torch.Tensor, weight_C: torch.Tensor | None, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32, in x's dtype."""
     return F.rms_norm(x_TC, (x_TC.shape[-1],), weight_C, eps)
 
 
-def rms_norm_ref(x_TC: torch.Tensor, weight_C: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm_ref(x_TC: torch.Tensor, weight_C: torch.Tensor | None, eps: float) -> torch.Tensor:
     """The same by the definition."""
     x = x_TC.float()
     normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
-    return (normed * weight_C.float()).to(x_TC.dtype)
+    return (normed if weight_C is None else normed * weight_C.float()).to(x_TC.dtype)
 
 
-def layer_norm(x_TC: torch.Tensor, weight_C: torch.Tensor, bias_C: torch.Tensor | None, eps: float) -> torch.Tensor:
+def layer_norm(
+    x_TC: torch.Tensor, weight_C: torch.Tensor | None, bias_C: torch.Tensor | None, eps: float
+) -> torch.Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension, computed in float32, in x's dtype."""
     return F.layer_norm(x_TC, (x_TC.shape[-1],), weight_C, bias_C, eps)
 
 
-def layer_norm_ref(x_TC: torch.Tensor, weight_C: torch.Tensor, bias_C: torch.Tensor | None, eps: float) -> torch.Tensor:
+def layer_norm_ref(
+    x_TC: torch.Tensor, weight_C: torch.Tensor | None, bias_C: torch.Tensor | None, eps: float
+) -> torch.Tensor:
     """The same by the definition."""
     x = x_TC.float()
     centred = x - x.mean(-1, keepdim=True)
-    normed = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps) * weight_C.float()
+    normed = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps)
+    if weight_C is not None:
+        normed = normed * weight_C.float()
     return (normed if bias_C is None else normed + bias_C.float()).to(x_TC.dtype)
 
 
@@ -58,7 +65,7 @@ def norm_shape_refusal(x_TC: torch.Tensor) -> str | None:
 
 
 def norm_rows(
-    x_TC: torch.Tensor, weight_C: torch.Tensor, bias_C: torch.Tensor | None, eps: float, *, centred: bool
+    x_TC: torch.Tensor, weight_C: torch.Tensor | None, bias_C: torch.Tensor | None, eps: float, *, centred: bool
 ) -> torch.Tensor:
     """layer_norm where `centred`, else rms_norm plus the bias if there is one; [T, C] in x's dtype. x may have any row
     stride.
@@ -67,7 +74,7 @@ def norm_rows(
     one's end before it reads x or writes.
     """
     y_TC = torch.empty(x_TC.shape, dtype=x_TC.dtype, device=x_TC.device)
-    _launch(x_TC, weight_C, bias_C, y_TC, None, eps, centred=centred)
+    launch_norm(x_TC, weight_C, bias_C, y_TC, eps, centred=centred)
     return y_TC
 
 
@@ -76,20 +83,25 @@ def scaled_norm_rows(
 ) -> ScaledRows:
     """quantize_rows of norm_rows in the same kernel, to the bit."""
     y = empty_rows(x_TC.shape[0], x_TC.shape[1], x_TC.device)
-    _launch(x_TC, weight_C, bias_C, *y, eps, centred=centred)
+    launch_norm(x_TC, weight_C, bias_C, y.q_TK, eps, centred=centred, scale_T1=y.scale_T1)
     return y
 
 
-def _launch(
+def launch_norm(
     x_TC: torch.Tensor,
-    weight_C: torch.Tensor,
+    weight_C: torch.Tensor | None,
     bias_C: torch.Tensor | None,
     y_TC: torch.Tensor,
-    scale_T1: torch.Tensor | None,
     eps: float,
     *,
     centred: bool,
+    scale_T1: torch.Tensor | None = None,
+    residual_TC: torch.Tensor | None = None,
+    added_C: torch.Tensor | None = None,
+    sum_TC: torch.Tensor | None = None,
 ) -> None:
+    """The kernel with its arguments as kernels/norm_triton.py has them. x may be the parts of a product split over K,
+    [P, T, C] in float32."""
     # Triton is optional, and its interpreter is chosen by the environment when this is first imported.
     import triton
 
@@ -97,7 +109,7 @@ def _launch(
 
     if y_TC.numel() == 0:
         return
-    rows, channels = x_TC.shape
+    rows, channels = y_TC.shape
     tile = triton.next_power_of_2(channels)
     dependent = gpu(x_TC.device).dependent
     norm_kernel[(rows,)](
@@ -106,10 +118,15 @@ def _launch(
         bias_C,
         y_TC,
         scale_T1,
-        x_TC.stride(0),
+        residual_TC,
+        added_C,
+        sum_TC,
+        x_TC.stride(-2),
+        0 if residual_TC is None else residual_TC.stride(0),
         eps,
         C=channels,
         TILE=tile,
+        PARTS=1 if x_TC.dim() == 2 else x_TC.shape[0],
         CENTRED=centred,
         DEPENDENT=dependent,
         num_warps=max(1, min(16, tile // 512)),

@@ -1,0 +1,75 @@
+"""residual + x + bias, normed: what stands between one block of a transformer and the next, in one pass.
+
+`add_norm_ref` is plain torch and takes anything; `add_norm` is the kernel of kernels/norm_triton.py, for CUDA where
+`norm_refusal` (kernels/norm.py) finds nothing against x.
+
+Shapes: T tokens, C channels; P parts of a product that was split over its inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from paceline.kernels.norm import launch_norm, layer_norm, rms_norm
+
+
+@dataclass(frozen=True)
+class NormWeights:
+    """A layer norm where `centred`, else an RMS norm, which may have a bias here too. No weight: ones."""
+
+    weight_C: torch.Tensor | None
+    bias_C: torch.Tensor | None
+    eps: float
+    centred: bool
+
+
+def add_norm_ref(
+    x_TC: torch.Tensor,
+    norm: NormWeights,
+    *,
+    residual_TC: torch.Tensor | None = None,
+    bias_C: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(norm of the sum, the sum) by plain torch ops, each rounded to x's dtype."""
+    sum_TC = x_TC if bias_C is None else x_TC + bias_C
+    sum_TC = sum_TC if residual_TC is None else sum_TC + residual_TC
+    if norm.centred:
+        return layer_norm(sum_TC, norm.weight_C, norm.bias_C, norm.eps), sum_TC
+    y_TC = rms_norm(sum_TC, norm.weight_C, norm.eps)
+    return (y_TC if norm.bias_C is None else y_TC + norm.bias_C), sum_TC
+
+
+def add_norm(
+    x_TC: torch.Tensor,
+    norm: NormWeights,
+    *,
+    residual_TC: torch.Tensor | None = None,
+    bias_C: torch.Tensor | None = None,
+    keep_sum: bool = False,
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(the norm of residual + x + bias, and that sum where `keep_sum`), both contiguous [T, C] in `dtype`, x's own if
+    None. The sum is not rounded before it is normed. `bias_C` is that of the linear that made x.
+
+    x and the residual may have any row stride. x may also be [P, T, C], contiguous float32: what is normed is then the
+    sum of its parts, always in the same order.
+
+    On compute capability 9.0 and up it starts while the kernel before it on the stream still runs, and waits for that
+    one's end before it reads x and the residual or writes.
+    """
+    y_TC = torch.empty(x_TC.shape[-2:], dtype=dtype or x_TC.dtype, device=x_TC.device)
+    sum_TC = torch.empty_like(y_TC) if keep_sum else None
+    launch_norm(
+        x_TC,
+        norm.weight_C,
+        norm.bias_C,
+        y_TC,
+        norm.eps,
+        centred=norm.centred,
+        residual_TC=residual_TC,
+        added_C=bias_C,
+        sum_TC=sum_TC,
+    )
+    return y_TC, sum_TC
