@@ -17,7 +17,7 @@ from paceline.kernels.decode_attention_triton import key_slots, log2_scores, rec
 
 
 @triton.jit
-def _find_tile(starts_ptr, requests, program,
+def find_tile(starts_ptr, requests, program,
                R_TILE: tl.constexpr, GROUP: tl.constexpr, ROW_TILE: tl.constexpr):  # fmt: skip
     """Of the step's tiles, the `program`-th from the end: its request, and its number within it; below 0: there is
     none. From the end, since a prompt's last queries see the most keys, and the longest work should start first."""
@@ -109,7 +109,7 @@ def attend_ragged(
 ):
     """ROW_TILE rows of one request: all its keys, from the first that some row sees to the last."""
     head, heads = tl.program_id(0), tl.num_programs(0) * GROUP
-    request, tile = _find_tile(starts_ptr, requests, tl.program_id(1), R_TILE, GROUP, ROW_TILE)
+    request, tile = find_tile(starts_ptr, requests, tl.program_id(1), R_TILE, GROUP, ROW_TILE)
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
