@@ -16,7 +16,8 @@ import torch
 
 from paceline.kernels.gpu import gpu, launch_options
 
-BLOCK = 1024  # places a step of the plan, channels a program of the rest
+PLACES = 4096  # a step of the plan
+BLOCK = 1024  # channels a program of the rest
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,9 @@ def plan_packing(mask_BS: torch.Tensor, bound: int) -> Packing:
         B,
         S,
         bound,
-        BLOCK=BLOCK,
+        BLOCK=PLACES,
         DEPENDENT=dependent,
-        num_warps=4,
+        num_warps=8,
         **launch_options(dependent),
     )
     return packing
