@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
@@ -231,11 +232,15 @@ def test_clearing_gives_everything_back():
 
 
 def test_threads_take_turns(recorder):
-    pool = GraphPool(double, recorder)
+    def slow(x):
+        time.sleep(0.001)  # in which the other thread would write the buffer
+        return [2 * x]
+
+    pool = GraphPool(slow, recorder)
     wrong = []
 
     def run(value):
-        for _ in range(200):
+        for _ in range(20):
             if not torch.equal(pool(filled(3, value))[0], filled(3, 2.0 * value)):
                 wrong.append(value)
 

@@ -13,6 +13,7 @@ from paceline.kernels.gemv_launch import (
     Product,
     candidates,
     choose_launch,
+    filling_launch,
     launch_by_rule,
     launch_rows,
     load_table,
@@ -180,3 +181,16 @@ def test_a_file_that_the_variable_names_must_be_there(tmp_path, monkeypatch):
     monkeypatch.setenv("PACELINE_TUNED", str(tmp_path / "mine.json"))
     with pytest.raises(UsageError, match=r"mine\.json is no table of launches .*No such file"):
         tables_of("a card")
+
+
+@pytest.mark.parametrize("shape", [(2304, 768), (768, 768), (768, 3072), (384, 1536), (4096, 1024), (30, 8)])
+@pytest.mark.parametrize("rows", [16, 32, 64, 128, 256])
+def test_a_filling_launch_fills_a_gpu_as_far_as_its_tiles_can_be_cut(shape, rows):
+    launch = filling_launch(Product("dense", shape, rows), 132)
+    groups, steps = -(-rows // launch.block_m), -(-shape[1] // 128)
+    programs = groups * -(-shape[0] // launch.block_n) * launch.split
+    assert programs >= 132 or (launch.block_n == 16 and launch.split == max(1, steps // 4))
+    assert launch.block_n == 64 or groups * -(-shape[0] // (2 * launch.block_n)) < 132
+    assert launch.prefetch in (1, 2, 4, 8)  # the kernel makes a range of it
+    assert launch.prefetch <= max(1, steps // launch.split)
+    assert (launch.block_m + launch.block_n) * launch.block_k * 2 * launch.stages <= 96 << 10

@@ -9,8 +9,21 @@ from types import MappingProxyType
 import torch
 from torch.nn import functional as F
 
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """CLIP's approximation of GELU."""
+    return x * torch.sigmoid(1.702 * x)
+
+
 ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = MappingProxyType(
-    {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
+    {
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "gelu_tanh": partial(F.gelu, approximate="tanh"),
+        "relu": F.relu,
+        "quick_gelu": quick_gelu,
+        "tanh": torch.tanh,
+    }
 )
 
 
@@ -25,7 +38,7 @@ def gated(gate_up_TC: torch.Tensor, activation: str) -> torch.Tensor:
 
 
 def activate_ref(x_TC: torch.Tensor, activation: str) -> torch.Tensor:
-    """The same in float32, by the definitions of SiLU, GELU and ReLU."""
+    """The same in float32, by the definitions."""
     x = x_TC.float()
     if activation == "silu":
         weight = torch.sigmoid(x)
@@ -33,6 +46,10 @@ def activate_ref(x_TC: torch.Tensor, activation: str) -> torch.Tensor:
         weight = 0.5 * (1 + torch.erf(x / 2**0.5))
     elif activation == "relu":
         weight = (x > 0).float()
+    elif activation == "quick_gelu":
+        weight = torch.sigmoid(1.702 * x)
+    elif activation == "tanh":
+        return torch.tanh(x).to(x_TC.dtype)
     else:
         weight = 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
     return (x * weight).to(x_TC.dtype)

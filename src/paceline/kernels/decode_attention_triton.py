@@ -14,18 +14,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from paceline.kernels.gemv_triton import tanh
 from paceline.kernels.prefetch_triton import LINE_BYTES, prefetch_l2
 from paceline.kernels.rope_kv_triton import load_turned
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _tanh(x):
-    """1 - 2 / (1 + e^2x) loses the digits of a small x, which are those of most scores: there the series to x^9."""
-    square = x * x
-    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
-    return tl.where(square < 0.09, series, 1 - 2 / (1 + tl.exp(2 * x)))  # e^2x may overflow, to a quotient of 0
 
 
 @triton.jit
@@ -46,7 +39,7 @@ def _dot(k, q, D_TILE: tl.constexpr):
 def log2_scores(products, scale, slope, distance, seen, SOFT_CAP: tl.constexpr, has_slopes: tl.constexpr):
     """Scores times log2(e), -inf where a query does not see the key: 2**them are the weights."""
     if SOFT_CAP > 0.0:
-        scores = _tanh(products * (scale / SOFT_CAP)) * (SOFT_CAP * LOG2_E)
+        scores = tanh(products * (scale / SOFT_CAP)) * (SOFT_CAP * LOG2_E)
     else:
         scores = products * (scale * LOG2_E)
     if has_slopes:

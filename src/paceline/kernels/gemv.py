@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from paceline.kernels.activation import activate, gated
-from paceline.kernels.gemv_launch import PROGRAM_ROWS, Launch, Product, choose_launch, launch_rows
+from paceline.kernels.gemv_launch import Launch, Product, choose_launch, launch_rows
 from paceline.kernels.gpu import GPU, gpu, launch_options, triton_refusal
 from paceline.kernels.linear import linear_ref
 from paceline.kernels.norm import norm_rows, norm_shape_refusal, rms_norm
@@ -154,9 +154,7 @@ def gemv(
     rows = _kernel_rows(x_TK, planes)
     if norm is not None and (rows > 1 or planes.format == "int4"):
         x_TK = norm_rows(x_TK, norm.weight_K, None, norm.eps, centred=False)
-    if launch is None:
-        product = Product(planes.format, planes.shape, rows, planes.group)
-        launch = choose_launch(product, device.name, device.processors)
+    launch = launch or _choose(planes, rows, device)
     if rows == 1 and planes.format == "int4":
         _int4(x_TK, planes, epilogue, launch, device, y_TN)
     elif rows == 1:
@@ -204,24 +202,45 @@ def _several_rows(
     device: GPU,
     y_TN: torch.Tensor,
 ) -> None:
-    from paceline.kernels.gemm_triton import add_parts_kernel, gemm_kernel
+    from paceline.kernels.gemm_triton import add_parts_kernel
 
     T, N = x_TK.shape[0], planes.shape[0]
     # Allocated here: in a captured graph all layers then share one piece of the graph's pool.
     parts = None if launch.split == 1 else x_TK.new_empty((launch.split, T, N), dtype=torch.float32)
-    residual = epilogue.residual_TN
-    after = _after(planes, epilogue, device, y_TN) | {
-        "parts_ptr": parts,
-        "T": T,
-        "y_stride": y_TN.stride(0),
-        "residual_stride": 0 if residual is None else residual.stride(0),
-    }
-    gemm_kernel[(-(-T // PROGRAM_ROWS), -(-N // launch.block_n), launch.split)](
+    after = _after_rows(planes, epilogue, device, y_TN) | {"parts_ptr": parts, "T": T}
+    _multiply(x_TK, planes, launch, device, after)
+    if parts is not None:
+        add_parts_kernel[(T, -(-y_TN.shape[1] // PARTS_BLOCK))](
+            BLOCK=PARTS_BLOCK, SPLIT=launch.split, num_warps=PARTS_BLOCK // 128, **after
+        )
+
+
+def _choose(planes: Planes, rows: int, device: GPU) -> Launch:
+    return choose_launch(Product(planes.format, planes.shape, rows, planes.group), device.name, device.processors)
+
+
+def product_parts(x_TK: torch.Tensor, planes: Planes, launch: Launch | None = None) -> torch.Tensor:
+    """x w^T of several rows as float32 [split, T, N], of which it is the sum: for whoever reads it next and can add.
+    Otherwise as gemv."""
+    launch = launch or _choose(planes, launch_rows(max(2, x_TK.shape[0])), gpu(x_TK.device))
+    parts_PTN = x_TK.new_empty((launch.split, x_TK.shape[0], planes.shape[0]), dtype=torch.float32)
+    if parts_PTN.numel():
+        device = gpu(x_TK.device)
+        after = _after_rows(planes, PLAIN, device, parts_PTN[0]) | {"parts_ptr": parts_PTN, "T": x_TK.shape[0]}
+        _multiply(x_TK, planes, launch, device, after)
+    return parts_PTN
+
+
+def _multiply(x_TK: torch.Tensor, planes: Planes, launch: Launch, device: GPU, after: dict[str, Any]) -> None:
+    from paceline.kernels.gemm_triton import gemm_kernel
+
+    block_m = min(launch.block_m, launch_rows(max(2, x_TK.shape[0])))  # one row too, where its bytes are taken apart
+    gemm_kernel[(-(-x_TK.shape[0] // block_m), -(-planes.shape[0] // launch.block_n), launch.split)](
         **weight_arguments(planes, launch, device, x_TK.dtype),
         x_ptr=x_TK,
         x_stride=x_TK.stride(0),
         K=x_TK.shape[1],
-        M=min(PROGRAM_ROWS, _kernel_rows(x_TK, planes)),
+        M=block_m,
         BLOCK_N=launch.block_n,
         STAGES=launch.stages,
         PREFETCH=launch.prefetch,
@@ -231,10 +250,14 @@ def _several_rows(
         SHARE=1,
         **after,
     )
-    if parts is not None:
-        add_parts_kernel[(T, -(-y_TN.shape[1] // PARTS_BLOCK))](
-            BLOCK=PARTS_BLOCK, SPLIT=launch.split, num_warps=PARTS_BLOCK // 128, **after
-        )
+
+
+def _after_rows(planes: Planes, epilogue: Epilogue, device: GPU, y_TN: torch.Tensor) -> dict[str, Any]:
+    residual = epilogue.residual_TN
+    return _after(planes, epilogue, device, y_TN) | {
+        "y_stride": y_TN.stride(0),
+        "residual_stride": 0 if residual is None else residual.stride(0),
+    }
 
 
 def weight_arguments(planes: Planes, launch: Launch, device: GPU, dtype: torch.dtype) -> dict[str, Any]:

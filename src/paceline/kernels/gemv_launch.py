@@ -20,7 +20,7 @@ from typing import Any
 
 from paceline.errors import UsageError
 
-PROGRAM_ROWS = 128  # of x that a program multiplies; more take one program for each so many
+PROGRAM_ROWS = 128  # of x that a program multiplies at most; more take one program for each so many
 TUNED = Path(__file__).parent / "tuned"
 VARIABLE = "PACELINE_TUNED"
 
@@ -32,7 +32,8 @@ class Launch:
     groups).
 
     For several rows of x, and int4: stages of the loop over K; split: programs that share a row's columns; prefetch:
-    steps of the weight that a dependent launch asks for before x is awaited. One row has its whole block in registers.
+    steps of the weight that a dependent launch asks for before x is awaited, a power of two; block_m: rows of x a
+    program, of several at least 16. One row has its whole block in registers.
     """
 
     block_n: int
@@ -41,6 +42,7 @@ class Launch:
     stages: int = 1
     split: int = 1
     prefetch: int = 1
+    block_m: int = PROGRAM_ROWS
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,22 @@ def _tile_launch(tile: Tile, product: Product, processors: int, weights: int = 1
     split = max(1, min(tile.programs * processors // blocks, steps // 4))
     warps = 4 if tile.block_n * min(product.rows, PROGRAM_ROWS) <= 8192 else 8  # of 64 sums a thread
     return Launch(tile.block_n, tile.block_k, warps, tile.stages, split)
+
+
+def filling_launch(product: Product, processors: int) -> Launch:
+    """For several rows of x and a weight of which TILES' tiles would leave multiprocessors idle, BERT's say: the
+    largest tiles that leave none, K split as there, and of a program's weight what a power of two up to 8 steps has
+    asked for ahead. Chosen by those counts: none of it is measured yet."""
+    N, K = product.shape
+    block_m, block_n, block_k = min(product.rows, 64), 64, 128
+    groups = -(-product.rows // block_m)
+    while block_n > 16 and groups * -(-N // block_n) < processors:
+        block_n //= 2
+    steps = -(-K // block_k)
+    split = max(1, min(2 * processors // (groups * -(-N // block_n)), steps // 4))
+    prefetch = 1 << min(3, (steps // split).bit_length() - 1)
+    stages = 3 if block_m + block_n > 96 else 4  # in 96 KB of shared memory
+    return Launch(block_n, block_k, 4, stages, split, prefetch, block_m)
 
 
 def experts_launch(product: Product, weights: int, processors: int) -> Launch:

@@ -38,6 +38,14 @@ def block_rows(block, N, GATED: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def tanh(x):
+    """1 - 2 / (1 + e^2x) loses the digits of a small x, which are those of most scores: there the series to x^9."""
+    square = x * x
+    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+    return tl.where(square < 0.09, series, 1 - 2 / (1 + tl.exp(2 * x)))  # e^2x may overflow, to a quotient of 0
+
+
+@triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
         x = x * tl.sigmoid(x)
@@ -47,6 +55,10 @@ def activate(x, ACTIVATION: tl.constexpr):
         x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     elif ACTIVATION == "relu":
         x = tl.maximum(x, 0.0)
+    elif ACTIVATION == "quick_gelu":
+        x = x * tl.sigmoid(1.702 * x)
+    elif ACTIVATION == "tanh":
+        x = tanh(x)
     else:
         tl.static_assert(ACTIVATION == "none", "unknown activation")
     return x
