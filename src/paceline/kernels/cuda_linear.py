@@ -94,12 +94,14 @@ def _by_cublas(x_TK: torch.Tensor, planes: Planes, epilogue: Epilogue) -> torch.
 
 
 def _inside_cublas(x_TK: torch.Tensor, epilogue: Epilogue) -> bool:
-    """Whether cuBLAS has such an epilogue. Its GELU is that by tanh; a CPU's, under the same name, that by erf."""
+    """Whether cuBLAS has such an epilogue. Its GELU is that by tanh, good for 16 bits; a CPU's, under the same name, that
+    by erf."""
     return (
         epilogue.activation in ("relu", "gelu_tanh")
         and epilogue.bias_N is not None
         and not epilogue.gated
         and epilogue.residual_TN is None
         and x_TK.is_cuda
+        and x_TK.dtype != torch.float32
         and hasattr(torch, "_addmm_activation")  # private
     )
