@@ -94,7 +94,7 @@ def _by_cublas(x_TK: torch.Tensor, planes: Planes, epilogue: Epilogue) -> torch.
 
 
 def _inside_cublas(x_TK: torch.Tensor, epilogue: Epilogue) -> bool:
-    """Whether cuBLAS has such an epilogue. Its GELU is that by tanh, good for 16 bits; a CPU's, under the same name, that
+    """Whether cuBLAS has such an epilogue. Its GELU is that by tanh, for 16 bits; a CPU's, under the same name, is that
     by erf."""
     return (
         epilogue.activation in ("relu", "gelu_tanh")
