@@ -21,9 +21,10 @@ class Remembered:
         self.outputs = call()
 
     def replay(self):
-        for old, new in zip(self.outputs, self.call(), strict=True):
-            if isinstance(old, torch.Tensor):
-                old.copy_(new)
+        with torch.inference_mode():  # in which either kind of tensor can be written
+            for old, new in zip(self.outputs, self.call(), strict=True):
+                if isinstance(old, torch.Tensor):
+                    old.copy_(new)
 
 
 class FakeRecorder:
@@ -206,6 +207,29 @@ def test_an_error_of_the_function_is_the_callers(recorder):
             pool(filled(1))
         pool.check_invariants()
     assert not pool.failures
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_calls_in_inference_mode_and_out_of_it_share_a_graph(recorder, first):
+    weight = torch.ones(3, requires_grad=True)
+    pool = GraphPool(lambda x: [x * weight], recorder)
+    for step in range(6):
+        with torch.inference_mode(first == (step % 4 < 2)):
+            (y,) = pool(filled(3, step))
+            assert torch.equal(y, filled(3, step))
+            assert not y.requires_grad
+    assert pool.counts == Counts(replayed=4, eager=2, captured=1)
+
+
+def test_calls_under_autocast_have_graphs_of_their_own(recorder):
+    weight = torch.ones(3, 3)
+    pool = GraphPool(lambda x: [x @ weight], recorder)
+    for _ in range(3):
+        assert pool(torch.ones(3, 3))[0].dtype == torch.float32
+        with torch.autocast("cpu", torch.bfloat16):
+            assert pool(torch.ones(3, 3))[0].dtype == torch.bfloat16
+        pool.check_invariants()
+    assert pool.counts.captured == 2
 
 
 def test_inside_the_callers_own_capture_it_is_the_function(recorder):

@@ -108,7 +108,8 @@ class Arena:
             ends[kind] = first + -(-value.numel() // step) * step
         for kind, end in ends.items():
             if kind not in self.buffers or self.buffers[kind].numel() < end:
-                self.buffers[kind] = torch.empty(end, dtype=kind[0], device=kind[1])
+                with torch.inference_mode(False):  # what is made inside it cannot be written outside
+                    self.buffers[kind] = torch.empty(end, dtype=kind[0], device=kind[1])
         views = tuple(
             value if place is None else self.buffers[place[0]][place[1] : place[1] + value.numel()].view(value.shape)
             for value, place in zip(inputs, places, strict=True)
@@ -118,7 +119,7 @@ class Arena:
 
 class GraphPool:
     """Calls `function` over tensors, and captures the call for shapes, dtypes and values of what is no tensor that it
-    sees for the second time. Outputs are the caller's to keep.
+    sees for the second time. Outputs are the caller's to keep, and have no gradients.
 
     `function` computes the same kernels for the same shapes, changes none of its inputs, and takes them contiguous.
     The first call of its kind is the function's own; so is one whose capture fails, from then on, with the reason in
@@ -137,10 +138,11 @@ class GraphPool:
         self.failures: dict[Key, str] = {}
         self.counts = Counts()
 
+    @torch.no_grad()
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         if self._recorder.capturing():
             return self._eager(inputs)
-        key = tuple(_signature(value) for value in inputs)
+        key = (_autocast(), *(_signature(value) for value in inputs))
         with self._lock:
             entry = self._entries.get(key)
             if entry is not None:
@@ -168,7 +170,7 @@ class GraphPool:
         assert not self._entries.keys() & self.failures.keys()
         assert self._entries or not self._recorder.held_bytes(), "memory without a graph"
         for key, entry in self._entries.items():
-            assert tuple(_signature(value) for value in entry.inputs) == key
+            assert tuple(_signature(value) for value in entry.inputs) == key[1:]
             tensors = [value for value in entry.inputs if isinstance(value, torch.Tensor) and value.numel()]
             spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors)
             assert all(end <= start for (_, end), (start, _) in pairwise(spans)), "inputs overlap"
@@ -250,6 +252,11 @@ class GraphPool:
 def _signature(value: Any) -> Hashable:
     """With types: 1, 1.0 and True are equal in Python, and not to a function."""
     return (tuple(value.shape), value.dtype, value.device) if isinstance(value, torch.Tensor) else (type(value), value)
+
+
+def _autocast() -> Hashable:
+    """Autocast makes other dtypes of the same inputs."""
+    return tuple(torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in ("cuda", "cpu"))
 
 
 def _copy(inputs: Sequence[Any], views: Sequence[Any]) -> None:

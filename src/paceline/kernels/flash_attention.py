@@ -207,7 +207,7 @@ def _launch(
         S,
         L,
         keys.offset,
-        scale,
+        float(scale),  # Triton would compile a kernel for the integer 1
         *q_BSHD.stride()[:3],
         *k_BLKD.stride()[:3],
         *v_BLKD.stride()[:3],

@@ -161,7 +161,8 @@ def flash_kernel(
     position = row + offset
     bias_rows = row
     if BIAS != "none":
-        bias_rows = bias_ptr + sequence.to(tl.int64) * bias_batch_stride + head * bias_head_stride + row * bias_stride
+        bias_ptr += sequence.to(tl.int64) * bias_batch_stride + head.to(tl.int64) * bias_head_stride
+        bias_rows = bias_ptr + row * bias_stride
     if BIAS != "added":
         scale *= LOG2_E
 
