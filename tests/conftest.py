@@ -177,3 +177,24 @@ def live_bytes() -> Callable[[], Any]:
             return out
 
     return LiveBytes
+
+
+@pytest.fixture
+def triton_device(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where Triton's kernels run here: "cuda", or "cpu" in the interpreter. Skips without Triton."""
+    pytest.importorskip("triton")
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_with_index(tensor, scope):
+        # Triton 3.6 asks int() of an array with one element for a loop's bounds, which NumPy 2.4 refuses.
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_with_index)
+    return "cpu"

@@ -75,22 +75,3 @@ def make_batch() -> Callable[..., Batch]:
         return Batch(q, KVLayer(cache[0], cache[1], 0), metadata)
 
     return make
-
-
-@pytest.fixture
-def triton_device(monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where Triton's kernels run here: "cuda", or "cpu" in the interpreter. Skips without Triton."""
-    pytest.importorskip("triton")
-    if torch.cuda.is_available():
-        return "cuda"
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patch_with_index(tensor, scope):
-        # Triton 3.6 asks int() of an array with one element for a loop's bounds, which NumPy 2.4 refuses.
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_with_index)
-    return "cpu"

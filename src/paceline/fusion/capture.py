@@ -17,8 +17,10 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from paceline.fusion.cuda_graphs import CudaRecorder, GraphPool
 from paceline.fusion.effects import mark_touched, refusal
 from paceline.fusion.options import Options
+from paceline.fusion.packing import count_tokens
 from paceline.fusion.passes import leave_out_padding, run_passes
 from paceline.fusion.passes.padding import attention_mask
 from paceline.fusion.report import GraphReport
@@ -55,6 +57,7 @@ class CapturedGraph:
         self._weights: tuple[torch.Tensor, ...] = ()
         self._stamps: list[tuple[torch.Tensor, int, int]] = []
         self._run: Callable[..., Any] | None = None
+        self._mask_place: int | None = None  # among the inputs, where padding is left out
         self._builds = 0
         self.recorder: Callable[[CapturedGraph, list[Any]], None] | None = None
         self.report = GraphReport(len(graph_module.graph.nodes), len(graph_module.graph.nodes))
@@ -68,7 +71,11 @@ class CapturedGraph:
         if self._run is None or (self._options.level == "safe" and self._is_stale(args)):
             return self._build_and_check(args, inputs)
         self._builds = 0
-        return self._run(*inputs)
+        return self._run(*self._given(inputs))
+
+    def _given(self, inputs: list[Any]) -> list[Any]:
+        """What the rewritten graph takes: without padding, how many tokens there are too."""
+        return inputs if self._mask_place is None else [*inputs, count_tokens(inputs[self._mask_place])]
 
     def with_passes(self, count: int) -> fx.GraphModule:
         """The captured graph behind the first `count` passes, for measuring. It takes what `record` gets."""
@@ -85,7 +92,7 @@ class CapturedGraph:
         return any(_version(tensor) != v or tensor.data_ptr() != p for tensor, v, p in self._stamps)
 
     def _build_and_check(self, args: Sequence[Any], inputs: list[Any]) -> Any:
-        self._run = None
+        self._run = self._mask_place = None
         self._builds += 1
         self._weights = tuple(args[place] for place in self._weight_places)
         bound = _bind(self._captured, self._weight_places, self._weights)
@@ -118,8 +125,20 @@ class CapturedGraph:
             return expected
         self._stamps = [(tensor, _version(tensor), tensor.data_ptr()) for tensor in rewrite.copied]
         self.report.nodes_after = len(rewrite.graph.nodes)
-        self._run = rewrite.module.forward
+        self._run = self._graphed(rewrite, inputs)
         return expected
+
+    def _graphed(self, rewrite: Rewrite, inputs: list[Any]) -> Callable[..., Any]:
+        """The rewritten graph; on a GPU in CUDA graphs, unless it writes to what it is given."""
+        forward: Callable[..., Any] = rewrite.module.forward
+        mark_touched(rewrite.graph)
+        writes = any(node.op == "placeholder" and not rewrite.is_free(node) for node in rewrite.graph.nodes)
+        devices = {value.device for value in inputs if isinstance(value, torch.Tensor)}
+        if writes or not self._options.graphs or len(devices) != 1 or (device := devices.pop()).type != "cuda":
+            return forward
+        pool = GraphPool(forward, CudaRecorder(device))
+        self.report.cuda_graphs = pool.counts
+        return pool
 
     def _without_padding(self, rewrite: Rewrite, inputs: list[Any]) -> Rewrite:
         """The graph that computes nothing at padding, where there is one and it gives the tokens what they should get:
@@ -129,17 +148,18 @@ class CapturedGraph:
         if mask is None or not leave_out_padding(packed):
             return rewrite
         place = [node.target for node in packed.graph.nodes if node.op == "placeholder"].index(mask.target)
+        self._mask_place = place
         for tried in (inputs[place], _shorter(inputs[place], 1), _shorter(inputs[place], 2)):
             with_mask = [*inputs[:place], tried, *inputs[place + 1 :]]
+            padded = rewrite.module.forward(*_cloned(with_mask))
+            unpadded = packed.module.forward(*self._given(_cloned(with_mask)))
             at_tokens = functools.partial(_at_tokens, mask_BS=tried)
-            expected, result = (
-                pytree.tree_map_only(torch.Tensor, at_tokens, graph.forward(*_cloned(with_mask)))
-                for graph in (rewrite.module, packed.module)
-            )
+            expected, result = (pytree.tree_map_only(torch.Tensor, at_tokens, one) for one in (padded, unpadded))
             found = difference(expected, result)
             if found is None or not found <= self._tolerance(expected):
                 del self.report.replaced["padding left out"]
                 self.report.left["padding is computed: what stands there changes what tokens get"] += 1
+                self._mask_place = None
                 return rewrite
         return packed
 

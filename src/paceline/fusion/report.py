@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from paceline.fusion.cuda_graphs import Counts
 from paceline.log import get_logger
 
 log = get_logger(__name__)
@@ -14,7 +15,8 @@ log = get_logger(__name__)
 class GraphReport:
     """One captured graph. `replaced`: how often each pass found its pattern. `left`: what a pass saw and left, with
     the reason, and how often. `error`: of the rewritten graph's results against the captured one's, relative, on the
-    inputs of the first call. `refused`: why it runs as it was captured; None where it does not."""
+    inputs of the first call. `refused`: why it runs as it was captured; None where it does not.
+    `cuda_graphs`: of the calls on a GPU; None without."""
 
     nodes_before: int
     nodes_after: int = 0
@@ -22,6 +24,7 @@ class GraphReport:
     left: Counter[str] = field(default_factory=Counter)
     error: float | None = None
     refused: str | None = None
+    cuda_graphs: Counts | None = None
 
 
 @dataclass
@@ -55,6 +58,10 @@ class Report:
             counts = ", ".join(f"{count} {name}" for name, count in graph.replaced.items()) or "nothing replaced"
             error = "" if graph.error is None else f"; error {graph.error:.1e}"
             lines.append(f"  graph {index}: {graph.nodes_before} -> {graph.nodes_after} nodes: {counts}{error}")
+            if graph.cuda_graphs is not None:
+                calls = graph.cuda_graphs
+                made = f"{calls.captured} CUDA graphs captured"
+                lines.append(f"    {made}: {calls.replayed} calls replayed one, {calls.eager} did not")
             if graph.refused:
                 lines.append(f"    runs as captured: {graph.refused}")
             lines.extend(f"    left {count}x: {reason}" for reason, count in graph.left.items())

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from paceline.fusion.effects import has_effect, mark_touched
+from paceline.fusion.gpu_linear import product, product_only_normed
 from paceline.fusion.passes import (
     activations,
     attention,
@@ -15,6 +16,8 @@ from paceline.fusion.passes import (
     constants,
     cpu_attention,
     cpu_linear,
+    gpu_attention,
+    gpu_linear,
     heads,
     linear,
     masks,
@@ -41,12 +44,14 @@ PASSES = (
     cpu_attention.apply,
     heads.apply,
     quantized.apply,
+    gpu_attention.apply,
+    gpu_linear.apply,
     cpu_linear.apply,
 )
 
-# Functions that passes put in and that treat each row of their first argument by itself.
+# Functions that passes put in and that treat each row by itself.
 OF_TOKENS: frozenset[Callable[..., Any]] = frozenset(
-    {linear_onednn, norms.rms_norm, activations.quick_gelu, quantized.product}
+    {linear_onednn, norms.rms_norm, activations.quick_gelu, quantized.product, product, product_only_normed}
 )
 
 

@@ -31,7 +31,7 @@ CONVERSIONS = ("to", "float", "type", "type_as", "half", "bfloat16")
 
 def apply(rewrite: Rewrite) -> None:
     for node in list(rewrite.graph.nodes):
-        matched = _weighted(rewrite, node)
+        matched = _torchs_own(rewrite, node) or _weighted(rewrite, node)
         if matched is None:
             continue
         x, weight, eps = matched
@@ -47,6 +47,16 @@ def apply(rewrite: Rewrite) -> None:
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32, in x's dtype."""
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def _torchs_own(rewrite: Rewrite, node: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
+    if not is_op(node, "rms_norm") or len(argument(node, "normalized_shape")) != 1:
+        return None
+    x, weight, eps = (argument(node, name) for name in ("input", "weight", "eps"))
+    dtype = dtype_of(node)
+    if weight_of(rewrite.module, weight) is None or dtype is None:
+        return None
+    return x, weight, torch.finfo(dtype).eps if eps is None else float(eps)
 
 
 def _weighted(rewrite: Rewrite, node: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:

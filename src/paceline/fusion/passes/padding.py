@@ -16,17 +16,21 @@ import torch
 from torch import fx
 
 from paceline.fusion.dynamo import parameter_of
+from paceline.fusion.gpu_linear import product_norm, sum_norm
 from paceline.fusion.graph import argument, call, fake, is_op, name_of, rank_of, same_size, shape_of
-from paceline.fusion.heads import attend, attend_packed, pack, packing, unpack
+from paceline.fusion.heads import attend, attend_by_kernel, attend_packed, attend_packed_by_kernel
+from paceline.fusion.packing import pack, packing, unpack
 from paceline.fusion.rewrite import Rewrite
 
 BY_ITSELF = ("linear", "layer_norm", "gelu", "silu", "relu", "tanh", "sigmoid", "to", "dropout")
+OF_PACKED = {attend: attend_packed, attend_by_kernel: attend_packed_by_kernel}
+PAIRS = (torch.split, product_norm, sum_norm)  # which return several tensors of tokens
 BY_PAIRS = ("add", "sub", "mul", "div")
 
 
 def apply(rewrite: Rewrite, of_tokens: frozenset[Callable[..., Any]]) -> bool:
-    """`of_tokens`: functions, put in by other passes, that treat each row of their first argument by itself. Returns
-    whether anything was done."""
+    """`of_tokens`: functions, put in by other passes, that treat each row by itself. Returns whether anything was done;
+    then the graph has one input more, the last: count_tokens of the mask."""
     mask = attention_mask(rewrite)
     if mask is None:
         return False
@@ -35,7 +39,7 @@ def apply(rewrite: Rewrite, of_tokens: frozenset[Callable[..., Any]]) -> bool:
         return False
     shape = (shape_of(first.args[0]) or ())[:2]
     region = _region(rewrite, shape, of_tokens)
-    if not any(node.target is attend for node in region):
+    if not any(node.target in OF_PACKED for node in region):
         return False
     start, entry = next(
         (node, source)
@@ -43,7 +47,10 @@ def apply(rewrite: Rewrite, of_tokens: frozenset[Callable[..., Any]]) -> bool:
         for source in node.all_input_nodes
         if source not in region and _is_of_tokens(source, shape)
     )
-    packed = call(rewrite.graph, start, packing, (mask, entry), None)
+    last_input = [node for node in rewrite.graph.nodes if node.op == "placeholder"][-1]
+    with rewrite.graph.inserting_after(last_input):
+        rows = rewrite.graph.placeholder("rows")
+    packed = call(rewrite.graph, start, packing, (mask, entry, rows), None)
     entered: dict[fx.Node, fx.Node] = {}
     for node in region:
         for source in node.all_input_nodes:
@@ -51,8 +58,8 @@ def apply(rewrite: Rewrite, of_tokens: frozenset[Callable[..., Any]]) -> bool:
                 entered[source] = call(rewrite.graph, node, pack, (source, packed), fake(source))
     for node in list(region):
         outside = [user for user in node.users if user not in region]
-        if node.target is attend:
-            node.target = attend_packed
+        if node.target in OF_PACKED:
+            node.target = OF_PACKED[node.target]
             node.args = (*node.args, packed)
             mask_of_attention = node.args[3]
             node.args = tuple(
@@ -82,7 +89,7 @@ def attention_mask(rewrite: Rewrite) -> fx.Node | None:
 
 def _is_self_attention(node: fx.Node, mask: fx.Node) -> bool:
     """Of a batch of the mask's form, as the captured inputs have it."""
-    if node.target is not attend:
+    if node.target not in OF_PACKED:
         return False
     shapes = [shape_of(arg) for arg in node.args[:3]]
     expected = shape_of(mask)
@@ -115,25 +122,32 @@ def _is_by_itself(
 ) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False
-    if node.target is torch.split:
-        return _is_of_tokens(node.args[0], shape) and bool(node.args[2] == -1)
+    if node.target in PAIRS:
+        over_channels = node.target is not torch.split or node.args[2] == -1
+        return bool(over_channels) and _are_of_tokens(node, shape)
     if node.target is operator.getitem and node.args[0] in region and isinstance(node.args[1], int):
         return True
     if not _is_of_tokens(node, shape):
         return False
-    if node.target is attend:
+    if node.target in OF_PACKED:
         return all(_is_of_tokens(arg, shape) for arg in node.args[:3])
     if node.target in of_tokens or is_op(node, *BY_ITSELF):
-        first = node.args[0] if node.args else None
-        others = [source for source in node.all_input_nodes if source is not first]
-        if is_op(node, "layer_norm") and len(argument(node, "normalized_shape")) != 1:
-            return False
-        return _is_of_tokens(first, shape) and all(source.op == "get_attr" for source in others)
+        return _are_of_tokens(node, shape) and not (
+            is_op(node, "layer_norm") and len(argument(node, "normalized_shape")) != 1
+        )
     if name_of(node) in BY_PAIRS:
         return all(
             not isinstance(arg, fx.Node) or _is_of_tokens(arg, shape) or _is_of_channels(arg) for arg in node.args[:2]
         )
     return False
+
+
+def _are_of_tokens(node: fx.Node, shape: tuple[Any, ...]) -> bool:
+    """Whether a node's inputs are tensors of tokens, the first of them at least, and weights."""
+    first, *others = node.all_input_nodes or (None,)
+    return _is_of_tokens(first, shape) and all(
+        source.op == "get_attr" or _is_of_tokens(source, shape) for source in others
+    )
 
 
 def _is_of_tokens(node: Any, shape: tuple[Any, ...]) -> bool:

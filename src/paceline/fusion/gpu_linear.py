@@ -1,0 +1,52 @@
+"""Products with what follows them, for graphs on a GPU: what passes/gpu_linear.py puts there, over any leading
+dimensions."""
+
+from __future__ import annotations
+
+import torch
+
+from paceline.kernels.add_norm import NormWeights, add_norm
+from paceline.kernels.cuda_linear import cuda_linear, linear_norm
+from paceline.kernels.gemv import Epilogue, Planes
+
+
+def product(
+    x: torch.Tensor,
+    planes: Planes,
+    bias: torch.Tensor | None,
+    activation: str | None = None,
+    gated: bool = False,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """activation(x w^T + bias) + residual; with `gated`, activation(first half) * second half instead."""
+    flat = None if residual is None else _rows(residual)
+    y_TN = cuda_linear(_rows(x), planes, Epilogue(bias, activation, gated, flat))
+    return y_TN.view(*x.shape[:-1], y_TN.shape[-1])
+
+
+def product_norm(
+    x: torch.Tensor, planes: Planes, bias: torch.Tensor | None, residual: torch.Tensor, norm: NormWeights
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the norm of residual + x w^T + bias, that sum)."""
+    y_TC, sum_TC = linear_norm(_rows(x), planes, norm, bias_N=bias, residual_TN=_rows(residual), keep_sum=True)
+    assert sum_TC is not None
+    return y_TC.view(residual.shape), sum_TC.view(residual.shape)
+
+
+def product_only_normed(
+    x: torch.Tensor, planes: Planes, bias: torch.Tensor | None, residual: torch.Tensor, norm: NormWeights
+) -> torch.Tensor:
+    """The norm of residual + x w^T + bias."""
+    y_TC, _ = linear_norm(_rows(x), planes, norm, bias_N=bias, residual_TN=_rows(residual))
+    return y_TC.view(residual.shape)
+
+
+def sum_norm(x: torch.Tensor, residual: torch.Tensor, norm: NormWeights) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the norm of residual + x, that sum)."""
+    y_TC, sum_TC = add_norm(_rows(x), norm, residual_TC=_rows(residual), keep_sum=True)
+    assert sum_TC is not None
+    return y_TC.view(x.shape), sum_TC.view(x.shape)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1])

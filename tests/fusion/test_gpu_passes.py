@@ -1,0 +1,101 @@
+"""What the passes for a GPU put into graphs: its kernels run in Triton's interpreter where there is none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import paceline
+from paceline.fusion import report
+from paceline.kernels import cuda_linear, gpu
+
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []  # so that `make test-gpu` has them
+WIDTH, HEADS = 32, 2
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part(x).view(*x.shape[:2], HEADS, -1).transpose(1, 2) for part in (self.query, self.key, self.value))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :].bool())
+        return self.out(y.transpose(1, 2).reshape(x.shape))
+
+
+class After(nn.Module):
+    """Norms after each block, as BERT has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.first, self.second = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        x = self.first(x + self.attention(x, attention_mask))
+        return self.second(x + self.down(F.gelu(self.up(x))))
+
+
+class Before(nn.Module):
+    """Norms before each block, and a gated one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+        self.gate, self.up, self.down = (
+            nn.Linear(WIDTH, 2 * WIDTH),
+            nn.Linear(WIDTH, 2 * WIDTH),
+            nn.Linear(2 * WIDTH, WIDTH),
+        )
+        self.first, self.second, self.last = nn.LayerNorm(WIDTH), nn.RMSNorm(WIDTH, eps=1e-6), nn.LayerNorm(WIDTH)
+
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = x + self.attention(self.first(x), attention_mask)
+        normed = self.second(x)
+        x = x + self.down(F.silu(self.gate(normed)) * self.up(normed))
+        return self.last(x), x
+
+
+@pytest.fixture
+def device(triton_device: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where kernels run, which passes take for a GPU."""
+    if triton_device == "cpu":
+        monkeypatch.setattr(gpu, "triton_refusal", lambda device, dtype: None)
+        monkeypatch.setattr(cuda_linear, "SMALL_ROWS", 64)
+    return triton_device
+
+
+def inputs(device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.ones(3, 5, dtype=torch.long)
+    mask[1, 2:] = mask[2, 4:] = 0
+    return torch.randn(3, 5, WIDTH, generator=generator).to(device), mask.to(device)
+
+
+@pytest.mark.parametrize("level", ["safe", "fast"])
+@pytest.mark.parametrize("kind", [After, Before])
+def test_kernels_take_along_what_follows(device: str, kind: type[nn.Module], level: str) -> None:
+    torch.manual_seed(0)
+    model = kind().eval().to(device)
+    x, mask = inputs(device)
+    with torch.no_grad():
+        wanted = model(x, attention_mask=mask)
+    paceline.optimize(model, level=level)
+    model(x, attention_mask=mask)
+    found = model(x, attention_mask=mask)
+    (graph,) = report(model).graphs
+    assert graph.refused is None, graph.refused
+    real = mask.bool()
+    for one, other in zip([found] if kind is After else found, [wanted] if kind is After else wanted, strict=True):
+        if level == "fast":
+            assert not one[~real].any()
+        torch.testing.assert_close(one[real], other[real], rtol=1e-3, atol=1e-3)
+    assert graph.replaced["attention by kernel"] == 1
+    assert graph.replaced["linear by kernel"] == 1  # queries, keys and values
+    assert graph.replaced["padding left out"] == (level == "fast")
+    assert graph.replaced["linear with residual and norm"] == 2
+    assert graph.replaced["linear with gelu" if kind is After else "linear with silu and its gate"] == 1
