@@ -20,6 +20,7 @@ from paceline.cli.explain import explain
 from paceline.cli.generate import generate
 from paceline.cli.group import NearestGroup
 from paceline.cli.models import models
+from paceline.cli.optimize import optimize
 from paceline.cli.plan import plan
 from paceline.cli.serve import serve
 from paceline.cli.tune import tune
@@ -54,6 +55,7 @@ commands.add_command(batch)
 commands.add_command(bench)
 bench.add_command(bench_serve)
 commands.add_command(explain)
+commands.add_command(optimize)
 commands.add_command(serve)
 commands.add_command(tune)
 

@@ -28,6 +28,7 @@ from paceline.fusion.passes import (
     quantized,
 )
 from paceline.fusion.rewrite import Rewrite
+from paceline.kernels.activation import quick_gelu
 from paceline.kernels.linear import linear_onednn
 
 PASSES = (
@@ -51,7 +52,7 @@ PASSES = (
 
 # Functions that passes put in and that treat each row by itself.
 OF_TOKENS: frozenset[Callable[..., Any]] = frozenset(
-    {linear_onednn, norms.rms_norm, activations.quick_gelu, quantized.product, product, product_only_normed}
+    {linear_onednn, norms.rms_norm, quick_gelu, quantized.product, product, product_only_normed}
 )
 
 

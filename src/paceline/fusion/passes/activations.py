@@ -7,14 +7,14 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import fx
 from torch.nn import functional as F
 
 from paceline.fusion.graph import argument, call, fake, is_op, operands, replace, tensor_and_scalar
 from paceline.fusion.rewrite import Rewrite
+from paceline.kernels.activation import quick_gelu
 
-QUICK = 1.702
+QUICK = 1.702  # quick_gelu's
 
 
 def apply(rewrite: Rewrite) -> None:
@@ -25,11 +25,6 @@ def apply(rewrite: Rewrite) -> None:
                 replace(node, call(rewrite.graph, node, function, (x,), fake(node), **keywords))
                 rewrite.count(name)
                 break
-
-
-def quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    """x * sigmoid(1.702 x), CLIP's approximation of GELU."""
-    return x * torch.sigmoid(QUICK * x)
 
 
 def _gelu_tanh(node: fx.Node) -> fx.Node | None:

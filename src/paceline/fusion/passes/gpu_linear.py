@@ -23,11 +23,11 @@ from paceline.fusion.graph import (
     same_shape,
     weight_of,
 )
-from paceline.fusion.passes.activations import quick_gelu
 from paceline.fusion.passes.linear import parts
 from paceline.fusion.passes.norms import rms_norm
 from paceline.fusion.rewrite import Rewrite
 from paceline.kernels import gpu
+from paceline.kernels.activation import quick_gelu
 from paceline.kernels.add_norm import NormWeights
 from paceline.kernels.gemv import Planes
 

@@ -1,0 +1,163 @@
+"""What optimize() brings to a model: latency and error beside the model's own forward and torch.compile, in one run.
+
+All models are loaded before anything is timed, and take turns call by call, so that a machine that slows down slows all
+of them. Errors are of the first result, relative to float32's.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from paceline.errors import UsageError
+from paceline.fusion import Stage, measure_stages, optimize, report
+
+PACELINE, COMPILE, EAGER, EXACT = "paceline", "torch.compile", "eager", "eager float32"
+MORE = (COMPILE,)  # what `against` may name
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`shapes`: (batch, length) each; a length means nothing to a model of images. `against`: of MORE."""
+
+    shapes: Sequence[tuple[int, int]]
+    device: torch.device
+    dtype: torch.dtype
+    level: str = "safe"
+    quantize: str | None = None
+    rounds: int = 20
+    against: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """`milliseconds`: the median of a call; `first_seconds`: the first call of this shape, captures and compiles
+    included; `error`: relative, of the first result."""
+
+    engine: str
+    batch: int
+    length: int
+    milliseconds: float
+    first_seconds: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """`stages`: what each pass brings, at the first shape. `told`: what optimize() says of the model."""
+
+    rows: Sequence[Row]
+    stages: Sequence[Stage]
+    told: str
+    machine: Mapping[str, Any] = field(default_factory=dict)
+
+
+def run(
+    make: Callable[[], nn.Module], settings: Settings, progress: Callable[[str], None] = lambda text: None
+) -> Report:
+    """`make`: the model in float32, with the same weights each time. Raises UsageError for a model whose inputs are
+    none of text, images and sound."""
+    models: dict[str, nn.Module] = {EXACT: make().eval().to(settings.device)}
+    if settings.dtype != torch.float32:
+        models[EAGER] = make().eval().to(settings.device, settings.dtype)
+    for name in settings.against:
+        progress(name)
+        mode = "reduce-overhead" if settings.device.type == "cuda" else None
+        models[name] = torch.compile(make().eval().to(settings.device, settings.dtype), mode=mode)  # type: ignore[assignment]
+    ours = make().eval().to(settings.device, settings.dtype)
+    models[PACELINE] = optimize(ours, level=settings.level, quantize=settings.quantize)  # type: ignore[arg-type]
+    rows: list[Row] = []
+    with torch.inference_mode():
+        for batch, length in settings.shapes:
+            progress(f"{batch}x{length}")
+            rows += _shape(models, settings, batch, length)
+        stages = measure_stages(
+            ours, **_for(ours, make_inputs(ours, *settings.shapes[0], settings.device)), repeats=settings.rounds
+        )
+    return Report(rows, stages, str(report(ours)), machine(settings.device))
+
+
+def _shape(models: Mapping[str, nn.Module], settings: Settings, batch: int, length: int) -> list[Row]:
+    given = make_inputs(models[EXACT], batch, length, settings.device)
+    first: dict[str, float] = {}
+    found: dict[str, torch.Tensor] = {}
+    for name, model in models.items():
+        inputs = _for(model, given)
+        first[name] = _time(lambda model=model, inputs=inputs: model(**inputs))  # type: ignore[misc]
+        for _ in range(2):  # where calls are captured in graphs, the second call does that
+            result = model(**inputs)
+        found[name] = first_tensor(result).double()
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(settings.rounds):
+        for name, model in models.items():
+            inputs = _for(model, given)
+            times[name].append(_time(lambda model=model, inputs=inputs: model(**inputs)))  # type: ignore[misc]
+    exact = found[EXACT]
+    return [
+        Row(
+            name,
+            batch,
+            length,
+            statistics.median(times[name]) * 1e3,
+            first[name],
+            float((found[name] - exact).norm() / exact.norm()),
+        )
+        for name in models
+    ]
+
+
+def make_inputs(model: nn.Module, batch: int, length: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Random inputs of a transformers model, the same for the same shape."""
+    config: Any = model.config
+    generator = torch.Generator().manual_seed(batch * 8191 + length)
+    kind = getattr(model, "main_input_name", None)
+    if kind == "pixel_values":
+        vision = getattr(config, "vision_config", config)
+        size = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
+        made = {kind: torch.randn(batch, vision.num_channels, size, size, generator=generator)}
+    elif kind == "input_features":
+        made = {kind: torch.randn(batch, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)}
+    elif kind == "input_ids":
+        text = getattr(config, "text_config", config)
+        ids = torch.randint(5, text.vocab_size, (batch, length), generator=generator)
+        made = {kind: ids, "attention_mask": torch.ones_like(ids)}
+    else:
+        raise UsageError(f"{type(model).__name__} takes {kind}: text, images and sound are what can be made up here")
+    if getattr(config, "is_encoder_decoder", False):
+        made["decoder_input_ids"] = torch.randint(5, config.vocab_size, (batch, length), generator=generator)
+    return {name: value.to(device) for name, value in made.items()}
+
+
+def _for(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inputs in the model's dtype."""
+    dtype = next(model.parameters()).dtype
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+
+
+def first_tensor(result: Any) -> torch.Tensor:
+    """The first tensor of what a model returns."""
+    return result if isinstance(result, torch.Tensor) else first_tensor(result[0])
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return {"device": name, "torch": torch.__version__}
+
+
+def _time(call: Callable[[], object]) -> float:
+    _synchronize()
+    start = time.perf_counter()
+    call()
+    _synchronize()
+    return time.perf_counter() - start
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
