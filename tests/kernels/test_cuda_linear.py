@@ -125,8 +125,8 @@ def test_rows_in_blocks_of_any_size():
     results = [
         cuda_linear(x, planes, epilogue, launch=Launch(16, 32, 4, stages=2, block_m=rows)) for rows in (16, 32, 128)
     ]
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[0], results[2])
     check(x, planes, epilogue)
 
 
