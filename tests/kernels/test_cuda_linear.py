@@ -80,6 +80,12 @@ def test_few_rows_and_many(tokens, dtype):
     check(x, planes)
 
 
+def test_of_a_large_weight_as_many_rows_as_were_measured_are_the_kernels(monkeypatch):
+    monkeypatch.setattr(module, "SMALL_WEIGHT", 48 * 64 - 1)
+    assert kernel_refusal(tensor(64, 64), dense(48, 64)) is None
+    assert kernel_refusal(tensor(65, 64), dense(48, 64)) == "65 rows, and the kernel takes 64"
+
+
 @pytest.mark.parametrize("tokens", [3, 21])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu", "quick_gelu", "tanh", None])
 def test_every_activation(tokens, activation):
