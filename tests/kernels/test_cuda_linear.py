@@ -80,6 +80,12 @@ def test_few_rows_and_many(tokens, dtype):
     check(x, planes)
 
 
+def test_of_a_large_weight_as_many_rows_as_were_measured_are_the_kernels(monkeypatch):
+    monkeypatch.setattr(module, "SMALL_WEIGHT", 48 * 64 - 1)
+    assert kernel_refusal(tensor(64, 64), dense(48, 64)) is None
+    assert kernel_refusal(tensor(65, 64), dense(48, 64)) == "65 rows, and the kernel takes 64"
+
+
 @pytest.mark.parametrize("tokens", [3, 21])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu", "quick_gelu", "tanh", None])
 def test_every_activation(tokens, activation):
@@ -125,8 +131,8 @@ def test_rows_in_blocks_of_any_size():
     results = [
         cuda_linear(x, planes, epilogue, launch=Launch(16, 32, 4, stages=2, block_m=rows)) for rows in (16, 32, 128)
     ]
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[0], results[2])
     check(x, planes, epilogue)
 
 

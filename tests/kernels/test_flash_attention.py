@@ -106,6 +106,11 @@ def test_masks(triton_device, dtype, L):
     assert not found[3].any()
 
 
+def test_one_mask_for_all_sequences(triton_device):
+    mask = ragged_mask(4, 20, triton_device)[:1]
+    check(*inputs(3, 2, 20, 1, 16, triton_device), mask_BL=mask)
+
+
 def test_more_keys_than_a_mask_is_looked_through_for(triton_device, monkeypatch):
     monkeypatch.setattr("paceline.kernels.flash_attention.MOST_SCANNED", 32)
     check(*inputs(4, 20, 50, 1, 16, triton_device), mask_BL=ragged_mask(4, 50, triton_device))

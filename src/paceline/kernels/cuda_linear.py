@@ -15,14 +15,14 @@ import torch
 
 from paceline.kernels.add_norm import NormWeights, add_norm
 from paceline.kernels.epilogue import finish_product
-from paceline.kernels.gemv import PLAIN, Epilogue, Planes, gemv, product_parts, shape_refusal
+from paceline.kernels.gemv import DENSE_ROWS, PLAIN, Epilogue, Planes, gemv, product_parts, shape_refusal
 from paceline.kernels.gemv_launch import Launch, Product, filling_launch, launch_rows, load_table
 from paceline.kernels.gpu import gpu
 from paceline.kernels.linear import linear_ref
 from paceline.kernels.unpack import unpack_planes
 
 # Of dense weights with at most so many values, as BERT's and its like have, all rows up to SMALL_ROWS are the kernel's;
-# of larger ones, and of packed ones, as many as `Planes.most_rows` says. Neither number is measured yet.
+# of larger ones up to DENSE_ROWS, of packed ones as many as they say. The two numbers here are not measured yet.
 SMALL_WEIGHT = 8_000_000
 SMALL_ROWS = 256
 
@@ -64,8 +64,8 @@ def linear_norm(
 def kernel_refusal(x_TK: torch.Tensor, planes: Planes) -> str | None:
     """Why such rows are cuBLAS's; None where they are the kernel's."""
     N, K = planes.shape
-    if planes.format == "dense" and N * K <= SMALL_WEIGHT:
-        planes = replace(planes, most_rows=SMALL_ROWS)
+    if planes.format == "dense":
+        planes = replace(planes, most_rows=SMALL_ROWS if N * K <= SMALL_WEIGHT else DENSE_ROWS)
     return shape_refusal(x_TK, planes)
 
 

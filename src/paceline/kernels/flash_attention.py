@@ -101,8 +101,9 @@ def flash_attention(
 ) -> torch.Tensor:
     """softmax(q k^T * scale + bias) v of padded sequences, [B, S, H, D], contiguous. Products and sums are in float32.
 
-    `lens_B`, integers: only a sequence's first so many keys count. `mask_BL`, booleans or integers: only keys where it
-    is not 0. `bias_BHSL` is added to the scores, or hides keys where it is a False; each of its dimensions may be 1.
+    `lens_B`, integers: only a sequence's first so many keys count. `mask_BL`, booleans or integers, or [1, L]: only
+    keys where it is not 0. `bias_BHSL` is added to the scores, or hides keys where it is a False; each of its
+    dimensions may be 1.
 
     On compute capability 9.0 and up it starts while the kernel before it on the stream still runs, and waits for that
     one's end before it reads or writes.
@@ -123,7 +124,7 @@ def flash_attention(
         bias_BHSL,
         launch,
         lens_B=lens_B,
-        mask_BL=mask_BL,
+        mask_BL=None if mask_BL is None else mask_BL.expand(B, k_BLKD.shape[1]),
     )
     return out_BSHD
 
