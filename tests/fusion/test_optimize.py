@@ -179,3 +179,33 @@ def test_quantised_weights_on_request(quantize: str) -> None:
     assert 0 < float((found - wanted).norm() / wanted.norm()) < 0.1
     with pytest.raises(UsageError, match="quantize"):
         paceline.optimize(wide, quantize="int3")
+
+
+def test_a_weight_is_copied_once(block: Block) -> None:
+    """The joined weight of queries, keys and values goes where it was packed."""
+    paceline.optimize(block)
+    block(*inputs(2, 7))
+    (graph,) = report(block).graphs
+    linears = (block.query, block.key, block.value, block.out, block.up, block.down)
+    joined_biases = sum(part.bias.nbytes for part in linears[:3])
+    assert graph.copied_bytes == sum(part.weight.nbytes for part in linears) + joined_biases
+    ((captured, given),) = block.forward.record(inputs(2, 7), {})
+    del given
+    held = [value for name, value in vars(captured._run.__self__).items() if name.startswith("constant_")]
+    assert sum("joined_weight" in name for name in vars(captured._run.__self__)) == 0
+    assert len(held) == len([node for node in captured._run.__self__.graph.nodes if node.op == "get_attr"])
+
+
+def test_graphs_of_one_model_share_their_copies(block: Block) -> None:
+    paceline.optimize(block)
+    held = []
+    for shape in ((2, 7), (1, 5)):
+        block(*inputs(*shape))
+        ((captured, _),) = block.forward.record(inputs(*shape), {})
+        module = captured._run.__self__
+        held.append({id(value) for name, value in vars(module).items() if name.endswith("packed")})
+    assert len(held[0]) == 4
+    assert held[0] == held[1]
+    with torch.no_grad():
+        block.up.weight.mul_(2)
+    torch.testing.assert_close(block(*inputs(2, 7)), block.forward.original(*inputs(2, 7)), rtol=1e-5, atol=1e-5)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import fx
@@ -19,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from paceline.fusion.cuda_graphs import CudaRecorder, GraphPool
 from paceline.fusion.effects import mark_touched, refusal
+from paceline.fusion.graph import version
 from paceline.fusion.options import Options
 from paceline.fusion.packing import count_tokens
 from paceline.fusion.passes import leave_out_padding, run_passes
@@ -39,7 +42,8 @@ MOST_BUILDS = 8  # of one graph in a row: a model that writes to its weights its
 
 class CapturedGraph:
     """Takes what Dynamo gives the captured graph at each call, and returns what that would. `weights`: the names of the
-    model's tensors, by id. `parameters`: those of its forward, in order."""
+    model's tensors, by id. `parameters`: those of its forward, in order. `copies`: of its weights, in the
+    form that its graphs have them."""
 
     def __init__(
         self,
@@ -48,10 +52,12 @@ class CapturedGraph:
         weights: Mapping[int, str],
         options: Options,
         parameters: Sequence[str],
+        copies: WeakValueDictionary[Hashable, Any],
     ) -> None:
         self._captured = graph_module
         self._options = options
         self._parameters = parameters
+        self._copies = copies
         self._weight_places = [place for place, value in enumerate(example_inputs) if id(value) in weights]
         self._input_places = [place for place in range(len(example_inputs)) if place not in set(self._weight_places)]
         self._weights: tuple[torch.Tensor, ...] = ()
@@ -89,7 +95,7 @@ class CapturedGraph:
         """Whether a weight is another than when the graph was rewritten, or was written to."""
         if not all(map(operator.is_, (args[place] for place in self._weight_places), self._weights)):
             return True
-        return any(_version(tensor) != v or tensor.data_ptr() != p for tensor, v, p in self._stamps)
+        return any(version(tensor) != v or tensor.data_ptr() != p for tensor, v, p in self._stamps)
 
     def _build_and_check(self, args: Sequence[Any], inputs: list[Any]) -> Any:
         self._run = self._mask_place = None
@@ -104,7 +110,7 @@ class CapturedGraph:
             return self._captured.forward(*args)
         copies = _cloned(inputs)
         expected = bound.forward(*inputs)
-        rewrite = Rewrite(_copy(bound), self._options, self.report, self._parameters)
+        rewrite = Rewrite(_copy(bound), self._options, self.report, self._parameters, copies=self._copies)
         try:
             run_passes(rewrite)
             result = rewrite.module.forward(*copies)
@@ -123,7 +129,10 @@ class CapturedGraph:
             by = "" if found is None else f" by {found:.1e}"
             self._drop(f"its results differ from the model's own{by}")
             return expected
-        self._stamps = [(tensor, _version(tensor), tensor.data_ptr()) for tensor in rewrite.copied]
+        own = set(map(id, self._weights))  # a joined weight that was packed is a copy itself
+        copied = {id(tensor): tensor for tensor in rewrite.copied if id(tensor) in own}.values()
+        self._stamps = [(tensor, version(tensor), tensor.data_ptr()) for tensor in copied]
+        self.report.copied_bytes = sum(tensor.nbytes for tensor in copied)
         self.report.nodes_after = len(rewrite.graph.nodes)
         self._run = self._graphed(rewrite, inputs)
         return expected
@@ -143,7 +152,7 @@ class CapturedGraph:
     def _without_padding(self, rewrite: Rewrite, inputs: list[Any]) -> Rewrite:
         """The graph that computes nothing at padding, where there is one and it gives the tokens what they should get:
         with the caller's mask, and with others that leave out more."""
-        packed = Rewrite(_copy(rewrite.module), self._options, self.report, self._parameters, rewrite.copied)
+        packed = replace(rewrite, module=_copy(rewrite.module))
         mask = attention_mask(packed)
         if mask is None or not leave_out_padding(packed):
             return rewrite
@@ -200,10 +209,6 @@ def _at_tokens(result: torch.Tensor, mask_BS: torch.Tensor) -> torch.Tensor:
         return result
     real = mask_BS.bool().view(*mask_BS.shape, *[1] * (result.dim() - 2))
     return torch.where(real, result, torch.zeros((), dtype=result.dtype, device=result.device))
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _copy(graph_module: fx.GraphModule) -> fx.GraphModule:

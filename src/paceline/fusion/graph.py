@@ -7,7 +7,7 @@ result in meta["example_value"], whose sizes may be symbols.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -203,6 +203,21 @@ def constant(graph_module: fx.GraphModule, value: Any, hint: str, before: fx.Nod
     if isinstance(value, torch.Tensor):
         node.meta["example_value"] = value
     return node
+
+
+def version(tensor: torch.Tensor) -> int:
+    """A number that writing to the tensor changes; of one made in inference mode nothing tells."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def origin(graph_module: fx.GraphModule, node: fx.Node) -> Hashable:
+    """What a constant was made of: equal for equal values."""
+    if "origin" in node.meta:
+        found: Hashable = node.meta["origin"]
+        return found
+    weight = weight_of(graph_module, node)
+    assert weight is not None
+    return "weight", id(weight), version(weight), weight.data_ptr()
 
 
 def call(graph: fx.Graph, before: fx.Node, function: Any, args: Sequence[Any], value: Any, **kwargs: Any) -> fx.Node:

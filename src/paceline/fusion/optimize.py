@@ -11,10 +11,11 @@ import copy
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import fx, nn
@@ -95,6 +96,7 @@ class OptimisedForward:
         self._options = options
         self._copy: CopiedWeights | None = None
         self._graphs: list[CapturedGraph] = []
+        self._copies: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()
         self._compiled: Callable[..., Any] | None = None
         self._hookless: list[dict[Any, Any]] = []
         self._shapes: set[tuple[Any, ...]] = set()
@@ -182,7 +184,7 @@ class OptimisedForward:
 
         def backend(graph_module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
             weights = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-            captured = CapturedGraph(graph_module, example_inputs, weights, self._options, parameters)
+            captured = CapturedGraph(graph_module, example_inputs, weights, self._options, parameters, self._copies)
             self._graphs.append(captured)
             self.report.graphs.append(captured.report)
             return captured

@@ -16,7 +16,8 @@ class GraphReport:
     """One captured graph. `replaced`: how often each pass found its pattern. `left`: what a pass saw and left, with
     the reason, and how often. `error`: of the rewritten graph's results against the captured one's, relative, on the
     inputs of the first call. `refused`: why it runs as it was captured; None where it does not.
-    `cuda_graphs`: of the calls on a GPU; None without."""
+    `cuda_graphs`: of the calls on a GPU; None without. `copied_bytes`: of the model's weights that the graph holds a
+    copy of, joined or packed; the graphs of one model share them."""
 
     nodes_before: int
     nodes_after: int = 0
@@ -25,6 +26,7 @@ class GraphReport:
     error: float | None = None
     refused: str | None = None
     cuda_graphs: Counts | None = None
+    copied_bytes: int = 0
 
 
 @dataclass
@@ -56,6 +58,7 @@ class Report:
         lines = [f"{self.name}: {len(self.graphs)} graph{'' if len(self.graphs) == 1 else 's'} captured"]
         for index, graph in enumerate(self.graphs, 1):
             counts = ", ".join(f"{count} {name}" for name, count in graph.replaced.items()) or "nothing replaced"
+            counts += f"; copies of {graph.copied_bytes / 1e6:.1f} MB of weights" if graph.copied_bytes else ""
             error = "" if graph.error is None else f"; error {graph.error:.1e}"
             lines.append(f"  graph {index}: {graph.nodes_before} -> {graph.nodes_after} nodes: {counts}{error}")
             if graph.cuda_graphs is not None:

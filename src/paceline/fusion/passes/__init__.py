@@ -74,5 +74,8 @@ def leave_out_padding(rewrite: Rewrite) -> bool:
 
 
 def _finish(rewrite: Rewrite) -> None:
+    used = {str(node.target) for node in rewrite.graph.nodes if node.op == "get_attr"}
+    for name in [name for name in vars(rewrite.module) if name.startswith("constant_") and name not in used]:
+        del vars(rewrite.module)[name]  # the weights of which a packed copy is left
     rewrite.graph.lint()
     rewrite.module.recompile()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from paceline.fusion.graph import argument, call, constant, fake, is_op, only_user, replace
+from paceline.fusion.graph import argument, call, fake, is_op, only_user, origin, replace
 from paceline.fusion.passes.linear import parts
 from paceline.fusion.rewrite import Rewrite
 from paceline.kernels.linear import linear_onednn, onednn_refusal, pack_onednn
@@ -30,7 +30,8 @@ def _pack(rewrite: Rewrite, node: fx.Node) -> None:
         return
     if not rewrite.is_free(node, x):
         return
-    packed = constant(rewrite.module, pack_onednn(weight.detach()), "packed", node)
+    made_of = "onednn", origin(rewrite.module, argument(node, "weight"))
+    packed = rewrite.copy(made_of, lambda: pack_onednn(weight.detach()), "packed", node)
     rewrite.copied.append(weight)
     activation, last = _activation_behind(node)
     args = (x, packed, argument(node, "bias"), activation)

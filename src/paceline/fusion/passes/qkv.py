@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from paceline.fusion.graph import argument, call, constant, fake, is_op, replace
+from paceline.fusion.graph import argument, call, constant, fake, is_op, origin, replace
 from paceline.fusion.passes.linear import parts
 from paceline.fusion.rewrite import Rewrite
 
@@ -42,7 +42,8 @@ def _join(rewrite: Rewrite, linears: list[fx.Node]) -> None:
         return
     first = linears[0]
     rewrite.copied.extend(weights)
-    joined = constant(rewrite.module, torch.cat(weights).detach(), "joined_weight", first)
+    made_of = "joined", *(origin(rewrite.module, argument(node, "weight")) for node in linears)
+    joined = rewrite.copy(made_of, lambda: torch.cat(weights).detach(), "joined_weight", first)
     bias_node = None
     if any(bias is not None for bias in biases):
         filled = [

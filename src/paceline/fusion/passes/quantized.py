@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from paceline.formats import FORMATS, Weight
-from paceline.fusion.graph import argument, call, constant, fake, is_op, replace
+from paceline.fusion.graph import argument, call, fake, is_op, origin, replace
 from paceline.fusion.passes.linear import parts
 from paceline.fusion.rewrite import Rewrite
 
@@ -34,7 +34,8 @@ def _pack(rewrite: Rewrite, node: fx.Node, name: str) -> None:
     if min(values.shape) < LEAST:
         rewrite.leave(f"{name}: a matrix has fewer than {LEAST} rows or columns")
         return
-    weight = constant(rewrite.module, FORMATS[name].pack(values.detach()), name.replace("-", "_"), node)
+    made_of = name, origin(rewrite.module, argument(node, "weight"))
+    weight = rewrite.copy(made_of, lambda: FORMATS[name].pack(values.detach()), name.replace("-", "_"), node)
     rewrite.copied.append(values)
     replace(node, call(rewrite.graph, node, product, (x, weight, argument(node, "bias")), fake(node)))
     rewrite.count(f"{name} linear")
