@@ -124,16 +124,17 @@ class OptimisedForward:
             return self.original(*args, **kwargs)
         new = self._is_new(tensors)
         run = self._compiled_now()
+        given = args, kwargs
         if self._copy is not None:
             if self._options.level == "safe":
                 self._copy.refresh()
-            args, kwargs = self._copy.converted(args, kwargs)
+            given = self._copy.converted(args, kwargs)
         try:
             with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-                return self._watched(run, args, kwargs) if new else run(*args, **kwargs)
+                return self._watched(run, *given) if new else run(*given[0], **given[1])
         except CaptureError as error:
             self.report.leave(f"it could not be captured: {str(error).strip().splitlines()[0]}")
-            return self.original(*args, **kwargs)
+        return self.original(*args, **kwargs)  # where the model itself raises, its error alone is seen
 
     def _is_new(self, tensors: list[torch.Tensor]) -> bool:
         """Whether tensors of these shapes come for the first time."""

@@ -137,9 +137,10 @@ def _refusal(rewrite: Rewrite, node: fx.Node, weights: fx.Node, softmax: fx.Node
         return "its softmax is not over the keys"
     if any(only_user(inner) is None for inner in (weights, softmax, *scores.nodes)):
         return "its scores or weights are used elsewhere: they are a result, say"
-    read = (scores.query, scores.key, *scores.biases, *(mask for mask, _ in scores.fills))
-    if not rewrite.is_free(node, weights, softmax, *scores.nodes) or changes_between(scores.nodes[-1], node, read):
+    if not rewrite.is_free(node, weights, softmax, *scores.nodes):
         return "something in it is changed in place"
+    if any(changes_between(inner, node, inner.all_input_nodes) for inner in scores.nodes):
+        return "something it reads is changed in place before its end"
     if dtype_of(scores.query) != dtype_of(node) or dtype_of(scores.key) != dtype_of(node):
         return "its queries, keys and result are not of one dtype"
     shapes = [shape_of(tensor) for tensor in (scores.query, scores.key)]
