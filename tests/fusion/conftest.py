@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -210,3 +211,31 @@ def assert_as_exact(tensors_of: Callable[[Any], list[torch.Tensor]]) -> Callable
             assert error <= 2 * allowed + torch.finfo(ours.dtype).eps / 2 * wanted[known].abs().max()
 
     return check
+
+
+@pytest.fixture
+def rewritten() -> Callable[..., Any]:
+    """rewritten(function, *calls, **weights): the report of the one graph of `function(*call, **weights)`. Results were
+    compared on every call: those after the first run what the passes made of it."""
+    from paceline.fusion import optimize, report
+
+    class Holder(nn.Module):
+        def __init__(self, function: Callable[..., Any], weights: dict[str, torch.Tensor]) -> None:
+            super().__init__()
+            self.function = function
+            for name, weight in weights.items():
+                self.register_buffer(name, weight)
+
+        def forward(self, *args: Any) -> Any:
+            return self.function(*args, **dict(self.named_buffers()))
+
+    def run(function: Callable[..., Any], *calls: tuple[Any, ...], **weights: torch.Tensor) -> Any:
+        model = optimize(Holder(function, weights).eval())
+        for call in (*calls, calls[0]):
+            wanted = function(*copy.deepcopy(call), **weights)
+            torch.testing.assert_close(model(*copy.deepcopy(call)), wanted, rtol=1e-5, atol=1e-5)
+        (graph,) = report(model).graphs
+        assert graph.refused is None
+        return graph
+
+    return run

@@ -1,5 +1,5 @@
-"""Models that nothing here was written for: transformers' architectures sorted by name, every 40th. Each is optimised, or
-left alone with a reason; none gives another result. `pytest -m slow -s` on this file prints docs/optimize.md's table."""
+"""Models that nothing here was written for: transformers' architectures sorted by name, every 40th. Each is optimised,
+or left alone with a reason; none gives another result. `pytest -m slow -s` prints what docs/optimize.md tells."""
 
 from __future__ import annotations
 

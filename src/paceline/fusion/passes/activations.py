@@ -28,7 +28,7 @@ def apply(rewrite: Rewrite) -> None:
 
 
 def _gelu_tanh(node: fx.Node) -> fx.Node | None:
-    """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), the factors in any order."""
+    """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), the factors in any order, x taken out or not."""
     factors, number = _product(node)
     if len(factors) != 2 or not _close(number, 0.5):
         return None
@@ -36,14 +36,15 @@ def _gelu_tanh(node: fx.Node) -> fx.Node | None:
         inner = _plus_one(other)
         if inner is None or not is_op(inner, "tanh"):
             continue
-        scaled = _only_product(argument(inner, "input"))
-        if scaled is None or not _close(scaled[1], math.sqrt(2 / math.pi)):
+        scaled, number = _product(argument(inner, "input"))
+        apart = x in scaled  # x (1 + c x^2), else x + c x^3
+        sums = [factor for factor in scaled if factor is not x]
+        if not _close(number, math.sqrt(2 / math.pi)) or len(sums) != 1 or len(scaled) != 1 + apart:
             continue
-        pair = operands(scaled[0], "add")
+        pair = operands(sums[0], "add")
         for a, b in (pair, pair[::-1]) if pair else ():
-            cube = _only_product(b)
-            if a is x and cube is not None and _close(cube[1], 0.044715) and _is_cube(cube[0], x):
-                return x  # type: ignore[no-any-return]
+            if (a == 1 if apart else a is x) and _is_power(b, x, 2 if apart else 3, 0.044715):
+                return x
     return None
 
 
@@ -128,11 +129,18 @@ def _plus_one(node: Any) -> fx.Node | None:
     return pair[0] if pair is not None and pair[1] == 1 else None
 
 
-def _is_cube(node: Any, x: fx.Node) -> bool:
-    if is_op(node, "pow"):
-        return argument(node, "input") is x and argument(node, "exponent") == 3
+def _is_power(node: Any, x: fx.Node, exponent: int, scale: float) -> bool:
+    """Whether it is scale * x^exponent."""
     factors, number = _product(node)
-    return number == 1 and len(factors) == 3 and all(factor is x for factor in factors)
+    found = 0
+    for factor in factors:
+        if factor is x:
+            found += 1
+        elif is_op(factor, "pow") and argument(factor, "input") is x:
+            found += argument(factor, "exponent")
+        else:
+            return False
+    return found == exponent and _close(number, scale)
 
 
 def _close(a: float, b: float) -> bool:

@@ -76,9 +76,11 @@ def _scores(node: Any) -> _Scores | None:
     """From the softmax's argument down to the product of queries and keys."""
     biases: list[fx.Node] = []
     fills: list[tuple[fx.Node, float]] = []
-    scale, nodes, heads = 1.0, [], None
+    scale, nodes, heads, merged = 1.0, [], None, False
     while isinstance(node, fx.Node):
         nodes.append(node)
+        if is_op(node, "matmul", "bmm", "baddbmm") and merged and heads is None:
+            return None
         if is_op(node, "matmul", "bmm"):
             query, key = argument(node, "input"), argument(node, "other")
             return _Scores(query, key, scale, biases, fills, nodes, heads)
@@ -93,6 +95,8 @@ def _scores(node: Any) -> _Scores | None:
             if not isinstance(heads, int):
                 return None
             node = node.args[0]
+        elif is_op(node, *VIEWS) and (rank_of(node), rank_of(node.args[0])) == (3, 4) and heads is None:
+            merged, node = True, node.args[0]
         elif is_op(node, *TRANSPARENT):
             node = node.args[0]
         elif is_op(node, "masked_fill") and isinstance(argument(node, "value"), (int, float)) and scale == 1.0:
