@@ -11,10 +11,11 @@ from paceline.formats import FORMATS
 
 FLAGS = {
     "batch": """
-        --block-size --chat-template --debug --device --download-dir --dtype --enable-prefix-caching --enforce-eager
-        --generation-config --help --kv-cache-gib --load-format --max-model-len --max-num-batched-tokens --max-num-seqs
-        --memory-gib --mode --model --model-impl --offload --offload-dir --quantization --quantize --quiet --revision
-        --scheduling-policy --seed --served-model-name --speculative-config --threads --tokenizer --trust-remote-code
+        --block-size --chat-template --debug --deterministic --device --download-dir --dtype --enable-prefix-caching
+        --enforce-eager --generation-config --help --kv-cache-gib --load-format --max-model-len --max-num-batched-tokens
+        --max-num-seqs --memory-gib --mode --model --model-impl --offload --offload-dir --pipeline-parallel-size
+        --quantization --quantize --quiet --revision --scheduling-policy --seed --served-model-name
+        --speculative-config --tensor-parallel-size --threads --tokenizer --trust-remote-code
     """,
     "bench": "--help",
     "bench latency": """
@@ -55,14 +56,16 @@ FLAGS = {
     "serve": """
         --allow-credentials --allowed-headers --allowed-methods --allowed-origins --api-key
         --api-server-count --api-workers --block-size
-        --chat-template --config --debug --device --download-dir --drain-timeout --dtype
+        --chat-template --config --debug --deterministic --device --download-dir --drain-timeout --dtype
         --enable-prefix-caching --enforce-eager --generation-config --help --host --kv-cache-gib --load-format
         --log-prompts --log-requests --max-body-bytes --max-logprobs --max-model-len --max-num-batched-tokens
         --max-num-queued-reqs --max-num-queued-tokens --max-num-seqs --max-queue --max-queue-tokens
         --memory-gib --metrics-alias --mode --model --model-impl --offload --offload-dir
-        --otlp-traces-endpoint --port --quantization --quantize --revision --root-path --scheduling-policy
+        --otlp-traces-endpoint --pipeline-parallel-size --port --quantization --quantize --revision --root-path
+        --scheduling-policy
         --seed --served-model-name --speculative-config --ssl-certfile --ssl-keyfile --ssl-keyfile-password
-        --threads --tokenizer --trust-remote-code --trust-request-chat-template --uvicorn-log-level
+        --tensor-parallel-size --threads --tokenizer --trust-remote-code --trust-request-chat-template
+        --uvicorn-log-level
     """,
     "tune": "--debug --device --dtype --help --out --quantize --quiet --rows",
     "plan": """

@@ -16,7 +16,9 @@ import pytest
 
 import paceline.cli.app as app
 from paceline.cli.app import commands
+from paceline.cli.load_options import load_options
 from paceline.cli.serve_options import ENVIRONMENT
+from paceline.config import ParallelConfig
 from paceline.errors import PacelineError
 from paceline.serve.admission import QueueLimits
 
@@ -38,6 +40,11 @@ def refused(arguments, capsys, monkeypatch=None):
         (["--port", "eighty"], "not a valid int"),
         (["a", "--model", "b"], "two models: 'a' and --model 'b'"),
         (["--enforce-eager", "--mode", "compile"], "contradict each other"),
+        (["-tp", "0"], "--tensor-parallel-size"),
+        (["-pp", "two"], "--pipeline-parallel-size"),
+        (["-tp", "2", "--deterministic"], "deterministic is of one device"),
+        (["-pp", "2", "--offload", "host"], "offload='host' streams to one device"),
+        (["--deterministic", "--mode", "graph"], "leave out mode='graph'"),
         (["--trust-remote-code"], "runs no code from a checkpoint"),
         (["--api-key", ""], "--api-key is empty"),
         (["--load-format", "dummy"], "name one with --tokenizer"),
@@ -144,12 +151,18 @@ def test_what_the_engine_is_started_with(monkeypatch, capsys, flags, level):
 
     monkeypatch.setattr(zmq_client, "supervised", supervised)
     given = "--max-model-len=99 --quantization=int8 --max-num-seqs=3 --max-queue=7 --threads=2 --enforce-eager --port=0"
-    assert app.main(["serve", "m", *given.split(" "), *flags]) == 1
+    assert app.main(["serve", "m", *given.split(" "), "-tp", "2", "-pp", "3", *flags]) == 1
     assert capsys.readouterr().err.endswith("error: seen enough\n")
     ((options, others),) = seen
     assert (options.model, options.max_model_len, options.quantization) == ("m", 99, "int8")
     assert (options.mode, options.scheduler.max_num_seqs) == ("eager", 3)
+    assert (options.parallel, options.deterministic) == (ParallelConfig(2, 3), False)
     assert others == {"limits": QueueLimits(7, None), "threads": 2, "log_level": level}
+
+
+@pytest.mark.parametrize(("flags", "expected"), [([], False), (["--deterministic"], True)])
+def test_the_engine_is_deterministic_where_it_was_asked_for(flags, expected):
+    assert load_options(parsed(*flags)).deterministic is expected
 
 
 def test_a_model_that_is_not_there_ends_the_server_with_its_error():

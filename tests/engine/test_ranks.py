@@ -153,7 +153,7 @@ def _zombie(pid):
         ({"pipeline_parallel_size": 4}, "more than the model's 3 layers"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size must be at least 1"),
         ({"tensor_parallel_size": 2, "offload": "disk"}, "offload"),
-        ({"tensor_parallel_size": 2, "deterministic": True}, "deterministic=True is of one device"),
+        ({"tensor_parallel_size": 2, "deterministic": True}, "deterministic is of one device"),
     ],
 )
 def test_what_cannot_be_split_is_told_before_anything_starts(model, options, words, monkeypatch):

@@ -89,7 +89,7 @@ def test_messages_go_to_all_and_come_in_order(start):
     ("told", "error", "words"),
     [
         ({1: "usage"}, UsageError, ["this cannot be right"]),
-        ({1: "bug"}, EngineError, ["rank 1 of 2", "ValueError: a bug", "make a new LLM"]),
+        ({1: "bug"}, EngineError, ["rank 1 of 2", "ValueError: a bug", "load the model again"]),
         ({1: "exit"}, EngineError, ["rank 1 of 2", "exit code 3"]),
         ({1: "kill", 0: "hang"}, EngineError, ["rank 1 of 2", "SIGKILL"]),
         # The cause comes after its consequence, and is what is told.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from paceline.config import CacheConfig, SchedulerConfig, SpeculativeConfig
+from paceline.config import CacheConfig, ParallelConfig, SchedulerConfig, SpeculativeConfig
 from paceline.engine.load_options import LoadOptions
 from paceline.errors import UsageError
 from paceline.registry import refuse_unknown_keys
@@ -47,12 +47,14 @@ def load_options(options: Mapping[str, Any]) -> LoadOptions:
         "download_dir",
         "model_impl",
         "load_format",
+        "deterministic",
     ]
     return LoadOptions(
         **{name: options[name] for name in same},
         cache=cache,
         scheduler=scheduler,
         speculative=speculative,
+        parallel=ParallelConfig(options["tensor_parallel_size"], options["pipeline_parallel_size"]),
         mode="eager" if options["enforce_eager"] else options["mode"],
         generation_config="none" if options["generation_config"] == "vllm" else options["generation_config"],
     )

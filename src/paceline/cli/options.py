@@ -64,6 +64,17 @@ tensor_parallel_option = click.option(
     metavar="N",
     help="Split every matrix over N GPUs of this machine: faster.",
 )
+pipeline_parallel_option = click.option(
+    "--pipeline-parallel-size",
+    "-pp",
+    type=click.IntRange(min=1),
+    default=1,
+    metavar="N",
+    help="Split the layers over N GPUs, or N times as many: room for a larger model.",
+)
+deterministic_option = click.option(
+    "--deterministic", is_flag=True, help="The same numbers to the bit, whatever else runs; slower."
+)
 
 
 def sampling_options(command: Command) -> Command:
@@ -111,7 +122,7 @@ def engine_options(command: Command) -> Command:
             help="Whose definition of the model runs; auto takes paceline's where it has one.",
         ),
         mode_option,
-        click.option("--deterministic", is_flag=True, help="The same numbers to the bit, whatever else runs; slower."),
+        deterministic_option,
         click.option("--max-model-len", type=int, metavar="N", help="Longest context [default: the model's own]."),
         memory_option,
         click.option("--offload", is_flag=True, help="Stream the weights, for a model larger than the device."),
@@ -120,14 +131,7 @@ def engine_options(command: Command) -> Command:
         ),
         offload_dir_option,
         tensor_parallel_option,
-        click.option(
-            "--pipeline-parallel-size",
-            "-pp",
-            type=click.IntRange(min=1),
-            default=1,
-            metavar="N",
-            help="Split the layers over N GPUs, or N times as many: room for a larger model.",
-        ),
+        pipeline_parallel_option,
         chat_template_option,
         click.option("--speculative", type=click.Choice(["ngram"]), help="Draft tokens ahead; the text is the same."),
     )

@@ -12,12 +12,15 @@ import click
 from paceline.cli.options import (
     Command,
     chat_template_option,
+    deterministic_option,
     device_option,
     dtype_option,
     memory_option,
     mode_option,
     offload_dir_option,
+    pipeline_parallel_option,
     revision_option,
+    tensor_parallel_option,
     threads_option,
     with_options,
 )
@@ -318,6 +321,8 @@ def _engine_options() -> list[Callable[..., Any]]:
             help="Stream the weights, for a model larger than the device.",
         ),
         offload_dir_option,
+        tensor_parallel_option,
+        pipeline_parallel_option,
         click.option(
             "--speculative-config",
             type=_Json(dict, "object"),
@@ -326,6 +331,7 @@ def _engine_options() -> list[Callable[..., Any]]:
         ),
         mode_option,
         click.option("--enforce-eager", is_flag=True, help="The same as --mode eager."),
+        deterministic_option,
         click.option(
             "--seed", type=int, default=0, show_default=True, metavar="N", help="For requests that bring none."
         ),

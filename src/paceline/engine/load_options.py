@@ -93,6 +93,8 @@ class LoadOptions:
             )
         if self.deterministic:
             self._check_deterministic()
+        if self.parallel.world_size > 1:
+            self._check_split()
         if self.offload_dir is not None and self.offload is None:
             raise UsageError("offload_dir is given and offload is not: set offload='disk'")
 
@@ -100,6 +102,15 @@ class LoadOptions:
     def step_mode(self) -> Mode:
         """The mode that the steps have: deterministic ones are not captured, since no graph holds such kernels yet."""
         return "eager" if self.deterministic else self.mode
+
+    def _check_split(self) -> None:
+        if self.deterministic:
+            raise UsageError(
+                "deterministic is of one device, because how ranks add up depends on a step's size: leave it out, or "
+                "do not split the model"
+            )
+        if self.offload is not None:
+            raise UsageError(f"offload={self.offload!r} streams to one device: leave it out, or do not split the model")
 
     def _check_deterministic(self) -> None:
         if self.mode in ("graph", "compile"):

@@ -33,10 +33,13 @@ ENVIRONMENT = {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
 UNEVEN_MEMORY = 0.02  # of the largest: GPUs of one kind differ by less
 
 
-def load_ranks(options: LoadOptions, progress: Progress | None = None) -> LoadedModel:
-    """Load a model over `options.parallel.world_size` devices of this machine. Raises as build.load_model; UsageError
-    where the model does not divide or devices lack, EngineError where a rank dies."""
-    phases = Phases()
+def load_ranks(options: LoadOptions, progress: Progress | None = None, phases: Phases | None = None) -> LoadedModel:
+    """Load a model over `options.parallel.world_size` devices of this machine. `phases` may be watched meanwhile.
+
+    Raises as build.load_model; UsageError where the model does not divide or devices lack, EngineError where a rank
+    dies.
+    """
+    phases = Phases() if phases is None else phases
     device = _device(options)
     with phases.time("resolve"):
         source, opened = open_model(options, device, progress)
@@ -68,7 +71,7 @@ def load_ranks(options: LoadOptions, progress: Progress | None = None) -> Loaded
         device=device,
         step_weight_bytes=max(one.step_weight_bytes for one in parts),
         kv_bytes_per_token=max(one.kv_bytes_per_token for one in parts),
-        phases={**phases.seconds, **part.phases, **phases.seconds},  # the driver's, then what only the ranks did
+        phases=phases.seconds,
         stream=None,
         sizes=part.sizes,
         load_peak=max(one.load_peak for one in parts),
@@ -89,7 +92,12 @@ def _start(ranks: Ranks, options: LoadOptions, model: str, device: torch.device,
         for line in compare(ranks.gather()):
             log.warning("%s", line)
         ranks.send("go")
-    return ranks.gather()
+    with phases.time("weights"):
+        parts: list[Part] = ranks.gather()
+    del phases.seconds["weights"]  # it was more than these: the ranks have told each of their phases
+    for name, seconds in parts[0].phases.items():
+        phases.seconds.setdefault(name, seconds)
+    return parts
 
 
 def compare(found: Sequence[Facts]) -> list[str]:
@@ -127,13 +135,6 @@ def _device(options: LoadOptions) -> torch.device:
 
 
 def _check_split(config: object, options: LoadOptions) -> None:
-    if options.deterministic:
-        raise UsageError(
-            "deterministic=True is of one device, because how ranks add up depends on a step's size: leave it out, or "
-            "do not split the model"
-        )
-    if options.offload is not None:
-        raise UsageError(f"offload={options.offload!r} streams to one device: leave it out, or do not split the model")
     if not isinstance(config, DecoderConfig):
         raise UsageError(
             "tensor_parallel_size and pipeline_parallel_size need a model that paceline defines itself, and this one "

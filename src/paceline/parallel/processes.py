@@ -162,19 +162,19 @@ class Ranks:
         process, who = self._processes[index], f"rank {index} of {len(self._processes)}"
         failure = next((one for one in self._arrived[index] if isinstance(one, Failure)), None)
         if failure is None:
-            return 0, EngineError(f"{who} (pid {process.pid}) {_ending(process.poll())}: make a new LLM")
+            return 0, EngineError(f"{who} (pid {process.pid}) {_ending(process.poll())}: load the model again")
         log.debug("%s:\n%s", who, failure.trace)
         known = getattr(errors, failure.kind, None)
         if isinstance(known, type) and issubclass(known, PacelineError):
             message = failure.message if issubclass(known, UsageError) else f"{who}: {failure.message}"
             return 1, known(message)
-        text = f"{who} (pid {process.pid}) failed: {failure.kind}: {failure.message}: make a new LLM"
+        text = f"{who} (pid {process.pid}) failed: {failure.kind}: {failure.message}: load the model again"
         return (2 if failure.consequence else 1), EngineError(text)
 
     def close(self) -> None:
         """End the ranks. Later calls raise UsageError."""
         if self._error is None:
-            self._error = UsageError("the ranks were ended: make a new LLM")
+            self._error = UsageError("the ranks were ended: load the model again")
         self._finish()
 
 
@@ -207,4 +207,4 @@ def _ending(code: int | None) -> str:
 
 
 def _stuck() -> PacelineError:
-    return EngineError("a rank's pipe is broken: make a new LLM")
+    return EngineError("a rank's pipe is broken: load the model again")

@@ -12,6 +12,7 @@ import multiprocessing.connection
 import os
 import pickle
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from paceline.errors import PacelineError
 from paceline.log import get_logger
 from paceline.phases import Phases
 from paceline.serve.admission import QueueLimits
@@ -79,6 +81,9 @@ def run_engine_process(spec: EngineSpec, addresses: Addresses) -> None:
         host = EngineHost(phases)
         beats.measure = host.beat
         host.run(options, spec.threads, spec.limits, port)
+    except PacelineError as error:  # no bug here: a rank has died, and the message says how
+        log.error("%s", error, exc_info=log.isEnabledFor(logging.DEBUG))
+        sys.exit(1)
     finally:
         beats.stop()
         context.destroy(linger=LINGER_MS)

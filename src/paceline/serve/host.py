@@ -10,6 +10,7 @@ import torch
 from paceline.engine.build import LoadedModel, load_model
 from paceline.engine.load_options import LoadOptions
 from paceline.engine.model_runner import ModelRunner
+from paceline.engine.ranks import load_ranks
 from paceline.engine.warm_up import WarmUp
 from paceline.errors import PacelineError
 from paceline.phases import Phases
@@ -43,13 +44,21 @@ class EngineHost:
             compiles = runner.model if options.mode == "compile" else None
             warm_up = WarmUp(self._phases, runner.decode, compiles)
         self._loop = EngineLoop(model.engine, info, limits, port, warm_up)
-        self._loop.run()
+        try:
+            self._loop.run()
+        finally:
+            if model.ranks is not None:
+                model.ranks.close()
 
     def _load(self, options: LoadOptions, threads: int | None) -> tuple[LoadedModel, ModelInfo]:
         if threads is not None:
             torch.set_num_threads(threads)
         # Text is the API's: here is no tokenizer.
-        model = load_model(replace(options, skip_tokenizer_init=True), self, self._phases, warm=False)
+        options = replace(options, skip_tokenizer_init=True)
+        if options.parallel.world_size > 1:
+            model = load_ranks(options, self, self._phases)
+        else:
+            model = load_model(options, self, self._phases, warm=False)
         config = model.engine.config
         info = ModelInfo(
             model=options.model,

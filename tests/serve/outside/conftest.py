@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +19,33 @@ import httpx
 import pytest
 
 START_SECONDS = 180  # a machine with two cores that others use imports torch for long
+
+
+class Reading:
+    """A streamed completion, read in a thread: its text, the last event before [DONE], the longest wait for one."""
+
+    def __init__(self, url: str, body: dict[str, Any]) -> None:
+        self.begun = threading.Event()
+        self.text = ""
+        self.last: dict[str, Any] = {}
+        self.longest_wait = 0.0
+        self._client = httpx.Client(base_url=url, timeout=60)
+        self._body = {**body, "stream": True}
+
+    def read(self) -> Reading:
+        with self._client, self._client.stream("POST", "/v1/completions", json=self._body) as response:
+            assert response.status_code == 200
+            lines, heard = [""], time.monotonic()
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    now = time.monotonic()
+                    self.longest_wait, heard = max(self.longest_wait, now - heard), now
+                    self.last = json.loads(line[6:])
+                    self.text += "".join(choice["text"] for choice in self.last.get("choices", []))
+                    self.begun.set()
+                lines.append(line or lines[-1])
+        assert lines[-1] == "data: [DONE]"
+        return self
 
 
 class ServerProcess:
@@ -61,14 +90,20 @@ class ServerProcess:
     @property
     def engine_pid(self) -> int | None:
         """The child that runs the engine; None while there is none. multiprocessing's own child is left out."""
-        pid = self.process.pid
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            try:
-                if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-                    return int(child)
-            except (FileNotFoundError, ProcessLookupError):
-                pass
-        return None
+        return next(iter(self._children(self.process.pid, b"spawn_main")), None)
+
+    @property
+    def rank_pids(self) -> list[int]:
+        """The engine's children that hold a part of the model each."""
+        engine = self.engine_pid
+        return [] if engine is None else self._children(engine, b"paceline.engine.rank")
+
+    def _children(self, pid: int, command: bytes) -> list[int]:
+        try:
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            return [int(child) for child in children if command in Path(f"/proc/{child}/cmdline").read_bytes()]
+        except (FileNotFoundError, ProcessLookupError):
+            return []  # one has ended just now
 
     def gauge(self, name: str) -> float:
         """A value of /metrics, all labels together."""
@@ -87,7 +122,14 @@ class ServerProcess:
         return self.client.post("/v1/chat/completions", json=body)
 
     def complete(self, prompt: Any = "hello", **fields: Any) -> httpx.Response:
-        return self.client.post("/v1/completions", json={"prompt": prompt, "max_tokens": 8, "temperature": 0, **fields})
+        return self.client.post("/v1/completions", json=self._completion(prompt, fields))
+
+    def reading(self, prompt: Any = "hello", **fields: Any) -> Reading:
+        """The same, to be streamed."""
+        return Reading(self.url, self._completion(prompt, fields))
+
+    def _completion(self, prompt: Any, fields: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt": prompt, "max_tokens": 8, "temperature": 0, **fields}
 
     def close(self) -> None:
         self.client.close()

@@ -2,53 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
-
-BODY = {"prompt": "hello", "max_tokens": 480, "temperature": 0, "ignore_eos": True}
-
-
-class Reading:
-    """A streamed answer, read in a thread: its text, the last event before [DONE], the longest wait for an event."""
-
-    def __init__(self, server, **fields):
-        self.begun = threading.Event()
-        self.text = ""
-        self.last = {}
-        self.longest_wait = 0.0
-        self._client = httpx.Client(base_url=server.url, timeout=60)
-        self._body = {**BODY, **fields, "stream": True}
-
-    def read(self):
-        with self._client, self._client.stream("POST", "/v1/completions", json=self._body) as response:
-            assert response.status_code == 200
-            lines, heard = [""], time.monotonic()
-            for line in response.iter_lines():
-                if line.startswith("data: {"):
-                    now = time.monotonic()
-                    self.longest_wait, heard = max(self.longest_wait, now - heard), now
-                    self.last = json.loads(line[6:])
-                    self.text += "".join(choice["text"] for choice in self.last.get("choices", []))
-                    self.begun.set()
-                lines.append(line or lines[-1])
-        assert lines[-1] == "data: [DONE]"
-        return self
+BODY = {"max_tokens": 480, "ignore_eos": True}
 
 
 def test_kill_9_of_the_engine_in_the_middle(shared_server):
     """Each client gets the rest from the next engine, or an error, within 5 s; then the server is ready by itself."""
     server = shared_server
     prompts = [f"{number} hello" for number in range(8)]
-    expected = [server.complete(**{**BODY, "prompt": prompt}).json() for prompt in prompts]
+    expected = [server.complete(prompt, **BODY).json() for prompt in prompts]
     texts = [answer["choices"][0]["text"] for answer in expected]
     old = server.engine_pid
-    readings = [Reading(server, prompt=prompt) for prompt in prompts]
+    readings = [server.reading(prompt, **BODY) for prompt in prompts]
     with ThreadPoolExecutor(len(readings) + 1) as pool:
         futures = [pool.submit(reading.read) for reading in readings]
         whole = pool.submit(server.complete, **BODY)
@@ -67,14 +35,14 @@ def test_kill_9_of_the_engine_in_the_middle(shared_server):
         assert whole.result(60).status_code in (200, 503)
     server.wait_for(lambda: server.is_ready, 60)
     assert server.engine_pid not in (old, None)
-    assert server.complete(**{**BODY, "prompt": prompts[0]}).json()["choices"] == expected[0]["choices"]
+    assert server.complete(prompts[0], **BODY).json()["choices"] == expected[0]["choices"]
     server.wait_until_idle()
 
 
 def test_a_stopped_engine_is_live_and_not_ready(shared_server):
     server = shared_server
     engine = server.engine_pid
-    reading = Reading(server)
+    reading = server.reading(**BODY)
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(reading.read)
         assert reading.begun.wait(30)
@@ -97,9 +65,9 @@ def test_a_stopped_engine_is_live_and_not_ready(shared_server):
 def test_sigterm_lets_what_runs_finish_and_nothing_else_in(serve, tiny_arguments):
     with serve(*tiny_arguments) as server, ThreadPoolExecutor(2) as pool:
         engine = server.engine_pid
-        reading = Reading(server, prompt=["hello", "you"])
+        reading = server.reading(["hello", "you"], **BODY)
         streamed = pool.submit(reading.read)
-        whole = pool.submit(server.complete, **{**BODY, "prompt": ["hello", "you"]})
+        whole = pool.submit(server.complete, ["hello", "you"], **BODY)
         assert reading.begun.wait(30)
         server.wait_for(lambda: server.gauge("paceline_request_answers_count") == 4)
         server.process.send_signal(signal.SIGTERM)
