@@ -49,6 +49,8 @@ class Answer:
         self.token_ids = list(token_ids)
         self.logprobs: list[Mapping[int, Logprob] | None] = [None] * len(token_ids)
         self._num_echoed = len(token_ids)
+        self._is_ranked = params.is_ranked
+        self._wants_sum = params.num_logprobs is not None
         self.cumulative_logprob = 0.0
         self.score: float | None = None
         self.finish_reason: str | None = None
@@ -75,7 +77,7 @@ class Answer:
             self.finish_reason, self.stop_reason = "stop", stop
         elif update.finish_reason is not None:
             self.finish(update.finish_reason, update.stop_reason, update.error)
-        if self.finish_reason is not None and self.params.is_ranked and update.error is None:
+        if self.finish_reason is not None and self._is_ranked and update.error is None:
             length = max(1, len(self.token_ids) - self._num_echoed)  # a stop string may leave no token
             score = penalised(self.cumulative_logprob, length, self.params.length_penalty)
             self.score = score if update.score is None else update.score
@@ -101,12 +103,11 @@ class Answer:
         if delta:
             self._shown = (len(self.text), len(self.token_ids))
         wants_logprobs = self.params.logprobs is not None
-        wants_sum = self.params.num_logprobs is not None
         return CompletionOutput(
             index,
             "".join(self.text[pieces:]),
             tuple(self.token_ids[tokens:]),
-            self.cumulative_logprob if wants_sum else None,
+            self.cumulative_logprob if self._wants_sum else None,
             tuple(self.logprobs[tokens:]) if wants_logprobs else None,
             self.finish_reason,
             self.stop_reason,
@@ -141,6 +142,7 @@ class RequestState:
         self.prompt_logprobs: list[Mapping[int, Logprob] | None] | None = None
         self._prompt_logprobs_shown = False  # a delta has carried them
         self.num_cached_tokens = 0
+        self._is_ranked = params.is_ranked
         self._arrival = time.perf_counter()
         self._first: float | None = None
         self._last: float | None = None
@@ -156,7 +158,7 @@ class RequestState:
     @property
     def can_show(self) -> bool:
         """Whether `output` has something to say yet."""
-        return self.finished or not self.params.is_ranked
+        return not self._is_ranked or self.finished
 
     def apply(self, index: int, update: RequestUpdate) -> str | None:
         """Add one answer's update; returns the stop string it completed, at which the engine must end it."""
@@ -181,11 +183,18 @@ class RequestState:
 
     def _shown_answers(self) -> list[Answer]:
         """The n best, best first, where they are ranked; an answer that failed has no score and comes last."""
-        if not self.params.is_ranked:
+        if not self._is_ranked:
             return self.answers
         if not self.finished:
             return []
         return sorted(self.answers, key=lambda a: math.inf if a.score is None else -a.score)[: self.params.n]
+
+    def grown(self, index: int) -> Sequence[CompletionOutput]:
+        """What no earlier delta has carried, once answer `index` has grown: its own; of ranked ones that of all, at
+        their end."""
+        if not self._is_ranked:
+            return (self.answers[index].output(index, delta=True),)
+        return self.output(delta=True).outputs
 
     def output(self, *, delta: bool = False) -> RequestOutput:
         prompt_logprobs = None if delta and self._prompt_logprobs_shown else self.prompt_logprobs

@@ -8,7 +8,6 @@ from collections.abc import AsyncGenerator, Sequence
 
 from paceline.engine.output import Answer, RequestState
 from paceline.errors import EngineError
-from paceline.outputs import CompletionOutput
 from paceline.sampling.params import NO_TOKEN_LEFT
 from paceline.serve.client import EngineClient, GenerateRequest, RequestStream
 from paceline.serve.errors import ApiError, bad_request, unavailable
@@ -21,8 +20,8 @@ from paceline.serve.tracing import PromptTrace
 class Generation:
     """One prompt's answers. `submit` hands it to the engine; then iterate over it, once, and `close` it whatever came.
 
-    Each value of the iteration says that `state` has grown. A failed answer ends it with EngineError, an engine that
-    took the request back (it drains, or is ending) with ApiError 503.
+    Each value of the iteration is the index of an answer of `state` that has grown. A failed answer ends it with
+    EngineError, an engine that took the request back (it drains, or is ending) with ApiError 503.
     """
 
     def __init__(self, request: GenerateRequest, state: RequestState, metrics: Metrics) -> None:
@@ -42,7 +41,7 @@ class Generation:
     def __aiter__(self) -> Generation:
         return self
 
-    async def __anext__(self) -> None:
+    async def __anext__(self) -> int:
         stream, client = self._stream, self._client
         assert stream is not None, "submit comes first"
         assert client is not None
@@ -59,7 +58,7 @@ class Generation:
                 await client.end_answer(state.request_id, update.index)
             self._timer.update(update.index, len(answer.token_ids) - before, update.queue_seconds)
             self._tell_end(answer)
-            return
+            return update.index
         raise _cut_short()
 
     def _tell_end(self, answer: Answer) -> None:
@@ -118,18 +117,18 @@ async def run_all(generations: Sequence[Generation]) -> None:
         await close_all(generations)
 
 
-async def grow_all(generations: Sequence[Generation]) -> AsyncGenerator[int, None]:
-    """The index of each generation that has grown, as they grow; the first failure is raised."""
+async def grow_all(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, int], None]:
+    """The index of each generation that has grown, and of its answer, as they grow; the first failure is raised."""
     if len(generations) == 1:
-        async for _ in generations[0]:
-            yield 0
+        async for answer in generations[0]:
+            yield 0, answer
         return
-    news: asyncio.Queue[int | BaseException | None] = asyncio.Queue()
+    news: asyncio.Queue[tuple[int, int] | BaseException | None] = asyncio.Queue()
 
     async def watch(index: int) -> None:
         try:
-            async for _ in generations[index]:
-                news.put_nowait(index)
+            async for answer in generations[index]:
+                news.put_nowait((index, answer))
             news.put_nowait(None)
         except Exception as error:
             news.put_nowait(error)
@@ -155,11 +154,6 @@ def usage_of(generations: Sequence[Generation]) -> Usage:
     echoed = sum(len(g.state.prompt_token_ids) * len(g.state.answers) for g in generations if g.state.params.echo)
     generated = sum(len(answer.token_ids) for g in generations for answer in g.state.answers) - echoed
     return usage(prompts, generated, sum(g.state.num_cached_tokens for g in generations))
-
-
-def new_answers(generation: Generation) -> Sequence[CompletionOutput]:
-    """What the answers have that no earlier call has returned; none before ranked answers have all ended."""
-    return generation.state.output(delta=True).outputs if generation.state.can_show else ()
 
 
 def now() -> int:

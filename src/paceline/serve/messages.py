@@ -182,7 +182,10 @@ def event_of(request_id: str, index: int, update: RequestUpdate, queue_seconds: 
 
 def update_of(event: Event) -> AnswerUpdate:
     """The same update on the other side."""
-    rest = event.details or NOTHING
+    rest = event.details
+    if rest is None:
+        plain = RequestUpdate(event.request_id, event.token_ids, num_cached_tokens=event.num_cached_tokens)
+        return AnswerUpdate(event.index, plain)
     update = RequestUpdate(
         request_id=event.request_id,
         new_token_ids=event.token_ids,

@@ -40,6 +40,7 @@ class Stream:
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.seed: int | None = None
         self.sent: list[list[int] | None] = [[] for _ in range(request.params.num_answers)]
+        self._num_open = len(self.sent)  # that have not ended
         self.num_resumes = 0
         self._table = table
         self._updates: deque[AnswerUpdate] = deque()
@@ -50,7 +51,7 @@ class Stream:
     @property
     def ended(self) -> bool:
         """Whether nothing more is to come."""
-        return self._error is not None or all(tokens is None for tokens in self.sent)
+        return self._error is not None or not self._num_open
 
     def resumption(self) -> Submit:
         """What goes on with the request from the tokens that it has got."""
@@ -72,7 +73,7 @@ class Stream:
             return  # it was ended here while the step ran
         tokens.extend(event.token_ids)
         if event.details is not None and event.details.finish_reason is not None:
-            self.sent[event.index] = None
+            self._close(event.index)
         self._updates.append(update_of(event))
         self._wake()
 
@@ -81,7 +82,7 @@ class Stream:
         self._updates = deque(one for one in self._updates if one.index != index)
         if not 0 <= index < len(self.sent) or self.sent[index] is None:
             return False
-        self.sent[index] = None
+        self._close(index)
         self._wake()
         return True
 
@@ -91,11 +92,15 @@ class Stream:
             self._updates.clear()
         elif not self.ended:
             self._error = error
-        self.sent = [None] * len(self.sent)
+        self.sent, self._num_open = [None] * len(self.sent), 0
         if not self.accepted.done():
             self.accepted.set_exception(error or EngineDeadError("the request was aborted before it was accepted"))
             self.accepted.exception()  # told to whoever waits; if nobody does, that is no mistake
         self._wake()
+
+    def _close(self, index: int) -> None:
+        self.sent[index] = None
+        self._num_open -= 1
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -27,7 +27,16 @@ def test_role_first_finish_reason_last_then_done(server):
     assert all("usage" not in chunk for chunk in chunks)
 
 
-@pytest.mark.parametrize("extra", [{}, {"n": 3, "temperature": 1, "seed": 4}, {"stop": ["%"]}, {"stop": ["\ufffd"]}])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"n": 3, "temperature": 1, "seed": 4},
+        {"n": 2, "use_beam_search": True},
+        {"stop": ["%"]},
+        {"stop": ["\ufffd"]},
+    ],
+)
 def test_the_pieces_add_up_to_the_whole(server, extra):
     whole = server.post("/v1/chat/completions", {**CHAT, **extra}).json()
     texts: dict[int, str] = {}

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from fastapi import APIRouter, Request, Response
 
 from paceline.outputs import CompletionOutput
-from paceline.serve.generation import new_answers, usage_of
+from paceline.serve.generation import usage_of
 from paceline.serve.openapi import documented
 from paceline.serve.protocol.chat import (
     ChatChoice,
@@ -73,16 +73,17 @@ async def _events(answering: Answering[ChatCompletionRequest]) -> AsyncGenerator
     begun: set[int] = set()
     ended: set[int] = set()
 
+    request_id, created, model = answering.request_id, answering.created, answering.model_name
+
     def chunk(choices: list[ChunkChoice], *, last: bool = False) -> bytes:
-        usage = answering.usage(last=last)
-        return event(ChatCompletionChunk(answering.request_id, answering.created, answering.model_name, choices, usage))
+        return event(ChatCompletionChunk(request_id, created, model, choices, answering.usage(last=last)))
 
     for index in range(generation.state.params.n):
         begun.add(index)
         yield chunk([role_chunk(index)])
-    async for _ in generation:
+    async for grown in generation:
         out = b""
-        for answer in new_answers(generation):
+        for answer in generation.state.grown(grown):
             if answer.text or (answer.token_ids and answer.logprobs is not None):
                 out += chunk([text_chunk(answer, _logprobs(answering, answer))])
             if answer.finish_reason is not None and answer.index not in ended:
@@ -95,5 +96,7 @@ async def _events(answering: Answering[ChatCompletionRequest]) -> AsyncGenerator
 
 
 def _logprobs(answering: Answering[ChatCompletionRequest], answer: CompletionOutput) -> ChatLogprobs | None:
+    if answer.logprobs is None:
+        return None
     tokenizer = answering.service.model.tokenizer
     return chat_logprobs(answer, answering.body.top_logprobs or 0, tokenizer.token_bytes)

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from msgspec import UNSET
 
 from paceline.outputs import CompletionOutput
-from paceline.serve.generation import grow_all, new_answers, usage_of
+from paceline.serve.generation import grow_all, usage_of
 from paceline.serve.openapi import documented
 from paceline.serve.protocol.common import prompt_logprobs
 from paceline.serve.protocol.completions import (
@@ -65,14 +65,15 @@ async def _events(answering: Answering[CompletionRequest]) -> AsyncGenerator[byt
     offsets: dict[int, int] = {}  # choice -> characters of the tokens sent
     ended: set[int] = set()
 
+    request_id, created, model = answering.request_id, answering.created, answering.model_name
+
     def chunk(choices: list[CompletionChoice], *, last: bool = False) -> bytes:
-        usage = answering.usage(last=last)
-        return event(Completion(answering.request_id, answering.created, answering.model_name, choices, usage))
+        return event(Completion(request_id, created, model, choices, answering.usage(last=last)))
 
     async with aclosing(grow_all(answering.generations)) as growing:
-        async for position in growing:
+        async for position, grown in growing:
             out = b""
-            for answer in new_answers(answering.generations[position]):
+            for answer in answering.generations[position].state.grown(grown):
                 index = _index(answering, position, answer)
                 if answer.text or (answer.token_ids and answer.logprobs is not None):
                     logprobs = _logprobs(answering, answer, offsets.get(index, 0))
@@ -96,6 +97,8 @@ def _index(answering: Answering[CompletionRequest], position: int, answer: Compl
 def _logprobs(
     answering: Answering[CompletionRequest], answer: CompletionOutput, offset: int
 ) -> CompletionLogprobs | None:
+    if answer.logprobs is None:
+        return None
     tokenizer = answering.service.model.tokenizer
     return completion_logprobs(
         answer, answering.body.logprobs or 0, offset, lambda token_id: tokenizer.decode([token_id], False)
