@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from paceline import reference
+from paceline.inputs import KVLayer, ModelInputs
+from paceline.kernels.attention_plan import build_attention
 from paceline.llm import LLM
+from paceline.loading.gguf_checkpoint import GGUFCheckpoint
+from paceline.models.load import load_decoder
+from paceline.models.registry import read_decoder_config
 from paceline.sampling.params import SamplingParams
 
 pytestmark = pytest.mark.default_model
@@ -47,16 +53,33 @@ def transformers_model(default_model_gguf: Path):
 
 
 def test_greedy_tokens_are_those_of_transformers(llm, transformers_model):
-    """float32, 64 tokens, ten prompts of different kinds, in one batch here and one by one there."""
+    """float32, 64 tokens, ten prompts of different kinds, in one batch. Each token is transformers' likeliest one after
+    those before it, so they are what it would generate."""
     outputs = llm.generate(list(PROMPTS.values()), greedy(64, ignore_eos=True))
     for name, output in zip(PROMPTS, outputs, strict=True):
-        ids = torch.tensor([output.prompt_token_ids])
+        prompt, found = list(output.prompt_token_ids), list(output.outputs[0].token_ids)
         with torch.inference_mode():
-            expected = transformers_model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=64, min_new_tokens=64,
-                eos_token_id=None, pad_token_id=0,
-            )[0, ids.shape[1] :]  # fmt: skip
-        assert list(output.outputs[0].token_ids) == expected.tolist(), name
+            logits_TV = transformers_model(torch.tensor([prompt + found[:-1]])).logits[0, len(prompt) - 1 :]
+        assert found == logits_TV.argmax(-1).tolist(), name
+
+
+@torch.inference_mode()
+def test_logits_are_those_of_transformers(default_model_gguf, transformers_model):
+    """The decoder's, and the specification's, from the same file."""
+    prompt = [1, 4093, 198, 4898, 314, 260, 6376, 4461, 47, 2, 198, 1, 520, 9531, 198]  # a user's question
+    expected = transformers_model(torch.tensor([prompt])).logits[0]
+    with GGUFCheckpoint(default_model_gguf) as checkpoint:
+        config = read_decoder_config(checkpoint.config)
+        oracle = reference.load(checkpoint, config)
+        plain = reference.forward(oracle, prompt, reference.Cache())
+        del oracle
+        decoder = load_decoder(checkpoint, config, dtype=torch.float32)
+    a, n = config.attention, len(prompt)
+    kv = [KVLayer(*torch.zeros(2, a.num_kv_heads, 32, a.head_dim), 0) for _ in range(config.num_layers)]
+    attention = build_attention([0, n], [n], [[[1]]], [None], block_size=16)
+    ours = decoder.logits(decoder(ModelInputs(torch.tensor(prompt), torch.arange(n), attention), kv))
+    for found in (plain, ours):
+        assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 def test_transformers_own_modules_give_the_same_tokens(default_model_gguf, llm):
@@ -72,10 +95,10 @@ def test_transformers_own_modules_give_the_same_tokens(default_model_gguf, llm):
 
 def test_64_requests_give_what_they_give_alone(default_model_gguf, llm):
     """Mixed lengths in one batch, a pool that forces preemption, prefix cache and proposer on."""
-    texts = [f"{text} {index % 7}" * (1 + index % 5) for index, text in enumerate(list(PROMPTS.values()) * 7)][:64]
-    params = [greedy(4 + index % 9, ignore_eos=True) for index in range(64)]
+    texts = [f"{text} {index % 7}" * (1 + index % 2) for index, text in enumerate(list(PROMPTS.values()) * 7)][:64]
+    params = [greedy(2 + index % 5, ignore_eos=True) for index in range(64)]
     alone = [llm.generate(text, one)[0].outputs[0].token_ids for text, one in zip(texts, params, strict=True)]
-    crowded = {"block_size": 4, "num_blocks": 60, "max_model_len": 230, "max_num_batched_tokens": 128, "device": "cpu"}
+    crowded = {"block_size": 4, "num_blocks": 30, "max_model_len": 110, "max_num_batched_tokens": 128, "device": "cpu"}
     for options in (
         {"enable_prefix_caching": True, "speculative_config": {"method": "ngram"}},
         {"enable_prefix_caching": False},
@@ -116,14 +139,14 @@ def test_bad_words_are_not_said(llm):
 
 # Measured here 0.91, 1 and 0.64; on 111 tokens of other text 0.97, 0.87 and 0.72, with a mean KL divergence from
 # float32 of 0.005, 0.03 and 0.19.
-@pytest.mark.parametrize(("quantization", "least"), [("int8", 0.8), ("fp8", 0.75), ("int4", 0.45)])
-def test_quantised_weights_stay_close(default_model_gguf, llm, quantization, least):
+def test_quantised_weights_stay_close(default_model_gguf, llm):
     """Rounding to nearest keeps the likeliest next token on most positions of plain text."""
     text = "The sun rises in the east and sets in the west. Water boils at one hundred degrees. " * 2
     ids = llm.get_tokenizer().encode(text)
     prompts = [ids[:end] for end in range(8, len(ids), 3)]
     exact = llm.generate(prompts, greedy(1))
-    with LLM(str(default_model_gguf), quantization=quantization, device="cpu", max_model_len=1024) as quantized:
-        found = quantized.generate(prompts, greedy(1))
-    same = [a.outputs[0].token_ids == b.outputs[0].token_ids for a, b in zip(exact, found, strict=True)]
-    assert sum(same) >= least * len(same)
+    for quantization, least in (("int8", 0.8), ("fp8", 0.75), ("int4", 0.45)):
+        with LLM(str(default_model_gguf), quantization=quantization, device="cpu", max_model_len=1024) as quantized:
+            found = quantized.generate(prompts, greedy(1))
+        same = [a.outputs[0].token_ids == b.outputs[0].token_ids for a, b in zip(exact, found, strict=True)]
+        assert sum(same) >= least * len(same), quantization

@@ -66,12 +66,15 @@ import json, sys
 from pathlib import Path
 from paceline.errors import PacelineError
 from paceline.loading.description import describe
-try:
-    found = describe(sys.argv[1])
-    names = sorted(path.name for path in Path(sys.argv[2]).rglob("snapshots/*/*"))
-    print(json.dumps([dict(found.config), dict(found.stored), found.stored_dtype, found.note, names]))
-except PacelineError as error:
-    print(json.dumps([type(error).__name__, str(error)]))
+answers = []
+for name in sys.argv[1].split():
+    try:
+        found = describe(name)
+        names = sorted(path.name for path in Path(sys.argv[2]).rglob("snapshots/*/*"))
+        answers.append([dict(found.config), dict(found.stored), found.stored_dtype, found.note, names])
+    except PacelineError as error:
+        answers.append([type(error).__name__, str(error)])
+print(json.dumps(answers))
 """
 
 
@@ -190,22 +193,22 @@ def test_pickled_weights_are_fetched_where_there_are_no_others(hub: str, tmp_pat
 
 
 def test_a_description_takes_the_config_and_the_headers_alone(hub: str, tmp_path: Path) -> None:
-    answer = run(DESCRIBE, "org/tiny@main", tmp_path, HF_ENDPOINT=hub)
+    answer, missing, pickled = run(DESCRIBE, "org/tiny@main org/none org/old", tmp_path, HF_ENDPOINT=hub)
     assert len(answer) == 5, answer
     config, stored, dtype, note, files = answer
     assert (config, stored, dtype) == ({"model_type": "llama"}, {"bfloat16": 3000, "float32": 250}, "bfloat16")
     assert note == f"config.json and headers, commit {COMMIT[:12]}"
     assert files == ["config.json"]
+    assert missing[0] == "ModelNotFoundError"
+    assert pickled[1:4] == [{}, "float32", f"config.json, commit {COMMIT[:12]}"]
     # Without the hub the config is in the cache, and the headers are not.
-    config, stored, dtype, note, _ = run(DESCRIBE, "org/tiny@main", tmp_path, HF_ENDPOINT=hub, HF_HUB_OFFLINE="1")
+    (cached,) = run(DESCRIBE, "org/tiny@main", tmp_path, HF_ENDPOINT=hub, HF_HUB_OFFLINE="1")
+    config, stored, dtype, note, _ = cached
     assert (config, stored, dtype) == ({"model_type": "llama"}, {}, "float32")
     assert note == "config.json from the cache, as the hub is switched off by HF_HUB_OFFLINE"
-    kind, message = run(DESCRIBE, "org/other", tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
+    ((kind, message),) = run(DESCRIBE, "org/other", tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
     assert kind == "DownloadError"
     assert "'org/other' is not in the cache and http://127.0.0.1:9 does not answer" in message
-    assert run(DESCRIBE, "org/none", tmp_path, HF_ENDPOINT=hub)[0] == "ModelNotFoundError"
-    pickled = run(DESCRIBE, "org/old", tmp_path, HF_ENDPOINT=hub)
-    assert pickled[1:4] == [{}, "float32", f"config.json, commit {COMMIT[:12]}"]
 
 
 @pytest.mark.parametrize(

@@ -73,9 +73,3 @@ def llama_checkpoint() -> Callable[..., MemoryCheckpoint]:
         return MemoryCheckpoint({name: torch.randn(shape, generator=generator) for name, shape in shapes.items()})
 
     return make
-
-
-@pytest.fixture
-def relative_error() -> Callable[[torch.Tensor, torch.Tensor], float]:
-    """The largest difference, relative to the largest expected magnitude."""
-    return lambda found, expected: ((found - expected).abs().max() / expected.abs().max()).item()
