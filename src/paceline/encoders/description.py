@@ -25,12 +25,18 @@ Activation = Literal["identity", "sigmoid", "softmax"]
 # Model types (config.json's) whose every token sees the whole text. Others may be decoders: of those only
 # sentence-transformers' files say that they embed.
 BIDIRECTIONAL = frozenset(
-    """albert bert camembert data2vec-text deberta deberta-v2 distilbert electra ernie eurobert ibert mobilebert
-    modernbert mpnet roberta roberta-prelayernorm squeezebert xlm-roberta xlm-roberta-xl xmod""".split()
+    [
+        *("albert", "bert", "camembert", "data2vec-text", "deberta", "deberta-v2", "distilbert", "electra", "ernie"),
+        *("eurobert", "ibert", "mobilebert", "modernbert", "mpnet", "roberta", "roberta-prelayernorm", "squeezebert"),
+        *("xlm-roberta", "xlm-roberta-xl", "xmod"),
+    ]
 )
 # Those whose position p is row p + padding index + 1 of the table.
 OFFSET_POSITIONS = frozenset(
-    "camembert data2vec-text ibert mpnet roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod".split()
+    [
+        *("camembert", "data2vec-text", "ibert", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta"),
+        *("xlm-roberta-xl", "xmod"),
+    ]
 )
 UNBOUNDED = 10**6  # transformers writes 10^30 as model_max_length where a tokenizer has none
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from paceline.encoders.description import EncoderInfo
+from paceline.engine.prompts import token_ids
 from paceline.errors import PromptTooLongError, UsageError
 from paceline.registry import refuse_unknown_keys
 from paceline.tokens.tokenizer import Tokenizer
@@ -89,7 +90,7 @@ class TextReader:
         if not ids:
             raise UsageError("the text is empty: pass at least one token")
         vocab_size = self._info.vocab_size
-        if not (0 <= min(ids) and max(ids) < vocab_size):
+        if min(ids) < 0 or max(ids) >= vocab_size:
             outside = next(i for i in ids if not 0 <= i < vocab_size)
             raise UsageError(f"token id {outside} is outside the vocabulary, which ends at {vocab_size - 1}")
         return ids
@@ -111,12 +112,7 @@ def _text_or_ids(text: Text) -> str | tuple[int, ...]:
         return _text_or_ids(inner)
     if isinstance(text, str):
         return text
-    if isinstance(text, bytes) or not isinstance(text, Sequence):
-        raise UsageError(f"a text must be a string or a list of token ids, got {type(text).__name__}")
-    for token in text:
-        if not isinstance(token, int) or isinstance(token, bool):
-            raise UsageError(f"token ids must be integers, got {token!r}")
-    return tuple(text)
+    return token_ids(text)
 
 
 def pair_up(one: str | Sequence[str], other: str | Sequence[str]) -> list[tuple[str, str]]:
@@ -132,5 +128,3 @@ def pair_up(one: str | Sequence[str], other: str | Sequence[str]) -> list[tuple[
     if len(ones) != len(others):
         raise UsageError(f"{len(ones)} texts against {len(others)}: give one against many, or as many as there are")
     return list(zip(ones, others, strict=True))
-
-

@@ -64,8 +64,8 @@ def read_modules(directory: Path) -> EncoderModules:
     expected = ["Transformer", "Pooling", *["Dense"] * kinds.count("Dense"), *["Normalize"] * normalize]
     if kinds != expected:
         raise UnsupportedModelError(
-            f"{file}: the modules {', '.join(kinds)} are not a Transformer, a Pooling, any number of Dense, and perhaps "
-            "a Normalize, in this order: that is all that is implemented"
+            f"{file}: the modules {', '.join(kinds)} are not a Transformer, a Pooling, any number of Dense and "
+            "perhaps a Normalize, in this order: that is all that is implemented"
         )
     if modules[0][1] != directory:
         raise UnsupportedModelError(f"{file}: the transformer lies in {modules[0][1].name}, not beside this file")

@@ -2,7 +2,8 @@
 
 A vocabulary stores bytes in one of three ways: byte-level BPE (each byte a printable character, GPT-2's alphabet),
 SentencePiece ("▁" for a space, `<0xNN>` tokens for bytes without a token of their own) or WordPiece (a space before
-each token that does not begin with "##"). In all, a text is the concatenation of its tokens' bytes, so that it can be decoded a token at a time without looking back.
+each token that does not begin with "##"). In all, a text is the concatenation of its tokens' bytes, so that it can be
+decoded a token at a time without looking back.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ class Tokenizer:
             raise UsageError(f"truncate_prompt_tokens {limit} leaves no token beside the special ones: raise it")
         for encoding, length in zip(encodings, _shares([len(one.ids) for one in encodings], room), strict=True):
             encoding.truncate(length)
-        return self.backend.post_process(*encodings)
+        return self.backend.post_process(encodings[0], encodings[1] if len(encodings) == 2 else None)
 
     def encode_chat(self, messages: Messages, **options: Any) -> list[int]:
         """Token ids of `apply_chat_template(messages, **options)`. The template writes BOS itself: none is added."""
