@@ -12,7 +12,24 @@ from paceline.errors import UsageError
 from paceline.tokens.parts import TokenizerParts
 from paceline.tokens.tokenizer import Tokenizer
 
-WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "the", "fox", "jump", "##s", "##ed", "un", "##do", ".", ",", "'", "s", "n't"]
+WORDS = [
+    "[PAD]",
+    "[CLS]",
+    "[SEP]",
+    "[UNK]",
+    "the",
+    "fox",
+    "jump",
+    "##s",
+    "##ed",
+    "un",
+    "##do",
+    ".",
+    ",",
+    "'",
+    "s",
+    "n't",
+]
 
 
 @pytest.fixture(params=[True, False], ids=["cleanup", "as-it-is"])

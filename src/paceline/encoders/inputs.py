@@ -113,18 +113,3 @@ def _text_or_ids(text: Text) -> str | tuple[int, ...]:
     if isinstance(text, str):
         return text
     return token_ids(text)
-
-
-def pair_up(one: str | Sequence[str], other: str | Sequence[str]) -> list[tuple[str, str]]:
-    """One text with each of several, or two lists pair by pair, as vLLM's `score` takes them. Raises UsageError."""
-    ones, others = ([one] if isinstance(one, str) else list(one)), ([other] if isinstance(other, str) else list(other))
-    for text in (*ones, *others):
-        if not isinstance(text, str):
-            raise UsageError(f"a score is of two texts, got {type(text).__name__}")
-    if not ones or not others:
-        raise UsageError("a score needs at least one text on either side")
-    if len(ones) == 1:
-        ones *= len(others)
-    if len(ones) != len(others):
-        raise UsageError(f"{len(ones)} texts against {len(others)}: give one against many, or as many as there are")
-    return list(zip(ones, others, strict=True))

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 from paceline.config import SchedulerConfig
 from paceline.encoders import results
-from paceline.encoders.inputs import Text, TextReader, Tokens, pair_up
+from paceline.encoders.inputs import Text, TextReader, Tokens
 from paceline.encoders.load import LoadedEncoder
 from paceline.encoders.results import Rows
+from paceline.encoders.scoring import pair_up, read_pairs
 from paceline.engine.prompts import is_one_prompt
 from paceline.errors import UsageError
 from paceline.outputs import (
@@ -35,7 +36,7 @@ class OfflineEncoder:
     def embed(
         self, texts: Text | Sequence[Text], truncate: int | None, dimensions: int | None, normalize: bool | None
     ) -> list[EmbeddingRequestOutput]:
-        results.check_embeds(self._info)
+        results.check_embeds(self._info, dimensions)
         read = self._reader.texts(_many(texts), truncate)
         rows_ND = results.embeddings(self._run(read), self._info, dimensions=dimensions, normalize=normalize)
         return [
@@ -56,11 +57,10 @@ class OfflineEncoder:
     def score(
         self, one: str | Sequence[str], other: str | Sequence[str], truncate: int | None
     ) -> list[ScoringRequestOutput]:
-        pairs = pair_up(one, other)
-        scores, ids = self._scores(pairs, truncate)
+        scoring = read_pairs(self._reader, self._info, pair_up(one, other), truncate)
         return [
-            ScoringRequestOutput(self._new_id("score"), ScoringOutput(score), tokens)
-            for score, tokens in zip(scores, ids, strict=True)
+            ScoringRequestOutput(self._new_id("score"), ScoringOutput(score), scoring.token_ids(pair))
+            for pair, score in enumerate(scoring.scores(self._run(scoring.texts)))
         ]
 
     def rerank(
@@ -68,22 +68,10 @@ class OfflineEncoder:
     ) -> list[RankedDocument]:
         if not isinstance(query, str) or isinstance(documents, str):
             raise UsageError("rerank takes one query and a list of documents")
-        scores, _ = self._scores(pair_up(query, documents), truncate)
+        results.check_top_n(top_n)
+        scoring = read_pairs(self._reader, self._info, pair_up(query, documents), truncate)
+        scores = scoring.scores(self._run(scoring.texts))
         return [RankedDocument(place, scores[place], documents[place]) for place in results.best_first(scores, top_n)]
-
-    def _scores(self, pairs: list[tuple[str, str]], truncate: int | None) -> tuple[list[float], list[Sequence[int]]]:
-        """The score and the tokens of each pair."""
-        results.check_scores(self._info)
-        if self._info.is_cross_encoder:
-            read = self._reader.pairs(pairs, truncate)
-            return results.cross_scores(self._run(read), self._info), [one.ids for one in read]
-        # A query that stands against many documents is embedded once.
-        places = {text: place for place, text in enumerate(dict.fromkeys(itertools.chain(*pairs)))}
-        read = self._reader.texts(list(places), truncate)
-        rows = self._run(read)
-        left, right = ([places[pair[side]] for pair in pairs] for side in (0, 1))
-        ids = [read[one].ids + read[other].ids for one, other in zip(left, right, strict=True)]
-        return results.cosines(rows[left], rows[right]), list(ids)
 
     def _run(self, texts: list[Tokens]) -> Rows:
         scheduler = self._scheduler

@@ -24,10 +24,8 @@ def embeddings(
 ) -> Rows:
     """Embeddings, [N, dimensions]: the first `dimensions` of each (Matryoshka; Kusupati et al., 2022), then of length 1
     if `normalize`; None does as the checkpoint says. Raises UsageError for dimensions that there are not."""
-    check_embeds(info)
+    check_embeds(info, dimensions)
     if dimensions is not None:
-        if not 1 <= dimensions <= info.size:
-            raise UsageError(f"dimensions must be from 1 to {info.size}, got {dimensions}")
         rows_ND = rows_ND[:, :dimensions]
     return _unit(rows_ND) if (info.normalize if normalize is None else normalize) else np.ascontiguousarray(rows_ND)
 
@@ -52,14 +50,20 @@ def cosines(ones_ND: Rows, others_ND: Rows) -> list[float]:
 
 def best_first(scores: Sequence[float], top_n: int | None) -> list[int]:
     """Places of the `top_n` highest scores, None for all; of equals the first one first. Raises UsageError."""
-    if top_n is not None and top_n < 1:
-        raise UsageError(f"top_n must be at least 1, got {top_n}")
+    check_top_n(top_n)
     return sorted(range(len(scores)), key=lambda i: -scores[i])[:top_n]
 
 
-def check_embeds(info: EncoderInfo) -> None:
+def check_top_n(top_n: int | None) -> None:
+    if top_n is not None and top_n < 1:
+        raise UsageError(f"top_n must be at least 1, got {top_n}")
+
+
+def check_embeds(info: EncoderInfo, dimensions: int | None = None) -> None:
     if info.task != "embed":
         raise UsageError(f"{info.architecture} classifies and has no embeddings: use classify{_or_score(info)}")
+    if dimensions is not None and not 1 <= dimensions <= info.size:
+        raise UsageError(f"dimensions must be from 1 to {info.size}, got {dimensions}")
 
 
 def check_classifies(info: EncoderInfo) -> None:
