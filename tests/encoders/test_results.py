@@ -52,7 +52,7 @@ def test_scores_and_ranks() -> None:
 
 
 def test_each_task_refuses_the_others_calls() -> None:
-    with pytest.raises(UsageError, match="has no embeddings: use classify$"):
+    with pytest.raises(UsageError, match=r"has no embeddings: use classify$"):
         results.embeddings(ROWS, classifier("softmax"))
     with pytest.raises(UsageError, match="use classify, score or rerank"):
         results.embeddings(ROWS, classifier("sigmoid", 1))
