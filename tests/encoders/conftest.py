@@ -18,7 +18,7 @@ def tiny_embedder(
 
 @pytest.fixture(scope="session")
 def embedder(tiny_embedder: Path) -> Iterator[LLM]:
-    with LLM(str(tiny_embedder), dtype="float32", device="cpu") as llm:
+    with LLM(str(tiny_embedder), dtype="float32", device="cpu", mode="eager") as llm:
         yield llm
 
 

@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import save_file
 
 from paceline.errors import CheckpointError, EngineError, PromptTooLongError, UnsupportedModelError, UsageError
+from paceline.fusion import report
 from paceline.llm import LLM
 
 TEXTS = ["fox", "a b c d e f g h", "jumps over . fox", "z", "fox fox jump over over a b c d e f g h i j k l m", ""]
@@ -38,7 +39,7 @@ def test_each_pooling_is_of_transformers_hidden_states(
         "lasttoken": lambda hidden: hidden[-1],
         "max_tokens": lambda hidden: hidden.amax(0),
     }[pooling]
-    with LLM(str(tmp_path), dtype="float32", device="cpu") as llm:
+    with LLM(str(tmp_path), dtype="float32", device="cpu", mode="eager") as llm:
         for output in llm.embed(TEXTS):
             expected = of(hidden_states(tmp_path, list(output.prompt_token_ids)))
             assert output.outputs.embedding == pytest.approx(expected.tolist(), abs=2e-5)
@@ -54,6 +55,16 @@ def test_order_batches_and_ways_to_give_a_text(embedder: LLM) -> None:
     for way in (ids, [ids], {"prompt_token_ids": ids}, [{"prompt": "fox"}]):
         assert embedded(embedder, way) == pytest.approx(alone[:1], abs=1e-6)
     assert embedder.embed([]) == []
+
+
+def test_the_optimised_module_is_transformers_own_but_faster(embedder: LLM, tiny_embedder: Path) -> None:
+    with LLM(str(tiny_embedder), dtype="float32", device="cpu") as llm:
+        told = report(llm.encoder.loaded.encoder.model)
+        assert told.graphs
+        together = embedded(llm, TEXTS * 3)
+        alone = np.concatenate([embedded(llm, text) for text in TEXTS])
+    assert np.abs(together - np.tile(alone, (3, 1))).max() < 1e-5
+    assert np.abs(alone - embedded(embedder, TEXTS)).max() < 1e-5
 
 
 def test_dimensions_and_normalize(embedder: LLM) -> None:
@@ -119,7 +130,7 @@ def logits(directory: Path, *texts: str) -> Any:
 
 def test_a_cross_encoder_reads_the_pair(tmp_path: Path, save_tiny_bert: Callable[..., Path]) -> None:
     save_tiny_bert(tmp_path, classes=1)
-    with LLM(str(tmp_path), dtype="float32", device="cpu") as llm:
+    with LLM(str(tmp_path), dtype="float32", device="cpu", mode="eager") as llm:
         documents = ["a b c", "fox", "jumps over . a b c d"]
         scores = [output.outputs.score for output in llm.score("fox", documents)]
         expected = [float(logits(tmp_path, "fox", document).sigmoid()) for document in documents]
@@ -134,7 +145,7 @@ def test_a_cross_encoder_reads_the_pair(tmp_path: Path, save_tiny_bert: Callable
 
 def test_a_classifier_names_the_likeliest_class(tmp_path: Path, save_tiny_bert: Callable[..., Path]) -> None:
     save_tiny_bert(tmp_path, classes=3, id2label={0: "bad", 1: "fair", 2: "good"})
-    with LLM(str(tmp_path), dtype="float32", device="cpu") as llm:
+    with LLM(str(tmp_path), dtype="float32", device="cpu", mode="eager") as llm:
         for text, output in zip(TEXTS, llm.classify(TEXTS), strict=True):
             expected = logits(tmp_path, text).softmax(-1)
             assert output.outputs.probs == pytest.approx(expected.tolist(), abs=1e-5)
@@ -154,7 +165,7 @@ def test_dense_layers_follow_the_pooling(
         LLM(str(tmp_path), device="cpu")
     weight, bias = torch.randn(4, 32), torch.randn(4)
     save_file({"linear.weight": weight, "linear.bias": bias}, tmp_path / "2_Dense" / "model.safetensors")
-    with LLM(str(tmp_path), dtype="float32", device="cpu") as llm:
+    with LLM(str(tmp_path), dtype="float32", device="cpu", mode="eager") as llm:
         pooled = torch.from_numpy(embedded(embedder, "fox", normalize=False)[0]).float()
         assert embedded(llm, "fox")[0] == pytest.approx((weight @ pooled + bias).tanh().numpy(), abs=1e-5)
 
@@ -195,7 +206,7 @@ def test_values_that_are_not_finite_are_an_error(
     model = transformers.AutoModel.from_pretrained(tmp_path)
     model.embeddings.word_embeddings.weight.data[30] = float("nan")  # "fox"
     model.save_pretrained(tmp_path)
-    with LLM(str(tmp_path), dtype="float32", device="cpu") as llm:
+    with LLM(str(tmp_path), dtype="float32", device="cpu", mode="eager") as llm:
         llm.embed("over")
         with pytest.raises(EngineError, match="text 1 are not finite in float32"):
             llm.embed(["over", "fox"])
@@ -205,7 +216,7 @@ def test_without_modules_json_the_mean_is_taken_and_said(
     tmp_path: Path, save_tiny_bert: Callable[..., Path], embedder: LLM, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_tiny_bert(tmp_path)
-    with LLM(str(tmp_path), dtype="float32", device="cpu") as llm:
+    with LLM(str(tmp_path), dtype="float32", device="cpu", mode="eager") as llm:
         assert embedded(llm, "fox") == pytest.approx(embedded(embedder, "fox"), abs=1e-6)
     assert "has no modules.json: embeddings are the normalised mean" in caplog.text
 
@@ -219,8 +230,8 @@ def test_weights_that_are_missing(tmp_path: Path, save_tiny_bert: Callable[..., 
 
 
 @pytest.mark.default_model
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_real_weights_against_transformers_in_float32(minilm: Path, dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "mode"), [("float32", "eager"), ("bfloat16", "auto")])
+def test_real_weights_against_transformers_in_float32(minilm: Path, dtype: str, mode: str) -> None:
     texts = [
         "A man is eating food.",
         "The quick brown fox jumps over the lazy dog",
@@ -235,7 +246,7 @@ def test_real_weights_against_transformers_in_float32(minilm: Path, dtype: str) 
     for text in texts:
         with torch.inference_mode():
             expected.append(model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0))
-    with LLM(str(minilm), dtype=dtype, device="cpu") as llm:
+    with LLM(str(minilm), dtype=dtype, device="cpu", mode=mode) as llm:
         found = torch.from_numpy(embedded(llm, texts)).float()
     cosines = torch.nn.functional.cosine_similarity(found, torch.stack(expected))
     assert cosines.min() > (0.999999 if dtype == "float32" else 0.9998)

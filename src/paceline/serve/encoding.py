@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 import msgspec
 import numpy as np
 from fastapi import Request, Response
+from starlette.requests import ClientDisconnect
 
 from paceline.encoders.description import EncoderInfo
 from paceline.encoders.inputs import TextReader, Tokens
@@ -18,7 +19,7 @@ from paceline.encoders.results import Rows
 from paceline.errors import EngineError
 from paceline.log import get_logger
 from paceline.serve.body import read_body
-from paceline.serve.client import EncodeRequest
+from paceline.serve.client import EncodeRequest, Encoding
 from paceline.serve.errors import as_api_error
 from paceline.serve.generation import now
 from paceline.serve.protocol.encoding import INERT, REFUSED, EncodingFields, EncodingUsage
@@ -69,33 +70,25 @@ async def answer_encoding(
     service.check_model(body.model)
     info = service.encoder
     service.check_extras(body.model_extra, REFUSED, INERT)
-    request_id = new_id(prefix)
-
-    def make() -> Encodable[Read]:
-        return read(body, info, TextReader(info, service.model.tokenizer))
-
-    def finish(rows: bytes) -> Response:
-        values: Rows = np.frombuffer(rows, np.float32).reshape(-1, info.size)
-        name = body.model or service.model_name
-        return json_response(answer(Answering(body, info, made.read, values, request_id, created, name, usage)))
-
-    small = size <= INLINE_BYTES
+    reader, small = TextReader(info, service.model.tokenizer), size <= INLINE_BYTES
     try:
-        made = make() if small else await asyncio.to_thread(make)
-        encoded = EncodeRequest(request_id, tuple(made.texts))
-        created, usage = now(), EncodingUsage(encoded.num_tokens, encoded.num_tokens)
-        log.info(
-            "%s is %s: %d tokens in %d texts", request.state.request_id, request_id, encoded.num_tokens, len(made.texts)
-        )
-        if service.settings.log_prompts:
-            log.info("%s: %r", request_id, body)
-        rows = await _encode(request, service, encoded)
-        return finish(rows) if small else await asyncio.to_thread(finish, rows)
+        made = read(body, info, reader) if small else await asyncio.to_thread(read, body, info, reader)
     except Exception as error:
         raise as_api_error(error, names, kind.model_fields) from error
+    encoded, created = EncodeRequest(new_id(prefix), tuple(made.texts)), now()
+    _log_request(request, service, encoded, body)
+    encoding = await _encode(request, service, encoded)
+
+    def finish() -> Response:
+        rows: Rows = np.frombuffer(encoding.rows, np.float32).reshape(-1, info.size)
+        usage = EncodingUsage(encoded.num_tokens, encoded.num_tokens)
+        name = body.model or service.model_name
+        return json_response(answer(Answering(body, info, made.read, rows, encoded.request_id, created, name, usage)))
+
+    return finish() if small else await asyncio.to_thread(finish)
 
 
-async def _encode(request: Request, service: Service, encoded: EncodeRequest) -> bytes:
+async def _encode(request: Request, service: Service, encoded: EncodeRequest) -> Encoding:
     """The rows, and the request's times to the metrics. A client that leaves takes its request with it."""
     metrics, arrival = service.metrics, time.perf_counter()
     metrics.prompt_tokens.observe(encoded.num_tokens)
@@ -104,7 +97,18 @@ async def _encode(request: Request, service: Service, encoded: EncodeRequest) ->
     except EngineError:
         metrics.answer_finished("error")
         raise
+    except ClientDisconnect:
+        metrics.answer_finished("abort")
+        raise
     metrics.queue.observe(encoding.queue_seconds)
     metrics.end_to_end.observe(time.perf_counter() - arrival)
     metrics.answer_finished("stop")
-    return encoding.rows
+    return encoding
+
+
+def _log_request(request: Request, service: Service, encoded: EncodeRequest, body: EncodingFields) -> None:
+    """As routes/generate.py logs one."""
+    http_id, count = request.state.request_id, len(encoded.texts)
+    log.info("%s is %s: %d tokens in %d texts", http_id, encoded.request_id, encoded.num_tokens, count)
+    if service.settings.log_prompts:
+        log.info("%s: %r", encoded.request_id, body)
