@@ -17,7 +17,6 @@ from paceline.encoders.pooling import Dense
 from paceline.engine.device import DTYPES, pick_device
 from paceline.engine.load_options import LoadOptions
 from paceline.errors import CheckpointError, OutOfMemoryError, UnsupportedModelError, UsageError, is_out_of_memory
-from paceline.fusion import optimize
 from paceline.host import read_cpu
 from paceline.kernels.gpu import untried_gpu
 from paceline.loading.progress import Progress, Silent
@@ -220,6 +219,8 @@ def _read_model(transformers: Any, files: EncoderFiles, dtype: torch.dtype, prog
 def _optimize(encoder: Encoder) -> None:
     """Make the module fast, and run it with one text and with several, which are captured apart: "fast", since nobody
     else changes this module."""
+    from paceline.fusion import optimize  # torch's compiler: seconds that no model that generates has to wait
+
     optimize(encoder.model, level="fast")
     text = Tokens((encoder.pad_token_id,) * 8)
     encoder.run([text])
