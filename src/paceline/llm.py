@@ -81,6 +81,9 @@ class LLM:
     take `memory_gib` and holds a cache of `kv_cache_gib`, and each is a process of its own that ends with this one.
     `trust_remote_code` is refused: no code of a checkpoint is ever run.
 
+    An encoder (encoders/description.py) has `embed`, `classify`, `score` and `rerank` instead of `generate` and `chat`:
+    `max_num_batched_tokens` and `max_num_seqs` bound its batches, mode "eager" leaves transformers' module as it is.
+
     Raises UsageError for an unknown or impossible option, and the errors of loading (ModelNotFoundError,
     DownloadError, CheckpointError, UnsupportedModelError, OutOfMemoryError).
     """

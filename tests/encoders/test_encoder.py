@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from paceline.encoders import load
 from paceline.errors import CheckpointError, EngineError, PromptTooLongError, UnsupportedModelError, UsageError
 from paceline.fusion import report
+from paceline.host import Cpu
 from paceline.llm import LLM
 
 TEXTS = ["fox", "a b c d e f g h", "jumps over . fox", "z", "fox fox jump over over a b c d e f g h i j k l m", ""]
@@ -189,6 +192,7 @@ def test_each_kind_of_model_refuses_the_others_calls(
     [
         ({"quantization": "int8"}, "quantization is for models that generate"),
         ({"offload": "host"}, "offload is for models"),
+        ({"memory_gib": 1.0}, "memory_gib is for models"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size or pipeline"),
         ({"model_impl": "paceline"}, "leave out model_impl"),
         ({"max_model_len": 33}, "max_model_len 33 is more than the 32 positions"),
@@ -227,6 +231,20 @@ def test_weights_that_are_missing(tmp_path: Path, save_tiny_bert: Callable[..., 
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     with pytest.raises(CheckpointError, match="16 tensors of BertModel are missing, the first is"):
         LLM(str(tmp_path), device="cpu")
+
+
+def test_without_transformers_the_extra_is_named(tiny_embedder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UnsupportedModelError, match=r"BertModel runs through transformers.*paceline\[fallback\]"):
+        LLM(str(tiny_embedder), device="cpu")
+
+
+def test_auto_is_bfloat16_only_where_it_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for isa, chosen in (("avx512f", torch.float32), ("avx512_bf16", torch.bfloat16), ("amx_bf16", torch.bfloat16)):
+        monkeypatch.setattr(load, "read_cpu", lambda isa=isa: Cpu("x", 1, 1, 1, None, ("fma", isa)))
+        assert load.pick_encoder_dtype("auto", cpu) == chosen
+        assert load.pick_encoder_dtype("float16", cpu) == load.pick_encoder_dtype(torch.float16, cpu) == torch.float16
 
 
 @pytest.mark.default_model

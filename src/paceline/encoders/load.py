@@ -100,6 +100,9 @@ def check_options(options: LoadOptions) -> None:
     refused = {
         "quantization": options.quantization,
         "offload": options.offload,
+        "kv_cache_gib": options.kv_cache_gib,
+        "memory_gib": options.memory_gib,
+        "chat_template": options.chat_template,
         "speculative_config": options.speculative,
         "deterministic": options.deterministic,
         "tensor_parallel_size or pipeline_parallel_size": options.parallel.world_size > 1,
