@@ -30,7 +30,7 @@ WORKERS ?= 12
 test-gpu:  ## on a machine with a CUDA device, with its own python3: nothing is installed
 	export PYTHONPATH="src:$$PYTHONPATH"; \
 	$(PYTHON) -c "import xdist" 2>/dev/null && parallel="-n $(WORKERS) --dist worksteal -p no:benchmark"; \
-	$(PYTHON) -m pytest -m gpu $$parallel tests/benchmark tests/fusion tests/kernels tests/layers tests/models tests/oracle tests/parallel tests/sampling tests/e2e/test_default_model_gpu.py
+	$(PYTHON) -m pytest -m gpu $$parallel tests/benchmark tests/encoders/test_encoder_gpu.py tests/fusion tests/kernels tests/layers tests/models tests/oracle tests/parallel tests/sampling tests/e2e/test_default_model_gpu.py
 
 bench:  ## beside transformers, in one run: table, JSON and plot in benchmarks/results
 	$(PYTHON) benchmarks/cpu_vs_transformers.py

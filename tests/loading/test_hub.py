@@ -33,6 +33,9 @@ FILES = {
     "tokenizer.json": b"{}",
     "pytorch_model.bin": b"pickle",
     "original/consolidated.safetensors": b"again",
+    "original/params.json": b"{}",
+    "modules.json": b"[]",
+    "1_Pooling/config.json": b"{}",
 }
 OLD_FILES = {
     "config.json": b'{"model_type": "gpt2"}',
@@ -160,7 +163,7 @@ def run(code: str, name: str, home: Path, **environment: str) -> list[Any]:
 def test_download_then_the_cache_without_a_hub(hub: str, tmp_path: Path) -> None:
     path, revision, note, progress = run_resolve("org/tiny@main", tmp_path, HF_ENDPOINT=hub)
     assert (revision, note) == (COMMIT, f"commit {COMMIT[:12]}")
-    taken = {"config.json", "model.safetensors", "tokenizer.json"}
+    taken = FILES.keys() - {"pytorch_model.bin", "original/consolidated.safetensors", "original/params.json"}
     assert {str(file.relative_to(path)) for file in Path(path).rglob("*") if file.is_file()} == taken
     assert (Path(path) / "model.safetensors").read_bytes() == FILES["model.safetensors"]
     assert progress == [["org/tiny", sum(len(FILES[name]) for name in taken)], "done"]

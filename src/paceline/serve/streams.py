@@ -11,11 +11,13 @@ from types import TracebackType
 from weakref import WeakValueDictionary
 
 from paceline.errors import EngineDeadError, PacelineError, UsageError
-from paceline.serve.client import AnswerUpdate, GenerateRequest
+from paceline.serve.client import AnswerUpdate, EncodeRequest, Encoding, GenerateRequest
 from paceline.serve.failures import error_of
 from paceline.serve.messages import (
     Abort,
     Accepted,
+    Encode,
+    Encoded,
     EndAnswer,
     Event,
     Refused,
@@ -136,13 +138,35 @@ class Stream:
         await self.aclose()
 
 
+class PendingEncoding:
+    """One request to an encoder: answered whole, so what has to be kept of it is the request."""
+
+    def __init__(self, number: int, request: EncodeRequest) -> None:
+        self.number = number
+        self.request = request
+        self.result: asyncio.Future[Encoding] = asyncio.get_running_loop().create_future()
+        self.num_resumes = 0
+
+    def resumption(self) -> Encode:
+        return Encode(self.number, self.request, resumed=True)
+
+    def deliver(self, message: Encoded) -> None:
+        if not self.result.done():
+            self.result.set_result(Encoding(message.rows, message.queue_seconds))
+
+    def end(self, error: PacelineError | None = None) -> None:
+        if not self.result.done():
+            self.result.set_exception(error or EngineDeadError("the request was aborted"))
+            self.result.exception()  # as in Stream.end
+
+
 class StreamTable:
     """The requests of one client that have not ended. `send` hands a message to the engine, and never blocks."""
 
     def __init__(self, send: Callable[[ToEngine], None]) -> None:
         self._send = send
         self._numbers = itertools.count()
-        self._streams: dict[str, Stream] = {}
+        self._streams: dict[str, Stream | PendingEncoding] = {}
         self._unread: WeakValueDictionary[str, Stream] = WeakValueDictionary()  # those that ended too, while read
         self._changed = asyncio.Event()
 
@@ -151,8 +175,7 @@ class StreamTable:
 
     async def submit(self, request: GenerateRequest) -> Stream:
         """Send a request and wait until it is accepted. Raises what the engine refuses it with."""
-        if request.request_id in self._streams:
-            raise UsageError(f"request id '{request.request_id}' is in use by an unfinished request: choose another")
+        self._check_new(request.request_id)
         stream = Stream(next(self._numbers), request, self)
         self._streams[request.request_id] = self._unread[request.request_id] = stream
         self._send(Submit(stream.number, request))
@@ -163,23 +186,45 @@ class StreamTable:
             raise
         return stream
 
-    def receive(self, message: Accepted | Refused | StepEvents) -> None:
+    async def encode(self, request: EncodeRequest) -> Encoding:
+        """Send a request to an encoder and wait for its answer. Raises what it is refused with."""
+        self._check_new(request.request_id)
+        pending = PendingEncoding(next(self._numbers), request)
+        self._streams[request.request_id] = pending
+        self._send(Encode(pending.number, request))
+        try:
+            return await pending.result
+        except asyncio.CancelledError:
+            self.abort(request.request_id)
+            raise
+
+    def _check_new(self, request_id: str) -> None:
+        if request_id in self._streams:
+            raise UsageError(f"request id '{request_id}' is in use by an unfinished request: choose another")
+
+    def receive(self, message: Accepted | Refused | StepEvents | Encoded) -> None:
         match message:
             case StepEvents():
                 for event in message.events:
                     stream = self._streams.get(event.request_id)
-                    if stream is not None:
+                    if isinstance(stream, Stream):
                         stream.deliver(event)
                         self._drop_if_ended(stream)
             case Accepted():
                 stream = self._streams.get(message.request_id)
-                if stream is not None and stream.number == message.number:
+                if isinstance(stream, Stream) and stream.number == message.number:
                     stream.accept(message.seed)
-            case Refused():
-                stream = self._streams.get(message.request_id)
-                if stream is not None and stream.number == message.number:
+            case Encoded():
+                pending = self._streams.get(message.request_id)
+                if isinstance(pending, PendingEncoding) and pending.number == message.number:
                     del self._streams[message.request_id]
-                    stream.end(error_of(message.failure))
+                    pending.deliver(message)
+                    self._changed.set()
+            case Refused():
+                refused = self._streams.get(message.request_id)
+                if refused is not None and refused.number == message.number:
+                    del self._streams[message.request_id]
+                    refused.end(error_of(message.failure))
                     self._changed.set()
 
     def end_answer(self, request_id: str, index: int) -> None:
@@ -189,7 +234,7 @@ class StreamTable:
             self._drop_if_ended(stream)
 
     def abort(self, request_id: str) -> None:
-        stream = self._unread.get(request_id)
+        stream = self._unread.get(request_id) or self._streams.get(request_id)
         if stream is not None:
             stream.end()
         if self._streams.pop(request_id, None) is not None:

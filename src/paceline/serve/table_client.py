@@ -5,7 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from paceline.errors import EngineDeadError
-from paceline.serve.client import EngineState, EngineStatus, GenerateRequest, ModelInfo, RequestStream
+from paceline.serve.client import (
+    EncodeRequest,
+    Encoding,
+    EngineState,
+    EngineStatus,
+    GenerateRequest,
+    ModelInfo,
+    RequestStream,
+)
 from paceline.serve.health import Deadlines
 from paceline.serve.streams import StreamTable
 
@@ -30,10 +38,17 @@ class TableClient(ABC):
         return self._info
 
     async def submit(self, request: GenerateRequest) -> RequestStream:
+        self._check_ready()
+        return await self._table.submit(request)
+
+    async def encode(self, request: EncodeRequest) -> Encoding:
+        self._check_ready()
+        return await self._table.encode(request)
+
+    def _check_ready(self) -> None:
         status = self.status()
         if not status.ready:
             raise EngineDeadError(f"the engine takes no request now: {status.reason or status.state}")
-        return await self._table.submit(request)
 
     async def end_answer(self, request_id: str, index: int) -> None:
         self._table.end_answer(request_id, index)

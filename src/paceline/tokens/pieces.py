@@ -1,8 +1,9 @@
 """What one token id spells, in bytes: the part of a tokenizer that streaming needs.
 
-A vocabulary stores bytes in one of two ways: byte-level BPE (each byte a printable character, GPT-2's alphabet) or
-SentencePiece ("▁" for a space, `<0xNN>` tokens for bytes without a token of their own). In both, a text is the
-concatenation of its tokens' bytes, so that it can be decoded a token at a time without looking back.
+A vocabulary stores bytes in one of three ways: byte-level BPE (each byte a printable character, GPT-2's alphabet),
+SentencePiece ("▁" for a space, `<0xNN>` tokens for bytes without a token of their own) or WordPiece (a space before
+each token that does not begin with "##"). In all, a text is the concatenation of its tokens' bytes, so that it can be
+decoded a token at a time without looking back.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ class DecodeRule:
     """How a tokenizer spells tokens. `first_spaces`: what becomes of the spaces that a text begins with, which
     encoding added: kept ("keep"), one removed ("strip_one"), or all those of the first token ("strip_token")."""
 
-    kind: Literal["byte_level", "sentencepiece", "words"]
+    kind: Literal["byte_level", "sentencepiece", "wordpiece", "words"]
     replace: tuple[tuple[str, str], ...] = ()
     byte_fallback: bool = False
     first_spaces: Literal["keep", "strip_one", "strip_token"] = "keep"
+    prefix: str = ""  # of a WordPiece token that continues a word
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -37,6 +39,14 @@ def byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = byte_alphabet()
+# What WordPiece's decoder does to a token and the space before it, where it cleans up (`cleanup`).
+_CLEANUP = (
+    *((f" {mark}", mark) for mark in (".", "?", "!", ",")),
+    (" ' ", "'"),
+    *((f" {end}", end) for end in ("n't", "'m")),
+    (" do not", " don't"),
+    *((f" {end}", end) for end in ("'s", "'ve", "'re")),
+)
 
 
 def decode_rule(tokenizer: tokenizers.Tokenizer) -> DecodeRule:
@@ -48,6 +58,8 @@ def decode_rule(tokenizer: tokenizers.Tokenizer) -> DecodeRule:
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:
         return DecodeRule("byte_level")
+    if kinds == ["WordPiece"]:
+        return DecodeRule("wordpiece", _CLEANUP if state["cleanup"] else (), prefix=state["prefix"])
     replace: list[tuple[str, str]] = []
     first_spaces: Literal["keep", "strip_one", "strip_token"] = "keep"
     for step in steps:
@@ -65,7 +77,7 @@ def decode_rule(tokenizer: tokenizers.Tokenizer) -> DecodeRule:
         elif step["type"] not in ("ByteFallback", "Fuse"):
             raise UnsupportedModelError(
                 f"tokenizer.json has the decoder {'+'.join(kinds)}, which is not supported: "
-                "only byte-level and SentencePiece vocabularies are"
+                "only byte-level, SentencePiece and WordPiece vocabularies are"
             )
     return DecodeRule("sentencepiece", tuple(replace), "ByteFallback" in kinds, first_spaces)
 
@@ -79,6 +91,8 @@ def token_bytes(rule: DecodeRule, token: str) -> bytes:
             return bytes([_BYTE_OF[char] for char in token])
         except KeyError:  # an added token written as plain text
             return token.encode()
+    if rule.kind == "wordpiece":
+        token = token[len(rule.prefix) :] if token.startswith(rule.prefix) else f" {token}"
     for old, new in rule.replace:
         token = token.replace(old, new)
     if rule.byte_fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
@@ -94,6 +108,10 @@ def first_token_bytes(rule: DecodeRule, token: str) -> bytes:
     piece = token_bytes(rule, token)
     if rule.kind == "words":
         return piece[1:]
+    if rule.kind == "wordpiece":
+        for old, new in rule.replace:
+            token = token.replace(old, new)
+        return token.encode()
     if rule.first_spaces == "strip_token":
         return token_bytes(rule, token.replace("▁", ""))
     return piece

@@ -20,6 +20,8 @@ from paceline.tokens.parts import TokenizerParts
 from paceline.tokens.pieces import decode_rule, first_token_bytes, strip_start, token_bytes
 
 if TYPE_CHECKING:
+    import tokenizers
+
     from paceline.loading.resolve import ModelSource
 
 log = get_logger(__name__)
@@ -81,6 +83,27 @@ class Tokenizer:
             _check_text(text)
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
+
+    def encode_pair(self, text: str, other: str) -> tokenizers.Encoding:
+        """Two texts joined as a cross-encoder reads them: `ids`, and `type_ids` that say which text each is of."""
+        _check_text(text)
+        _check_text(other)
+        return self.backend.encode(text, other)
+
+    def encode_cut(self, text: str, other: str | None, limit: int) -> tokenizers.Encoding:
+        """`encode` of the text, or `encode_pair`, with ends cut off so that at most `limit` tokens are left, special
+        ones included; of a pair the longer text is cut. Raises UsageError where the special tokens take all."""
+        given = [one for one in (text, other) if one is not None]
+        for one in given:
+            _check_text(one)
+        # Not the backend's own truncation, which is a setting of the object that all threads share.
+        encodings = [self.backend.encode(one, add_special_tokens=False) for one in given]
+        room = limit - self.backend.num_special_tokens_to_add(other is not None)
+        if room < len(given):
+            raise UsageError(f"truncate_prompt_tokens {limit} leaves no token beside the special ones: raise it")
+        for encoding, length in zip(encodings, _shares([len(one.ids) for one in encodings], room), strict=True):
+            encoding.truncate(length)
+        return self.backend.post_process(encodings[0], encodings[1] if len(encodings) == 2 else None)
 
     def encode_chat(self, messages: Messages, **options: Any) -> list[int]:
         """Token ids of `apply_chat_template(messages, **options)`. The template writes BOS itself: none is added."""
@@ -242,6 +265,15 @@ def listed_eos(settings: Mapping[str, Any], where: str) -> frozenset[int]:
     if any(not isinstance(i, int) or isinstance(i, bool) for i in ids):
         raise CheckpointError(f"{where}: eos_token_id must be an integer or a list of integers, got {value!r}")
     return frozenset(ids)
+
+
+def _shares(lengths: list[int], room: int) -> list[int]:
+    """Tokens that each of one or two texts keeps of `room`: the longer one gives first. Where both must, each has half,
+    and the longer (the second of equals) what is odd."""
+    if sum(lengths) <= room or len(lengths) == 1:
+        return [min(length, room) for length in lengths]
+    shorter = min(*lengths, room // 2)
+    return [room - shorter, shorter] if lengths[0] > lengths[1] else [shorter, room - shorter]
 
 
 def _check_text(text: str) -> None:

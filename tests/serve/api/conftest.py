@@ -65,17 +65,18 @@ def serving(tiny_chat_model: Path) -> Callable[..., Any]:
     @contextmanager
     def serve(
         *,
+        model: Path = tiny_chat_model,
         wait: bool = True,
         engine: dict[str, Any] | None = None,
         client: Any = None,
         drain: float = 5,
         **settings: Any,
     ) -> Iterator[Running]:
-        options = LoadOptions(str(tiny_chat_model), device="cpu", dtype="float32", **(engine or {}))
+        options = LoadOptions(str(model), device="cpu", dtype="float32", **(engine or {}))
         made = client or InProcessClient(options)
         where = ListenOptions(port=0, drain_timeout=drain)
         names = settings.pop("served_model_names", ("tiny", "tiny-alias"))
-        service = Service(made, ServerSettings(names, **settings), TextOptions(str(tiny_chat_model)).load)
+        service = Service(made, ServerSettings(names, **settings), TextOptions(str(model)).load)
         listener = listen(where)
         server = make_server(service, where)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

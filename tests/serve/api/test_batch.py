@@ -73,7 +73,7 @@ def test_answers_are_the_servers_own(server, run, tmp_path):
         (CHAT, chat("hello", temperature=-1)),
         (CHAT, chat("hello", model="gpt-4o")),
         (CHAT, {"messages": []}),
-        ("/v1/embeddings", {"input": "x"}),
+        ("/v1/nothing", {"input": "x"}),
         (CHAT, [1]),
     ]
     write(tmp_path / "in.jsonl", *requests)

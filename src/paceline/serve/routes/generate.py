@@ -65,6 +65,7 @@ async def answer_request(
     service: Service = request.app.state.service
     body, size = await read_body(request, kind, limit=service.settings.max_body_bytes)
     service.check_model(body.model)
+    service.check_generates()
     request_id = new_id(prefix)
     try:
         if size <= INLINE_BYTES:
