@@ -36,12 +36,22 @@ REPLACED = {
 }
 # Which spell out their attention whatever they are asked for.
 ONE_ATTENTION = ("deberta-v2", "t5")
+pytestmark = [
+    # Older transformers compile parts with torch.jit, and make masks by torch.vmap, which Dynamo warns of.
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+]
 SHAPES = [(2, 7, "right"), (3, 12, "left"), (1, 9, "left"), (2, 4, "right"), (1, 1, "right"), (0, 5, "right")]
 
 
 def exact(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
     """The result of a copy of the model in float64."""
-    return copy.deepcopy(model).double()(**{name: widened(value) for name, value in inputs.items()})
+    try:
+        return copy.deepcopy(model).double()(**{name: widened(value) for name, value in inputs.items()})
+    except RuntimeError as error:
+        if "without overflow" in str(error):
+            pytest.skip("this transformers cannot mask in float64")
+        raise
 
 
 def widened(tensor: torch.Tensor) -> torch.Tensor:

@@ -81,11 +81,14 @@ def graph_breaks() -> dict[str, int]:
 
 
 def storage_id(value: Any) -> int | None:
-    """The same for tensors, fake ones too, that lie in one memory; None for what has none to share: numbers, sparse
-    tensors, oneDNN's packed ones."""
+    """The same for tensors, fake ones too, that lie in one memory; None for what has none to share (numbers, sparse
+    tensors, oneDNN's packed ones), 0 where it is not told (inside torch.vmap)."""
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
         return None
-    return int(value.untyped_storage()._cdata)
+    try:
+        return int(value.untyped_storage()._cdata)
+    except NotImplementedError:
+        return 0
 
 
 def is_random(target: Any) -> bool:

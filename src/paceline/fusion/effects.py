@@ -68,7 +68,7 @@ def mark_touched(graph: fx.Graph) -> None:
         changed = changed_by(node)
         if changed:
             direct.update(changed, [node])
-    memory = {place for node in direct for place in _memory(node)}
+    memory = {0, *(place for node in direct for place in _memory(node))}  # 0: what lies there is not known
     for node in graph.nodes:
         node.meta["touched"] = node in direct or not memory.isdisjoint(_memory(node))
 

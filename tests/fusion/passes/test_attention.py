@@ -45,6 +45,14 @@ def bloom(q: Any, k: Any, v: Any, out: Any, bias: Any) -> torch.Tensor:
     return torch.bmm(F.softmax(scores, dim=-1).view(B * H, S, S), merged(v))
 
 
+def adds_in_place(q: Any, k: Any, v: Any, out: Any, bias: Any) -> torch.Tensor:
+    """As T5 did for years."""
+    scores = q @ k.mT
+    scores.mul_(0.5)
+    scores += bias + additive(out)
+    return scores.softmax(-1) @ v
+
+
 SPELLINGS = {
     "plain": lambda q, k, v, out, bias: (q @ k.transpose(-1, -2)).softmax(-1) @ v,
     "scaled": lambda q, k, v, out, bias: torch.softmax(torch.matmul(q, k.mT) * D**-0.5, dim=-1).matmul(v),
@@ -52,12 +60,16 @@ SPELLINGS = {
     "softmax in float32": lambda q, k, v, out, bias: F.softmax(q @ k.mT, dim=-1, dtype=torch.float32).to(q.dtype) @ v,
     "additive mask": lambda q, k, v, out, bias: ((q @ k.mT) * 0.3 + additive(out)).softmax(-1) @ v,
     "masked_fill": lambda q, k, v, out, bias: (q @ k.mT).masked_fill(out, LOWEST).softmax(-1) @ v,
+    "masked_fill with a tensor": lambda q, k, v, out, bias: (
+        (q @ k.mT).masked_fill(out, torch.tensor(torch.finfo(q.dtype).min)).softmax(-1) @ v
+    ),
     "masked_fill with -inf": lambda q, k, v, out, bias: (q @ k.mT).masked_fill(out, float("-inf")).softmax(3) @ v,
     "relative bias and mask": lambda q, k, v, out, bias: (q @ k.mT + bias + additive(out)).softmax(-1) @ v,
     "bias summed before": lambda q, k, v, out, bias: ((bias + additive(out)) + q @ k.mT).softmax(-1) @ v,
     "fill above a bias": lambda q, k, v, out, bias: (q @ k.mT + bias).masked_fill(out, LOWEST).softmax(-1) @ v,
     "alibi": lambda q, k, v, out, bias: (q @ k.mT * D**-0.5 + slopes()).masked_fill(out, LOWEST).softmax(-1) @ v,
     "heads merged, baddbmm": bloom,
+    "added in place": adds_in_place,
 }
 
 
@@ -85,7 +97,7 @@ def returns_weights(q: Any, k: Any, v: Any, out: Any, bias: Any) -> Any:
 
 def scores_changed(q: Any, k: Any, v: Any, out: Any, bias: Any) -> Any:
     scores = q @ k.mT
-    scores.mul_(2)
+    scores[..., 0] = 3
     return scores.softmax(-1) @ v
 
 

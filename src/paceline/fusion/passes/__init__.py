@@ -19,6 +19,7 @@ from paceline.fusion.passes import (
     gpu_attention,
     gpu_linear,
     heads,
+    in_place,
     linear,
     masks,
     no_ops,
@@ -32,6 +33,7 @@ from paceline.kernels.activation import quick_gelu
 from paceline.kernels.linear import linear_onednn
 
 PASSES = (
+    in_place.apply,
     no_ops.apply,
     constants.apply,
     common.apply,

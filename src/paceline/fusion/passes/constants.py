@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from paceline.fusion.graph import constant, fake, is_op, name_of, replace, weight_of
+from paceline.fusion.graph import argument, constant, fake, is_op, name_of, replace, weight_of
 from paceline.fusion.rewrite import Rewrite
 
 # A result may be larger than what it is made of by so much: more would trade memory for little time.
@@ -26,6 +26,9 @@ def apply(rewrite: Rewrite) -> None:
             if weight is not None:
                 known[node] = weight
             continue
+        if is_op(node, "masked_fill") and (fill := argument(node, "value")) in known and known[fill].dim() == 0:
+            rewrite.copied.append(known[fill])
+            node.args, node.kwargs = (*node.args[:2], known[fill].item()), {}
         if not _is_foldable(node, known) or not rewrite.is_free(node, *node.all_input_nodes):
             continue
         value = _evaluated(node, known)
