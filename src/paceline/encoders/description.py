@@ -15,9 +15,6 @@ from paceline.encoders.modules import EncoderModules, read_modules
 from paceline.errors import CheckpointError, UnsupportedModelError
 from paceline.loading.directory import read_config, read_json
 from paceline.loading.resolve import ModelSource
-from paceline.log import get_logger
-
-log = get_logger(__name__)
 
 Task = Literal["embed", "classify"]
 Activation = Literal["identity", "sigmoid", "softmax"]
