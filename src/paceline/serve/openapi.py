@@ -55,6 +55,8 @@ _ERROR = {
         }
     },
 }
+# Of each event: `data` is a chunk's JSON, an error's, or [DONE].
+_EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
 
 
 def documented(
@@ -63,7 +65,7 @@ def documented(
     """A route's options that tell of its body, its answer, its failures and the parameter in its `path`."""
     content: dict[str, Any] = {"application/json": {"schema": _ref(answer)}}
     if stream:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": _EVENT}
     responses: dict[str, Any] = {"200": {"description": "The answer.", "content": content}}
     for status, text in _FAILURES.items():
         if body is not None or status in (401, 404, 500):

@@ -311,6 +311,21 @@ def test_the_openapi_document_is_whole(server):
     assert server.client.get("/docs").status_code == 200
 
 
+def test_the_openapi_document_says_what_a_message_needs(server):
+    """Else what is made from it is refused before anything is tried."""
+    schemas = server.client.get("/openapi.json").json()["components"]["schemas"]
+    message = schemas["ChatCompletionRequest"]["properties"]["messages"]["items"]
+    assert message["required"] == ["role"]
+    assert message["properties"]["role"]["minLength"] == 1
+    enough = {"content": "hi", "tool_calls": [{}], "reasoning_content": "hm"}
+    assert message["anyOf"] == [{"required": [name]} for name in enough]
+    for name, value in enough.items():
+        body = {"messages": [{"role": "user", name: value}], "max_tokens": 1}
+        assert server.post("/v1/chat/completions", body).status_code == 200, name
+    for lacks in ({"role": "", "content": "hi"}, {"role": "user"}):
+        assert server.post("/v1/chat/completions", {"messages": [lacks]}).status_code == 400
+
+
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
 def test_prompts_are_not_logged_unless_asked_for(serving, caplog, path):
     import logging

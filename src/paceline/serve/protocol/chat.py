@@ -22,8 +22,9 @@ _PART = {
 _MESSAGE = {
     "type": "object",
     "required": ["role"],
+    "anyOf": [{"required": ["content"]}, {"required": ["tool_calls"]}, {"required": ["reasoning_content"]}],
     "properties": {
-        "role": {"type": "string"},
+        "role": {"type": "string", "minLength": 1},
         "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]},
     },
 }
