@@ -107,6 +107,11 @@ def is_operator(target: Any) -> bool:
     return isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator))
 
 
+def is_transform(target: Any) -> bool:
+    """Whether a call's target enters or leaves torch.vmap or another transform, or works on its tensors."""
+    return "functorch" in (getattr(target, "__module__", None) or "")
+
+
 def written_arguments(target: Any) -> dict[int, str] | None:
     """Place and name of the arguments that an operator of a library writes to, by its schema; None for what is no such
     operator. Of one that takes functions or kernels nothing is known: all its arguments."""

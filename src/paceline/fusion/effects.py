@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from paceline.fusion.dynamo import is_random, storage_id, written_arguments
+from paceline.fusion.dynamo import is_random, is_transform, storage_id, written_arguments
 from paceline.fusion.graph import OPERATORS, argument, fake, spelled
 
 IN_PLACE_OPERATORS = {
@@ -57,7 +57,7 @@ def changed_by(node: fx.Node) -> list[fx.Node]:
 
 def has_effect(node: fx.Node) -> bool:
     """Whether a node does something though nobody uses its result. (fx knows in-place functions, but no methods.)"""
-    return node.is_impure() or bool(changed_by(node))
+    return node.is_impure() or is_transform(node.target) or bool(changed_by(node))
 
 
 def mark_touched(graph: fx.Graph) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from paceline.fusion.dynamo import is_operator
+from paceline.fusion.dynamo import is_operator, is_transform
 
 ALIASES = {
     "truediv": "div",
@@ -77,7 +77,7 @@ def spelled(node: Any) -> str:
         return ""
     if node.op == "call_method":
         return str(node.target)
-    if node.op != "call_function" or is_operator(node.target):
+    if node.op != "call_function" or is_operator(node.target) or is_transform(node.target):
         return ""
     module = getattr(node.target, "__module__", None) or ""
     if not (module.split(".")[0] in OPERATORS or module.startswith("torch") or module == ""):

@@ -45,6 +45,13 @@ def bloom(q: Any, k: Any, v: Any, out: Any, bias: Any) -> torch.Tensor:
     return torch.bmm(F.softmax(scores, dim=-1).view(B * H, S, S), merged(v))
 
 
+def expands(q: Any, k: Any, v: Any, out: Any, bias: Any) -> torch.Tensor:
+    """As DistilBERT did for years, and T5 by its type_as."""
+    scores = q @ k.mT
+    scores = scores.masked_fill(out.expand_as(scores), LOWEST)
+    return F.softmax(scores.float(), dim=-1).type_as(scores) @ v
+
+
 def adds_in_place(q: Any, k: Any, v: Any, out: Any, bias: Any) -> torch.Tensor:
     """As T5 did for years."""
     scores = q @ k.mT
@@ -60,6 +67,7 @@ SPELLINGS = {
     "softmax in float32": lambda q, k, v, out, bias: F.softmax(q @ k.mT, dim=-1, dtype=torch.float32).to(q.dtype) @ v,
     "additive mask": lambda q, k, v, out, bias: ((q @ k.mT) * 0.3 + additive(out)).softmax(-1) @ v,
     "masked_fill": lambda q, k, v, out, bias: (q @ k.mT).masked_fill(out, LOWEST).softmax(-1) @ v,
+    "masked_fill with a mask expanded as the scores": expands,
     "masked_fill with a tensor": lambda q, k, v, out, bias: (
         (q @ k.mT).masked_fill(out, torch.tensor(torch.finfo(q.dtype).min)).softmax(-1) @ v
     ),

@@ -14,10 +14,20 @@ from paceline.fusion.rewrite import Rewrite
 
 def apply(rewrite: Rewrite) -> None:
     for node in list(rewrite.graph.nodes):
+        _fill_without_expanding(rewrite, node)
         source = _same_as(node)
         if source is None or not rewrite.is_free(node, source):
             continue
         replace(node, source)
+        rewrite.count("no-op")
+
+
+def _fill_without_expanding(rewrite: Rewrite, node: fx.Node) -> None:
+    """masked_fill broadcasts its mask by itself; expand_as(scores) would be another use of the scores."""
+    mask = argument(node, "mask") if is_op(node, "masked_fill") else None
+    if isinstance(mask, fx.Node) and is_op(mask, "expand", "expand_as") and rewrite.is_free(mask, mask.args[0]):
+        assert isinstance(mask.args[0], fx.Node)
+        node.replace_input_with(mask, mask.args[0])
         rewrite.count("no-op")
 
 
@@ -26,7 +36,7 @@ def _same_as(node: fx.Node) -> fx.Node | None:
     if is_op(node, "dropout"):
         off = argument(node, "training", True) is False or argument(node, "p", 0.5) == 0
         return argument(node, "input") if off else None
-    if is_op(node, "to", "type", "float", "half", "bfloat16", "long", "int", "bool"):
+    if is_op(node, "to", "type", "float", "half", "bfloat16", "type_as", "long", "int", "bool"):
         return _converted(node)
     if is_op(node, "cat"):
         return _joined_to_nothing(node)
