@@ -2,7 +2,7 @@
 PYTHON ?= python3
 CONSTRAINTS = -c constraints.txt
 
-.PHONY: install check format test test-gpu test-full bench docs
+.PHONY: install check format test test-gpu test-full test-transformers bench docs
 
 install:  ## an editable install with everything the tests need, in the active environment
 	$(PYTHON) -m pip install $(CONSTRAINTS) -e ".[test,test-clients]"
@@ -22,6 +22,12 @@ test:  ## without the slow ones, a process a core
 
 test-full:  ## all of them, which needs the extra test-clients too
 	$(PYTHON) -m pytest -m "slow or not slow"
+
+TRANSFORMERS ?= 4.56.2
+test-transformers:  ## what optimize makes of the models of another transformers, which is not installed
+	beside=$$(mktemp -d) && $(PYTHON) -m pip install -q --no-deps --target "$$beside" \
+		transformers==$(TRANSFORMERS) "tokenizers>=0.22,<0.23" "huggingface_hub>=0.34,<1.0" && \
+	PYTHONPATH="$$beside:$$PYTHONPATH" $(PYTHON) -m pytest tests/fusion/test_models.py
 
 # The folders that hold GPU tests, by name: the others import packages that such a machine need not have (gguf).
 # Most of the time goes into compiling kernels, a core each: with pytest-xdist 64 s on 16 cores, without 270 s.
