@@ -56,17 +56,36 @@ def optimize(
     if not isinstance(model, nn.Module):
         raise UsageError(f"optimize takes a torch.nn.Module, got {type(model).__name__}")
     restore(model)
-    vars(model)["forward"] = OptimisedForward(model, options, vars(model).get("forward"))
+    forward = OptimisedForward(model, options, vars(model).get("forward"))
+    vars(model)["forward"] = forward
+    if any(kind.__name__ == "GenerationMixin" for kind in type(model).__mro__) and "generate" not in vars(model):
+        _optimise_generate(model, forward, options)
     return model
+
+
+def _optimise_generate(model: Any, forward: OptimisedForward, options: Options) -> None:
+    """Our loop behind transformers' `generate`, which calls an encoder by itself."""
+    from paceline.fusion.generate import Generate  # needs transformers, of which the model is
+
+    vars(model)["generate"] = Generate(model, forward)
+    if model.config.is_encoder_decoder:
+        encoder = model.get_encoder()
+        if not isinstance(vars(encoder).get("forward"), OptimisedForward):
+            vars(encoder)["forward"] = OptimisedForward(encoder, options, vars(encoder).get("forward"), forward)
 
 
 def restore(model: Model) -> Model:
     """Give an optimised model its own forward back, and return it. A model that is not optimised stays as it is."""
     forward = vars(model).get("forward")
     if isinstance(forward, OptimisedForward):
-        del vars(model)["forward"]
-        if forward.replaced is not None:
-            vars(model)["forward"] = forward.replaced
+        for module in model.modules():
+            part = vars(module).get("forward")
+            if isinstance(part, OptimisedForward) and forward in (part, part.whole):
+                del vars(module)["forward"]
+                if part.replaced is not None:
+                    vars(module)["forward"] = part.replaced
+        if getattr(vars(model).get("generate"), "forward", None) is forward:
+            del vars(model)["generate"]
     return model
 
 
@@ -87,11 +106,19 @@ class OptimisedForward:
     """What `model.forward` becomes. A copy or a pickle of the model brings it along, with nothing captured yet.
 
     `original`: the model's own forward. `replaced`: that, where it was set on the instance and not by its class.
+    `whole`: of the model that this one is a part of and was optimised with; they have one report.
     """
 
-    def __init__(self, model: nn.Module, options: Options, replaced: Callable[..., Any] | None = None) -> None:
-        self.report = Report(type(model).__name__)
+    def __init__(
+        self,
+        model: nn.Module,
+        options: Options,
+        replaced: Callable[..., Any] | None = None,
+        whole: OptimisedForward | None = None,
+    ) -> None:
+        self.report: Report = Report(type(model).__name__) if whole is None else whole.report
         self.replaced = replaced
+        self.whole = whole
         self._model = model
         self._options = options
         self._copy: CopiedWeights | None = None
@@ -109,10 +136,11 @@ class OptimisedForward:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimisedForward:
         replaced = copy.deepcopy(self.replaced, memo)
-        return OptimisedForward(copy.deepcopy(self._model, memo), self._options, replaced)
+        whole = copy.deepcopy(self.whole, memo)
+        return OptimisedForward(copy.deepcopy(self._model, memo), self._options, replaced, whole)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return OptimisedForward, (self._model, self._options, self.replaced)
+        return OptimisedForward, (self._model, self._options, self.replaced, self.whole)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # a part of an optimised or compiled model: its forward is captured with it
