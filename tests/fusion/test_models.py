@@ -84,12 +84,16 @@ def test_results_and_passes(
             assert_as_exact(model(**inputs), own(**inputs), exact(own, inputs))
     import transformers
 
-    if int(transformers.__version__.split(".")[0]) < 5:
+    older = int(transformers.__version__.split(".")[0]) < 5
+    if older:
         if not report(model).graphs:
             pytest.skip(f"not captured with this transformers: {report(model)}")
     else:
         assert len(report(model).graphs) == 1
-    assert_replaced(model, REPLACED[name])
+    wanted = dict(REPLACED[name])
+    if older and name == "gpt2":
+        del wanted["attention"]  # its scale is a tensor there, and its attention stays
+    assert_replaced(model, wanted)
 
 
 @pytest.mark.slow

@@ -57,4 +57,4 @@ def test_changed_in_place_between(rewritten: Callable[..., Any]) -> None:
         gate.mul_(2)
         return x * gate
 
-    assert not rewritten(gated, (X,)).replaced
+    assert not rewritten(gated, (X,)).replaced.keys() & SPELLINGS.keys()
