@@ -67,6 +67,10 @@ FLAGS = {
         --tensor-parallel-size --threads --tokenizer --trust-remote-code --trust-request-chat-template
         --uvicorn-log-level
     """,
+    "optimize": """
+        --against --bench --debug --device --dtype --help --json --level --plot --quantize --rounds --shape
+        --threads
+    """,
     "tune": "--debug --device --dtype --help --out --quantize --quiet --rows",
     "plan": """
         --bandwidth --block-size --debug --device --devices --dtype --fp32-gradients --gpu --help --json --kv-cache-gib
