@@ -17,6 +17,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
+# Without a GPU, Triton's kernels run in its interpreter, which Triton chooses when it is first imported; torch's
+# compiler, for one, imports it.
+if not any(Path("/dev").glob("nvidia[0-9]*")):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import pytest
 
 # A shell starts what it runs in the background with Ctrl-C ignored, and so would run the processes whose Ctrl-C is

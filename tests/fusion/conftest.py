@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-
-# Without a GPU, Triton's kernels run in its interpreter, which it chooses when a kernel is defined.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 VOCAB = 100
 LAYERS, HEADS, WIDTH, INNER = 2, 4, 32, 64

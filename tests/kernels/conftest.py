@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +11,6 @@ import torch
 
 from paceline.inputs import AttentionMetadata, KVLayer
 from paceline.kernels.attention_plan import build_attention
-
-# Without a GPU, Triton's kernels run in its interpreter, which it chooses when a kernel is defined.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ The rule: against float32 the kernel errs at most twice as much as plain torch i
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -29,9 +28,6 @@ from paceline.kernels.gemv_launch import Launch, Product, candidates, launch_by_
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []  # so that `make test-gpu` has them
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter takes the place of the compiler when triton is first imported.
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="the kernel is Triton's")
 DTYPES = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
 LAUNCH = Launch(block_n=16, block_k=64, warps=1, stages=2)

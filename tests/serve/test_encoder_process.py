@@ -60,7 +60,7 @@ def test_requests_outlive_an_engine_and_a_drain_waits_for_them(
         last = asyncio.ensure_future(values(client, "last", *MANY))
         await until(lambda: client.status().running == 2)
         cancelled.cancel()
-        await until(lambda: client.status().running == 1)
+        await until(lambda: client.status().running < 2)
         await client.close(drain_timeout=30)
         assert np.abs(await last - again).max() < 1e-5
 
