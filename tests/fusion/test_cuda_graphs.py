@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 
@@ -194,7 +195,7 @@ def test_after_many_failures_nothing_is_captured(caplog):
         pool(filled(n))
         pool.check_invariants()
     assert recorder.recorded == len(pool.failures) == MOST_FAILURES
-    assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
+    assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1
 
 
 def test_an_error_of_the_function_is_the_callers(recorder):
