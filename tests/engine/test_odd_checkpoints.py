@@ -4,6 +4,7 @@ or is one clear line."""
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def test_an_equal_copy_of_tied_weights_is_no_news(directory, caplog):
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     with LLM(str(directory), device="cpu", generation_config="none") as llm:
         assert llm.model.config.tie_embeddings
-    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    assert not [record for record in caplog.records if record.levelno == logging.WARNING]
 
 
 def test_a_vocabulary_larger_than_the_embedding(directory):

@@ -43,10 +43,12 @@ def test_requests_outlive_an_engine_and_a_drain_waits_for_them(
 ) -> None:
     async def live() -> None:
         alone = await values(client, "alone", FOX)
+        pid = client.engine_pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)  # so that the request is not answered before the engine dies
         whole = asyncio.ensure_future(values(client, "whole", *MANY))
-        await until(lambda: client.status().running == 1)
-        assert client.engine_pid is not None
-        os.kill(client.engine_pid, signal.SIGKILL)
+        await asyncio.sleep(0.1)
+        os.kill(pid, signal.SIGKILL)
         await until(lambda: client.status().state == "restarting")
         with pytest.raises(EngineDeadError):
             await values(client, "too-early", FOX)
@@ -56,12 +58,18 @@ def test_requests_outlive_an_engine_and_a_drain_waits_for_them(
         assert np.abs(rows - again).max() < 1e-5
         assert np.abs(alone - await values(client, "alone", FOX)).max() < 1e-6
 
+        pid = client.engine_pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
         cancelled = asyncio.ensure_future(values(client, "cancelled", *MANY))
         last = asyncio.ensure_future(values(client, "last", *MANY))
-        await until(lambda: client.status().running == 2)
+        await asyncio.sleep(0.1)
         cancelled.cancel()
-        await until(lambda: client.status().running < 2)
-        await client.close(drain_timeout=30)
+        closing = asyncio.ensure_future(client.close(drain_timeout=30))
+        await asyncio.sleep(0.1)
+        assert not last.done()
+        os.kill(pid, signal.SIGCONT)
+        await closing
         assert np.abs(await last - again).max() < 1e-5
 
     run_async(live())

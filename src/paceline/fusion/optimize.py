@@ -49,8 +49,8 @@ def optimize(
     `dtype`: compute in it, with a copy of the weights (the model's own stay as they are); floating-point inputs are
     converted, and results are in it, as those of `model.to(dtype)` are. `level`: see Options. `quantize`: store the
     weights of linears as "int8", "fp8" or another format of paceline's; the report has the error. `graphs`: on a GPU,
-    calls of shapes seen before run as CUDA graphs. Optimising an
-    optimised model does it anew. Raises UsageError for options that do not exist.
+    calls of shapes seen before run as CUDA graphs. Optimising an optimised model does it anew. Raises UsageError for
+    options that do not exist.
     """
     options = Options(dtype, level, quantize, graphs)
     if not isinstance(model, nn.Module):
