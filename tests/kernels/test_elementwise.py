@@ -74,13 +74,16 @@ def test_rotary_keeps_the_length_of_a_pair():
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_gated(rows, activation):
+    torch.manual_seed(rows)
     gate_up = torch.randn(rows, 22) * 2
-    torch.testing.assert_close(gated(gate_up, activation), gated_ref(gate_up, activation), rtol=1e-5, atol=1e-6)
+    # Where erf is nearly -1, 1 + erf has lost what gate * up multiplies by up to 40: 2.4e-6 of it is a rounding.
+    torch.testing.assert_close(gated(gate_up, activation), gated_ref(gate_up, activation), rtol=1e-5, atol=5e-6)
 
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_plain_activation(rows, activation):
+    torch.manual_seed(rows)
     x = torch.randn(rows, 22) * 2
     torch.testing.assert_close(activate(x, activation), activate_ref(x, activation), rtol=1e-5, atol=1e-6)
 
