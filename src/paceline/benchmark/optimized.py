@@ -7,16 +7,17 @@ of them. Errors are of the first result, relative to float32's.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from paceline.benchmark.worker import read_machine
 from paceline.errors import UsageError
 from paceline.fusion import Stage, measure_stages, optimize, report
+from paceline.fusion.stages import timed
 
 PACELINE, COMPILE, EAGER, EXACT = "paceline", "torch.compile", "eager", "eager float32"
 MORE = (COMPILE,)  # what `against` may name
@@ -55,7 +56,13 @@ class Report:
     rows: Sequence[Row]
     stages: Sequence[Stage]
     told: str
-    machine: Mapping[str, Any] = field(default_factory=dict)
+    machine: Mapping[str, Any]
+
+    @property
+    def where(self) -> str:
+        threads = self.machine["threads"]
+        device = self.machine["device"] if threads is None else f"{self.machine['device']}, {threads} threads"
+        return f"{device}, torch {self.machine['torch']}"
 
 
 def run(
@@ -80,7 +87,7 @@ def run(
         stages = measure_stages(
             ours, **_for(ours, make_inputs(ours, *settings.shapes[0], settings.device)), repeats=settings.rounds
         )
-    return Report(rows, stages, str(report(ours)), machine(settings.device))
+    return Report(rows, stages, str(report(ours)), read_machine(settings.device))
 
 
 def _shape(models: Mapping[str, nn.Module], settings: Settings, batch: int, length: int) -> list[Row]:
@@ -89,7 +96,7 @@ def _shape(models: Mapping[str, nn.Module], settings: Settings, batch: int, leng
     found: dict[str, torch.Tensor] = {}
     for name, model in models.items():
         inputs = _for(model, given)
-        first[name] = _time(lambda model=model, inputs=inputs: model(**inputs))  # type: ignore[misc]
+        first[name] = timed(lambda model=model, inputs=inputs: model(**inputs))  # type: ignore[misc]
         for _ in range(2):  # where calls are captured in graphs, the second call does that
             result = model(**inputs)
         found[name] = first_tensor(result).double()
@@ -97,7 +104,7 @@ def _shape(models: Mapping[str, nn.Module], settings: Settings, batch: int, leng
     for _ in range(settings.rounds):
         for name, model in models.items():
             inputs = _for(model, given)
-            times[name].append(_time(lambda model=model, inputs=inputs: model(**inputs)))  # type: ignore[misc]
+            times[name].append(timed(lambda model=model, inputs=inputs: model(**inputs)))  # type: ignore[misc]
     exact = found[EXACT]
     return [
         Row(
@@ -143,21 +150,3 @@ def _for(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str, torc
 def first_tensor(result: Any) -> torch.Tensor:
     """The first tensor of what a model returns."""
     return result if isinstance(result, torch.Tensor) else first_tensor(result[0])
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return {"device": name, "torch": torch.__version__}
-
-
-def _time(call: Callable[[], object]) -> float:
-    _synchronize()
-    start = time.perf_counter()
-    call()
-    _synchronize()
-    return time.perf_counter() - start
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

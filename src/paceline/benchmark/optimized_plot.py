@@ -32,7 +32,5 @@ def plot(report: Report, what: str, path: str, version: str) -> None:
     axis.set_xlabel("batch x length")
     axis.set_ylabel("ms a call")
     axis.legend(fontsize=8)
-    axis.set_title(
-        f"{what}, {report.machine['device']}, torch {report.machine['torch']}, paceline {version}", fontsize=9
-    )
+    axis.set_title(f"{what}, {report.where}, paceline {version}", fontsize=9)
     save(figure, path)

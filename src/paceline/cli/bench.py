@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -29,6 +27,7 @@ from paceline.cli.options import (
     tensor_parallel_option,
     threads_option,
     with_options,
+    write_json,
 )
 from paceline.config import QUANTIZATIONS
 from paceline.errors import EngineError
@@ -112,7 +111,7 @@ def latency(shape: str, **options: Any) -> None:
     )
     check_report_paths(options["json_path"], options["plot_path"])
     report = run(asked, tell=_nothing if options["quiet"] else _tell)
-    if _write_json(report, options["json_path"]):
+    if write_json(options["json_path"], _figures(report)):
         from paceline.cli.bench_tables import print_report
 
         print_report(report, __version__)
@@ -167,7 +166,7 @@ def throughput(shape: str, **options: Any) -> None:
     )
     check_report_paths(options["json_path"], options["plot_path"])
     report = throughput_bench.run(asked, tell=_nothing if options["quiet"] else _tell)
-    if _write_json(report, options["json_path"]):
+    if write_json(options["json_path"], _figures(report)):
         from paceline.cli.throughput_tables import print_report
 
         print_report(report, __version__)
@@ -182,15 +181,8 @@ def _weight_formats(names: Sequence[str]) -> tuple[str, ...]:
     return tuple("dense" if name == "none" else name for name in names) or ("dense",)
 
 
-def _write_json(report: Any, path: str | None) -> bool:
-    """Whether tables are to be shown: not beside a JSON on standard output."""
-    command = " ".join(["paceline", *sys.argv[1:]])
-    text = json.dumps({"command": command, "paceline": __version__, **dataclasses.asdict(report)}, indent=2)
-    if path == "-":
-        click.echo(text)
-    elif path is not None:
-        Path(path).write_text(text + "\n")
-    return path != "-"
+def _figures(report: Any) -> dict[str, Any]:
+    return {"command": " ".join(["paceline", *sys.argv[1:]]), **dataclasses.asdict(report)}
 
 
 def _fail_for(failures: Sequence[Failure]) -> None:

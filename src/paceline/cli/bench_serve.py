@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,7 +11,7 @@ import click
 from paceline import __version__
 from paceline.benchmark.serve_figures import Slo
 from paceline.cli.bench_options import workload_of, workload_options
-from paceline.cli.options import check_report_paths, configure_logging, debug_option
+from paceline.cli.options import check_report_paths, configure_logging, debug_option, write_json
 
 if TYPE_CHECKING:
     from paceline.benchmark.serve import Report
@@ -75,11 +73,7 @@ def bench_serve(url: str, **options: Any) -> None:
     plot_path, json_path = options["plot_path"], options["json_path"]
     check_report_paths(json_path, plot_path)
     report = run(asked, tell=(lambda line: None) if options["quiet"] else (lambda line: click.echo(line, err=True)))
-    if json_path == "-":
-        click.echo(_json(report))
-    else:
-        if json_path is not None:
-            Path(json_path).write_text(_json(report) + "\n")
+    if write_json(json_path, _figures(report)):
         from paceline.cli.serve_tables import print_report
 
         print_report(report, __version__)
@@ -89,10 +83,10 @@ def bench_serve(url: str, **options: Any) -> None:
         plot(report, plot_path, __version__)
 
 
-def _json(report: Report) -> str:
+def _figures(report: Report) -> dict[str, Any]:
     """Without the command line, which may hold a key. JSON has no infinity: a round without a rate of its own has
     null."""
     value = dataclasses.asdict(report)
     for one in value["rounds"]:
         one["rate"] = None if math.isinf(one["rate"]) else one["rate"]
-    return json.dumps({"paceline": __version__, **value}, indent=2)
+    return value

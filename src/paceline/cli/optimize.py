@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from paceline.cli.options import (
     debug_option,
     device_option,
     threads_option,
+    write_json,
 )
 from paceline.cli.table import columns
 from paceline.config import QUANTIZATIONS
@@ -82,11 +82,8 @@ def optimize(model: str, **options: Any) -> None:
         shapes, device, dtype, options["level"], options["quantize"], options["rounds"], options["against"]
     )
     found = run(make, settings, lambda text: click.echo(f"  {text}", err=True))
-    if options["json_path"] != "-":
+    if write_json(options["json_path"], {"model": model, **dataclasses.asdict(found)}):
         _print(model, found, options["dtype"])
-    if options["json_path"] is not None:
-        text = json.dumps({"model": model, "paceline": __version__, **dataclasses.asdict(found)}, indent=2)
-        click.echo(text) if options["json_path"] == "-" else _write(options["json_path"], text)
     if options["plot_path"] is not None:
         from paceline.benchmark.optimized_plot import plot
 
@@ -128,7 +125,7 @@ def _maker(name: str) -> Callable[[], nn.Module]:
 
 
 def _print(model: str, found: Report, dtype: str) -> None:
-    click.echo(f"{model}, {dtype}, {found.machine['device']}, torch {found.machine['torch']}, paceline {__version__}\n")
+    click.echo(f"{model}, {dtype}, {found.where}, paceline {__version__}\n")
     ours = {(row.batch, row.length): row.milliseconds for row in found.rows if row.engine == "paceline"}
     rows = [["", "batch x length", "ms", "paceline is", "error", "first call"]]
     for row in found.rows:
@@ -152,8 +149,3 @@ def _print(model: str, found: Report, dtype: str) -> None:
     ]
     click.echo(columns(stages))
     click.echo(f"\n{found.told}")
-
-
-def _write(path: str, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text + "\n")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
+from paceline import __version__
 from paceline.config import MODES, QUANTIZATIONS
 from paceline.errors import UsageError
 from paceline.loading.aliases import DEFAULT_MODEL
@@ -170,3 +172,14 @@ def check_report_paths(json_path: str | None, plot_path: str | None) -> None:
         from paceline.benchmark.plot import check_plot
 
         check_plot(plot_path)
+
+
+def write_json(path: str | None, figures: Mapping[str, Any]) -> bool:
+    """Write a benchmark's figures where --json asks for them, and say whether tables are to be shown: not beside a JSON
+    on standard output."""
+    text = json.dumps({"paceline": __version__, **figures}, indent=2)
+    if path == "-":
+        click.echo(text)
+    elif path is not None:
+        Path(path).write_text(text + "\n")
+    return path != "-"

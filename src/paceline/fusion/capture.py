@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence, Set
 from dataclasses import replace
 from typing import Any
 from weakref import WeakValueDictionary
@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from paceline.fusion.cuda_graphs import CudaRecorder, GraphPool
 from paceline.fusion.effects import mark_touched, refusal
-from paceline.fusion.graph import version
+from paceline.fusion.graph import stamp
 from paceline.fusion.options import Options
 from paceline.fusion.packing import count_tokens
 from paceline.fusion.passes import leave_out_padding, run_passes
@@ -41,15 +41,15 @@ MOST_BUILDS = 8  # of one graph in a row: a model that writes to its weights its
 
 
 class CapturedGraph:
-    """Takes what Dynamo gives the captured graph at each call, and returns what that would. `weights`: the names of the
-    model's tensors, by id. `parameters`: those of its forward, in order. `copies`: of its weights, in the
-    form that its graphs have them."""
+    """Takes what Dynamo gives the captured graph at each call, and returns what that would. `weights`: the ids of
+    the model's tensors. `parameters`: those of its forward, in order. `copies`: of its weights, in the form that its
+    graphs have them."""
 
     def __init__(
         self,
         graph_module: fx.GraphModule,
         example_inputs: Sequence[Any],
-        weights: Mapping[int, str],
+        weights: Set[int],
         options: Options,
         parameters: Sequence[str],
         copies: WeakValueDictionary[Hashable, Any],
@@ -61,7 +61,7 @@ class CapturedGraph:
         self._weight_places = [place for place, value in enumerate(example_inputs) if id(value) in weights]
         self._input_places = [place for place in range(len(example_inputs)) if place not in set(self._weight_places)]
         self._weights: tuple[torch.Tensor, ...] = ()
-        self._stamps: list[tuple[torch.Tensor, int, int]] = []
+        self._stamps: list[tuple[torch.Tensor, tuple[int, int]]] = []
         self._run: Callable[..., Any] | None = None
         self._mask_place: int | None = None  # among the inputs, where padding is left out
         self._builds = 0
@@ -85,9 +85,8 @@ class CapturedGraph:
 
     def with_passes(self, count: int) -> fx.GraphModule:
         """The captured graph behind the first `count` passes, for measuring. It takes what `record` gets."""
-        rewrite = Rewrite(
-            _bind(self._captured, self._weight_places, self._weights), self._options, GraphReport(0), self._parameters
-        )
+        bound = _bind(self._captured, self._weight_places, self._weights)
+        rewrite = Rewrite(bound, self._options, GraphReport(0), self._parameters, copies=self._copies)
         run_passes(rewrite, count)
         return rewrite.module
 
@@ -95,7 +94,7 @@ class CapturedGraph:
         """Whether a weight is another than when the graph was rewritten, or was written to."""
         if not all(map(operator.is_, (args[place] for place in self._weight_places), self._weights)):
             return True
-        return any(version(tensor) != v or tensor.data_ptr() != p for tensor, v, p in self._stamps)
+        return any(stamp(tensor) != before for tensor, before in self._stamps)
 
     def _build_and_check(self, args: Sequence[Any], inputs: list[Any]) -> Any:
         self._run = self._mask_place = None
@@ -131,7 +130,7 @@ class CapturedGraph:
             return expected
         own = set(map(id, self._weights))  # a joined weight that was packed is a copy itself
         copied = {id(tensor): tensor for tensor in rewrite.copied if id(tensor) in own}.values()
-        self._stamps = [(tensor, version(tensor), tensor.data_ptr()) for tensor in copied]
+        self._stamps = [(tensor, stamp(tensor)) for tensor in copied]
         self.report.copied_bytes = sum(tensor.nbytes for tensor in copied)
         self.report.nodes_after = len(rewrite.graph.nodes)
         self._run = self._graphed(rewrite, inputs)

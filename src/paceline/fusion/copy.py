@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from paceline.fusion.graph import stamp
+
 
 class CopiedWeights:
     """`model`: a copy of the given one, not optimised, whose floating-point weights are in `dtype`."""
@@ -25,16 +27,16 @@ class CopiedWeights:
             self.model = copy.deepcopy(model, memo)
         finally:
             vars(model)["forward"] = optimised
-        self._stamps = [_stamp(tensor) for tensor, _ in self._pairs]
+        self._stamps = [stamp(tensor) for tensor, _ in self._pairs]
 
     def refresh(self) -> None:
         """Copy anew what was written to since."""
         for index, (own, copied) in enumerate(self._pairs):
-            stamp = _stamp(own)
-            if stamp != self._stamps[index]:
+            now = stamp(own)
+            if now != self._stamps[index]:
                 with torch.no_grad():
                     copied.copy_(own)
-                self._stamps[index] = stamp
+                self._stamps[index] = now
 
     def converted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments, floating-point tensors in the copy's dtype."""
@@ -50,7 +52,3 @@ class CopiedWeights:
 def _converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     made = tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
     return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
-
-
-def _stamp(tensor: torch.Tensor) -> tuple[int, int]:
-    return (0 if tensor.is_inference() else tensor._version), tensor.data_ptr()

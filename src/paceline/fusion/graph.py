@@ -21,11 +21,9 @@ ALIASES = {
     "divide": "div",
     "multiply": "mul",
     "subtract": "sub",
-    "neg_": "neg",
     "concat": "cat",
     "concatenate": "cat",
     "scaled_dot_product_attention": "sdpa",
-    "hardtanh": "clamp",
     "swapaxes": "transpose",
     "swapdims": "transpose",
 }
@@ -205,9 +203,9 @@ def constant(graph_module: fx.GraphModule, value: Any, hint: str, before: fx.Nod
     return node
 
 
-def version(tensor: torch.Tensor) -> int:
-    """A number that writing to the tensor changes; of one made in inference mode nothing tells."""
-    return 0 if tensor.is_inference() else tensor._version
+def stamp(tensor: torch.Tensor) -> tuple[int, int]:
+    """What changes when the tensor is written to or gets other memory; one made in inference mode tells no write."""
+    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
 
 
 def origin(graph_module: fx.GraphModule, node: fx.Node) -> Hashable:
@@ -217,7 +215,7 @@ def origin(graph_module: fx.GraphModule, node: fx.Node) -> Hashable:
         return found
     weight = weight_of(graph_module, node)
     assert weight is not None
-    return "weight", id(weight), version(weight), weight.data_ptr()
+    return "weight", id(weight), stamp(weight)
 
 
 def call(graph: fx.Graph, before: fx.Node, function: Any, args: Sequence[Any], value: Any, **kwargs: Any) -> fx.Node:

@@ -1,11 +1,12 @@
 """Attention over [batch, tokens, heads * head_dim], as projections write it: what passes/heads.py, passes/padding.py
 and passes/gpu_attention.py put into graphs.
 
-`mask` is scaled_dot_product_attention's attn_mask, of the padded batch: booleans, or what is added to the scores. Head
-h of the queries goes with head h // (heads / kv_heads) of keys and values.
+`mask` is scaled_dot_product_attention's attn_mask, of the padded batch: booleans, or what is added to the scores.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -14,20 +15,27 @@ from paceline.fusion.packing import Packed, pack, unpack
 from paceline.kernels.flash_attention import Keys, flash_attention, packed_attention
 
 
+class Heads(NamedTuple):
+    """How many heads queries have, and keys and values: head h of the queries goes with head h // (queries / keys) of
+    these. `scale`: of the scores; None is 1 / sqrt(head_dim). `causal`: a query sees no key behind its place."""
+
+    queries: int
+    keys: int
+    scale: float | None
+    causal: bool
+
+
 def attend(
     q_BSC: torch.Tensor,
     k_BKC: torch.Tensor,
     v_BKC: torch.Tensor,
     mask: torch.Tensor | None,
-    heads: int,
-    kv_heads: int,
-    scale: float | None,
-    causal: bool,
+    heads: Heads,
 ) -> torch.Tensor:
     """[B, S, C]: attention of the heads of q, k and v, by torch."""
-    q, k, v = (_apart(x, count).transpose(1, 2) for x, count in ((q_BSC, heads), (k_BKC, kv_heads), (v_BKC, kv_heads)))
+    q, k, v = (x.transpose(1, 2) for x in _apart(q_BSC, k_BKC, v_BKC, heads))
     y = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=heads != kv_heads
+        q, k, v, attn_mask=mask, is_causal=heads.causal, scale=heads.scale, enable_gqa=heads.queries != heads.keys
     )
     return y.transpose(1, 2).flatten(2)
 
@@ -37,15 +45,12 @@ def attend_packed(
     k_TC: torch.Tensor,
     v_TC: torch.Tensor,
     mask: torch.Tensor | None,
-    heads: int,
-    kv_heads: int,
-    scale: float | None,
-    causal: bool,
+    heads: Heads,
     packed: Packed,
 ) -> torch.Tensor:
     """[T, C]: the tokens' rows of attend() of the padded batch."""
     q, k, v = (unpack(x, packed) for x in (q_TC, k_TC, v_TC))
-    return pack(attend(q, k, v, mask, heads, kv_heads, scale, causal), packed)
+    return pack(attend(q, k, v, mask, heads), packed)
 
 
 def attend_by_kernel(
@@ -53,19 +58,16 @@ def attend_by_kernel(
     k_BKC: torch.Tensor,
     v_BKC: torch.Tensor,
     mask: torch.Tensor | None,
-    heads: int,
-    kv_heads: int,
-    scale: float | None,
-    causal: bool,
+    heads: Heads,
 ) -> torch.Tensor:
     """attend() by kernels/flash_attention.py, which reads q, k and v where they lie."""
-    q, k, v = (_apart(x, count) for x, count in ((q_BSC, heads), (k_BKC, kv_heads), (v_BKC, kv_heads)))
+    q, k, v = _apart(q_BSC, k_BKC, v_BKC, heads)
     y_BSHD = flash_attention(
         q,
         k,
         v,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        keys=Keys(causal=causal),
+        scale=_scale(q, heads),
+        keys=Keys(causal=heads.causal),
         mask_BL=mask[:, 0, 0] if mask is not None and _is_of_keys(mask) else None,
         bias_BHSL=None if mask is None or _is_of_keys(mask) else mask,
     )
@@ -77,24 +79,26 @@ def attend_packed_by_kernel(
     k_TC: torch.Tensor,
     v_TC: torch.Tensor,
     mask: torch.Tensor | None,
-    heads: int,
-    kv_heads: int,
-    scale: float | None,
-    causal: bool,
+    heads: Heads,
     packed: Packed,
 ) -> torch.Tensor:
     """attend_packed() by the kernel. A mask of keys alone is the padding's, and packed sequences have none: whether it
     is, is tried when a graph is captured."""
-    if packed.plan is None or causal or not (mask is None or _is_of_keys(mask)):
+    if packed.plan is None or heads.causal or not (mask is None or _is_of_keys(mask)):
         q, k, v = (unpack(x, packed) for x in (q_TC, k_TC, v_TC))
-        return pack(attend_by_kernel(q, k, v, mask, heads, kv_heads, scale, causal), packed)
-    q, k, v = (_apart(x, count) for x, count in ((q_TC, heads), (k_TC, kv_heads), (v_TC, kv_heads)))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return packed_attention(q, k, v, packed.plan.starts_B, scale=scale).flatten(1)
+        return pack(attend_by_kernel(q, k, v, mask, heads), packed)
+    q, k, v = _apart(q_TC, k_TC, v_TC, heads)
+    return packed_attention(q, k, v, packed.plan.starts_B, scale=_scale(q, heads)).flatten(1)
 
 
-def _apart(x: torch.Tensor, heads: int) -> torch.Tensor:
-    return x.view(*x.shape[:-1], heads, -1)
+def _apart(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: Heads) -> list[torch.Tensor]:
+    """[..., C] as [..., heads, head_dim]."""
+    counts = heads.queries, heads.keys, heads.keys
+    return [x.view(*x.shape[:-1], count, -1) for x, count in zip((q, k, v), counts, strict=True)]
+
+
+def _scale(q: torch.Tensor, heads: Heads) -> float:
+    return float(q.shape[-1] ** -0.5) if heads.scale is None else heads.scale
 
 
 def _is_of_keys(mask: torch.Tensor) -> bool:

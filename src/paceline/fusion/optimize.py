@@ -212,7 +212,7 @@ class OptimisedForward:
         self._hookless = [found for found in hooks(model) if not found]
 
         def backend(graph_module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-            weights = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+            weights = set(map(id, (*model.parameters(), *model.buffers())))
             captured = CapturedGraph(graph_module, example_inputs, weights, self._options, parameters, self._copies)
             self._graphs.append(captured)
             self.report.graphs.append(captured.report)

@@ -72,15 +72,18 @@ def _all(runs: list[fx.GraphModule], calls: list[tuple[CapturedGraph, list[Any]]
 
 
 def _median(function: Callable[[], Any], repeats: int) -> float:
+    """Milliseconds."""
     function()
-    times = []
-    for _ in range(repeats):
-        _synchronize()
-        start = time.perf_counter()
-        function()
-        _synchronize()
-        times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times)
+    return statistics.median(timed(function) for _ in range(repeats)) * 1e3
+
+
+def timed(function: Callable[[], Any]) -> float:
+    """Seconds that a call takes, with all that it leaves to a GPU."""
+    _synchronize()
+    start = time.perf_counter()
+    function()
+    _synchronize()
+    return time.perf_counter() - start
 
 
 def _synchronize() -> None:

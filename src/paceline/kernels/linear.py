@@ -13,6 +13,9 @@ from torch.nn import functional as F
 # The row count the layout is chosen for. 1 to 16 pick layouts 1.3 to 1.7x slower at every row count than 64 and up.
 PACK_ROWS = 64
 
+# What oneDNN calls what follows a product, and by which algorithm.
+POST_OPS = {"none": ("none", ""), "relu": ("relu", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
+
 # In words, for kernels/choices.py.
 PLAIN_LINEAR = "torch's F.linear"
 UNPACKED = f"unpacked, then {PLAIN_LINEAR}"
@@ -56,7 +59,6 @@ def linear_onednn(
     x_TK: torch.Tensor, packed_NK: torch.Tensor, bias_N: torch.Tensor | None = None, activation: str = "none"
 ) -> torch.Tensor:
     """`activation`: "none", "relu", "gelu" or "gelu_tanh", of the product before it is stored."""
-    post_op, _, algorithm = activation.partition("_")
-    algorithm = algorithm or ("none" if post_op == "gelu" else "")
+    post_op, algorithm = POST_OPS[activation]
     y_TN: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(x_TK, packed_NK, bias_N, post_op, [], algorithm)
     return y_TN

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from paceline.fusion.graph import fake, shape_of
+from paceline.fusion.graph import fake
 from paceline.fusion.heads import attend, attend_by_kernel
 from paceline.fusion.rewrite import Rewrite
 from paceline.kernels import gpu
@@ -18,11 +18,11 @@ def apply(rewrite: Rewrite) -> None:
             continue
         query = fake(node.args[0])
         assert isinstance(query, torch.Tensor)
-        if query.device.type == "cpu" and gpu.triton_refusal(query.device, query.dtype) is not None:
-            continue
-        head_dim = (shape_of(node.args[0]) or ())[-1]
+        head_dim = query.shape[-1]
         reason = gpu.triton_refusal(query.device, query.dtype)
-        if reason is None and not (isinstance(head_dim, int) and head_dim // node.args[4] <= LARGEST_HEAD):
+        if reason is not None and query.device.type == "cpu":
+            continue  # passes/cpu_attention.py's
+        if reason is None and not (isinstance(head_dim, int) and head_dim // node.args[4].queries <= LARGEST_HEAD):
             reason = f"heads are larger than {LARGEST_HEAD}"
         if reason is not None:
             rewrite.leave(f"attention by torch: {reason}")

@@ -20,7 +20,7 @@ from paceline.fusion.graph import (
     same_size,
     shape_of,
 )
-from paceline.fusion.heads import attend
+from paceline.fusion.heads import Heads, attend
 from paceline.fusion.rewrite import Rewrite
 
 VIEWS = ("view", "reshape")
@@ -41,8 +41,8 @@ def _take_heads(rewrite: Rewrite, node: fx.Node) -> None:
     (q, heads), (k, kv_heads), (v, _) = split  # type: ignore[misc]
     if not rewrite.is_free(node, last, q, k, v):
         return
-    mask, scale = argument(node, "attn_mask"), argument(node, "scale")
-    args = (q, k, v, mask, heads, kv_heads, scale, argument(node, "is_causal", False))
+    form = Heads(heads, kv_heads, argument(node, "scale"), argument(node, "is_causal", False))
+    args = (q, k, v, argument(node, "attn_mask"), form)
     replace(last, call(rewrite.graph, last, attend, args, fake(last)))
     rewrite.count("heads taken along")
 

@@ -7,7 +7,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from paceline.fusion.graph import argument, call, constant, fake, is_op, rank_of, replace, weight_of
+from paceline.fusion.graph import argument, call, constant, fake, is_op, replace, weight_of
 from paceline.fusion.rewrite import Rewrite
 
 
@@ -30,18 +30,8 @@ def _addmm(rewrite: Rewrite, node: fx.Node) -> None:
         return
     # A view: nothing is copied, and what is written to the weight is seen.
     turned = constant(rewrite.module, values.t(), "turned", node)
-    new = call(rewrite.graph, node, F.linear, _rows(x, turned, bias), fake(node))
-    replace(node, new)
+    replace(node, call(rewrite.graph, node, F.linear, (x, turned, bias), fake(node)))
     rewrite.count("linear")
-
-
-def _rows(x: fx.Node, weight: fx.Node, bias: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
-    assert rank_of(x) in (2, None)
-    return x, weight, bias
-
-
-def is_linear(node: object) -> bool:
-    return is_op(node, "linear")
 
 
 def parts(rewrite: Rewrite, node: fx.Node) -> tuple[fx.Node, torch.Tensor, torch.Tensor | None] | None:
