@@ -33,11 +33,12 @@ def epilogue_kernel(
     row, cols = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x_ptrs, inside = x_ptr + row * x_stride + cols, cols < C
     x = tl.load(x_ptrs, mask=inside, other=0.0).to(tl.float32)
+    if GATED:  # asked for before the activation has to wait for the gate
+        up = tl.load(x_ptrs + C, mask=inside, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         x += tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
     y = activate(x, ACTIVATION)
     if GATED:
-        up = tl.load(x_ptrs + C, mask=inside, other=0.0).to(tl.float32)
         if bias_ptr is not None:
             up += tl.load(bias_ptr + C + cols, mask=inside, other=0.0).to(tl.float32)
         y *= up
