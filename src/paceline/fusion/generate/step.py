@@ -14,6 +14,7 @@ import torch
 
 from paceline.fusion.generate.cache import DecodeCache
 from paceline.fusion.generate.transformers_names import can_be_fixed
+from paceline.fusion.graph import stamp
 
 WARM_UP = 3  # runs before a capture: kernels are compiled and chosen in them
 
@@ -41,7 +42,7 @@ class FixedStep:
     @staticmethod
     def key(model: Any, cache: DecodeCache, position_ids: object) -> Hashable:
         """What a captured step depends on besides the cache's kind."""
-        weights = tuple(_stamp(tensor) for tensor in (*model.parameters(), *model.buffers()))
+        weights = tuple((tensor.dtype, stamp(tensor)) for tensor in (*model.parameters(), *model.buffers()))
         layers: list[Any] = [*cache.own, *cache.cross]
         buffers = tuple((layer.keys.data_ptr(), layer.values.data_ptr(), layer.keys.shape) for layer in layers)
         return weights, buffers, position_ids is None
@@ -105,11 +106,6 @@ class FixedStep:
         with capturing:
             self.logits_RV = self._forward()
         self.graph = graph
-
-
-def _stamp(tensor: torch.Tensor) -> Hashable:
-    """Changes where a weight is replaced or written to."""
-    return tensor.data_ptr(), tensor.dtype, 0 if tensor.is_inference() else tensor._version
 
 
 def _kept(held: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor | None:

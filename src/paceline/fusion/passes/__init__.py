@@ -31,6 +31,7 @@ from paceline.fusion.passes import (
 from paceline.fusion.rewrite import Rewrite
 from paceline.kernels.activation import quick_gelu
 from paceline.kernels.linear import linear_onednn
+from paceline.kernels.norm import rms_norm
 
 PASSES = (
     in_place.apply,
@@ -54,7 +55,7 @@ PASSES = (
 
 # Functions that passes put in and that treat each row by itself.
 OF_TOKENS: frozenset[Callable[..., Any]] = frozenset(
-    {linear_onednn, norms.rms_norm, quick_gelu, quantized.product, product, product_only_normed}
+    {linear_onednn, rms_norm, quick_gelu, quantized.product, product, product_only_normed}
 )
 
 

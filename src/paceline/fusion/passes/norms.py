@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.nn import functional as F
 
 from paceline.fusion.graph import (
     argument,
@@ -25,6 +24,7 @@ from paceline.fusion.graph import (
     weight_of,
 )
 from paceline.fusion.rewrite import Rewrite
+from paceline.kernels.norm import rms_norm
 
 CONVERSIONS = ("to", "float", "type", "type_as", "half", "bfloat16")
 
@@ -42,11 +42,6 @@ def apply(rewrite: Rewrite) -> None:
         new = call(rewrite.graph, node, rms_norm, (x, weight, eps), fake(node))
         replace(node, new)
         rewrite.count("rms norm")
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32, in x's dtype."""
-    return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
 def _torchs_own(rewrite: Rewrite, node: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
