@@ -12,11 +12,12 @@ from paceline.errors import CheckpointError, UsageError
 from paceline.models.registry import read_decoder_config
 
 CONFIGS = Path(__file__).parents[1] / "models" / "configs"
+PUBLISHED = {"llama-2-7b": "llama-2-7b-hf", "mixtral-8x7b": "mixtral-8x7b-v0.1"}
 
 
 @pytest.mark.parametrize("name", sorted(SHAPES))
 def test_a_shape_is_the_published_config(name):
-    file = CONFIGS / f"{ {'llama-2-7b': 'llama-2-7b-hf'}.get(name, name) }.json"
+    file = CONFIGS / f"{PUBLISHED.get(name, name)}.json"
     published = json.loads(file.read_text())
     assert read_decoder_config(read_shape(name)) == read_decoder_config(published)
     assert read_shape(name)["torch_dtype"] == published["torch_dtype"]

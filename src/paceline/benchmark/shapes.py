@@ -71,6 +71,12 @@ SHAPES: Mapping[str, Config] = MappingProxyType(
         "mistral-7b-v0.3": _decoder(
             "Mistral", 4096, 32, (32, 8), 14336, 32768, 32768, 1e6, sliding_window=None, head_dim=128
         ),
+        "mixtral-8x7b": _decoder(
+            *("Mixtral", 4096, 32, (32, 8), 14336, 32000, 32768, 1e6),
+            sliding_window=None,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+        ),
         "qwen2.5-0.5b": _decoder(
             "Qwen2", 896, 24, (14, 2), 4864, 151936, 32768, 1e6, rms_norm_eps=1e-6, tie_word_embeddings=True
         ),
