@@ -203,11 +203,9 @@ def test_steps_are_launched_ahead_of_what_is_collected(depth: int, monkeypatch: 
     engine = make_engine(decoder(), static=True, depth=depth)
     spy = Spy(engine, monkeypatch)
     ask(engine, "a", PROMPTS[2], temperature=0, max_tokens=6)
-    answers = Answers(engine)
-    assert [len(update.new_token_ids) for update in answers.step()] == [1]  # a prompt's token comes at once
-    answers.finish()
-    launches, collections = [("launch", 1)], [("collect", 1)]
-    assert spy.seen == launches * depth + (launches + collections) * (5 - depth) + collections * depth
+    Answers(engine).finish()
+    launches, collections = [("launch", 1)], [("collect", 1)]  # the prompt's, too
+    assert spy.seen == launches * depth + (launches + collections) * (6 - depth) + collections * depth
 
 
 def test_what_is_no_plain_decode_waits_for_what_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +216,7 @@ def test_what_is_no_plain_decode_waits_for_what_is_in_flight(monkeypatch: pytest
     for _ in range(4):
         answers.step()
     plain = len(spy.seen)
-    assert plain == 3 + 2
+    assert plain == 4 + 3
     ask(engine, "b", PROMPTS[3], temperature=0, max_tokens=3, repetition_penalty=1.3)
     answers.step()
     answers.step()
@@ -226,6 +224,31 @@ def test_what_is_no_plain_decode_waits_for_what_is_in_flight(monkeypatch: pytest
     answers.finish()
     assert len(spy.seen) > plain
     assert {name: (tuple(tokens), "length") for name, tokens in answers.tokens.items()}["a"] == alone(0, 2, 12)[""]
+
+
+def test_prompts_and_decodes_beside_them_are_launched_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decode's token that the host has not seen goes from one step to the next on the device."""
+    engine = make_engine(decoder(), static=True, depth=1)
+    spy = Spy(engine, monkeypatch)
+    answers = Answers(engine)
+    mixed: list[list[str]] = []
+    inputs = engine.runner._inputs
+
+    def spy_inputs(scheduled: Any) -> Any:
+        made, unknown = inputs(scheduled)
+        mixed.append([state.new.request_id for _, state in unknown])
+        return made, unknown
+
+    monkeypatch.setattr(engine.runner, "_inputs", spy_inputs)
+    for name, prompt in (("a", 2), ("b", 4), ("c", 5)):  # 9, 25 and 15 tokens, 32 a step
+        ask(engine, name, PROMPTS[prompt], temperature=1.0, seed=prompt, max_tokens=5)
+        answers.step()
+    answers.finish()
+    assert mixed == [[], ["a"], ["a", "b"]]
+    assert [one for one, _ in spy.seen[:6]] == ["launch", "launch", "collect", "launch", "collect", "launch"]
+    assert {name: tuple(tokens) for name, tokens in answers.tokens.items()} == {
+        name: alone(1, prompt, 5)[""][0] for name, prompt in (("a", 2), ("b", 4), ("c", 5))
+    }
 
 
 def test_preempted_requests_are_computed_again() -> None:
@@ -476,7 +499,7 @@ def test_a_request_keeps_its_row_while_others_go() -> None:
         if not seen or [name for _, name in names] != seen[-1]:
             assert [row for row, _ in names] == list(range(len(names)))
             seen.append([name for _, name in names])
-    assert seen == [[], ["a", "b", "c", "d"], ["a", "d", "c"], ["d"]]
+    assert seen == [["a", "b", "c"], ["a", "b", "c", "d"], ["a", "d", "c"], ["d"]]
 
 
 def test_tables_that_grow_are_sent_as_edits_and_hold_what_was_scheduled(monkeypatch: pytest.MonkeyPatch) -> None:

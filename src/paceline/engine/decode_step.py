@@ -29,6 +29,7 @@ from paceline.models.model import Model
 from paceline.phases import Phases
 from paceline.sampling.random import MASK, uniforms
 from paceline.sampling.static import CHOOSERS, KINDS, TOP_P_OFF, Chosen, Kind, RowParams
+from paceline.transfer import send
 
 log = get_logger(__name__)
 
@@ -45,15 +46,21 @@ def run_plainly(key: tuple[int, Kind], compute: Callable[[], None]) -> None:
 
 
 def fits(scheduled: Sequence[ScheduledRequest], states: Sequence[RequestTokens]) -> bool:
-    """Whether all shares of a step are plain decodes: one token each, chosen from its logits alone."""
+    """Whether a step chooses one token at most for each request, and from its logits alone."""
     return not any(
-        len(request.token_ids) != 1
-        or not request.samples
-        or request.scored
-        or state.plain_from is None
-        or request.start < state.plain_from
+        request.scored
+        or request.num_drafts
+        or (
+            request.samples
+            and (state.plain_from is None or request.start + len(request.token_ids) - 1 < state.plain_from)
+        )
         for request, state in zip(scheduled, states, strict=True)
     )
+
+
+def all_decode(scheduled: Sequence[ScheduledRequest]) -> bool:
+    """Whether each request computes its last token alone."""
+    return all(len(request.token_ids) == 1 and request.samples for request in scheduled)
 
 
 def _kind_of(states: Sequence[RequestTokens]) -> Kind:
@@ -61,9 +68,21 @@ def _kind_of(states: Sequence[RequestTokens]) -> Kind:
     return max({state.kind for state in states}, key=KINDS.index)
 
 
+NO_ROWS: Ints = np.zeros(0, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The requests of a step that choose a token: from which row of T, and at which position of theirs it will be."""
+
+    states: list[RequestTokens]
+    last_N: Ints
+    positions_N: Ints
+
+
 @dataclass(frozen=True)
 class PendingDecode:
-    """A decode on its way. `rows_N`: each request's."""
+    """A step on its way. `rows_N`: each request's."""
 
     staging: Staging
     rows_N: Ints
@@ -111,7 +130,7 @@ class DecodeStep:
         # The last step: its requests in the scheduler's order and their rows, None where their next tokens are not the
         # device's; rows that were computed; the kind that served them all.
         self._states: list[RequestTokens] | None = None
-        self._rows_N: Ints = np.zeros(0, dtype=np.int64)
+        self._rows_N = NO_ROWS
         self._row_of: dict[RequestTokens, int] = {}
         self._num_rows, self._kind = 0, KINDS[0]
         self._row_states: list[RequestTokens | None] = [None] * max_rows  # whose parameters the host's fields have
@@ -133,12 +152,11 @@ class DecodeStep:
         if moved:
             self._place(states)
             self._write_tokens(starts_N, states)
-            self._write_params(states)
+            self._take_places(states)
         edits = self._write_tables(staging, scheduled)
         self._write_positions(starts_N)
         rows, kind = self._num_rows, self._kind
-        staging.fields.all.copy_(self._host.all)
-        self._fields.all.copy_(staging.fields.all, non_blocking=True)
+        self._send_fields(staging)
         for group, count in enumerate(edits):
             if count:
                 places, blocks = self._fields.edits_GM[group, :count], self._fields.blocks_GM[group, :count]
@@ -147,10 +165,31 @@ class DecodeStep:
             given, fed = self._fields.token_M[:rows], self._token_ids[self._fields.previous_M[:rows]]
             self._token_ids[:rows] = torch.where(given != PLACEHOLDER, given, fed)
         self._run((rows, kind), self._step_of(rows, kind))
-        staging.result.copy_(self._result, non_blocking=True)
-        if staging.event is not None:
-            staging.event.record()
-        return PendingDecode(staging, self._rows_N)
+        return self._receive(staging, self._rows_N)
+
+    def launch_mixed(
+        self, inputs: ModelInputs, unknown: Sequence[tuple[int, RequestTokens]], ends: Ends
+    ) -> PendingDecode:
+        """Start a step with prompts in it, kernel by kernel: nothing is waited for. `unknown`: which of its tokens the
+        launch before this one has chosen, and for whom."""
+        staging, device = next(self._ring), self.model.device
+        staging.wait()
+        if unknown:
+            places = send(np.array([place for place, _ in unknown]), device)
+            rows = send(np.array([self._row_of[state] for _, state in unknown]), device)
+            inputs.token_ids_T.index_copy_(0, places, self._token_ids[rows])
+        if ends.states:
+            self._place(ends.states)
+            self._take_places(ends.states)
+            self._write_uniforms(ends.positions_N)
+            self._send_fields(staging)
+        hidden_TD = self.model(inputs, self.kv)
+        if ends.states:
+            last_R = np.empty_like(self._rows_N)
+            last_R[self._rows_N] = ends.last_N
+            hidden_RD = hidden_TD[send(last_R, device)]
+            CHOOSERS[self._kind](self.model.logits(hidden_RD), *self._choice(len(last_R)))
+        return self._receive(staging, self._rows_N if ends.states else NO_ROWS)
 
     @torch.inference_mode()
     def prepare(self, phases: Phases, num_requests: int = 1, kind: Kind = "greedy") -> None:
@@ -218,11 +257,11 @@ class DecodeStep:
             else:
                 token[row], previous[row] = PLACEHOLDER, self._row_of[state]
         previous[len(rows) : self._num_rows] = 0
-        self._row_of = dict(zip(states, rows, strict=True))
-        self._states = states
 
-    def _write_params(self, states: list[RequestTokens]) -> None:
-        """What the requests ask that are new in their rows."""
+    def _take_places(self, states: list[RequestTokens]) -> None:
+        """From here on the rows are those of `_place`; what the requests ask that are new in theirs."""
+        self._row_of = dict(zip(states, self._rows_N.tolist(), strict=True))
+        self._states = states
         fields, vocab = [field.numpy() for field in vars(self._host.params).values()], self.model.vocab_size
         for row, state in zip(self._rows_N.tolist(), states, strict=True):
             if self._row_states[row] is state:
@@ -232,7 +271,7 @@ class DecodeStep:
             asked = state.new.params
             values = (
                 asked.greedy,
-                0.0,  # _write_positions knows it
+                0.0,  # _write_uniforms knows it
                 1.0 if asked.greedy else asked.temperature,
                 asked.min_p,
                 min(asked.top_k, vocab) if asked.top_k > 0 else vocab,
@@ -278,8 +317,23 @@ class DecodeStep:
         blocks_N, offsets_N = np.divmod(starts_N, self.block_size)
         slots_GN = self._host_tables_GMB[:, rows, blocks_N].astype(np.int64) * self.block_size + offsets_N
         host.slots_GM.numpy()[:, rows] = slots_GN
+        self._write_uniforms(starts_N + 1)
+
+    def _write_uniforms(self, positions_N: Ints) -> None:
+        """What draws the tokens at these positions."""
         if self._kind != "greedy":
-            host.params.uniform_R.numpy()[rows] = uniforms(self._seeds_M[rows], starts_N + 1)
+            rows = self._rows_N
+            self._host.params.uniform_R.numpy()[rows] = uniforms(self._seeds_M[rows], positions_N)
+
+    def _send_fields(self, staging: Staging) -> None:
+        staging.fields.all.copy_(self._host.all)
+        self._fields.all.copy_(staging.fields.all, non_blocking=True)
+
+    def _receive(self, staging: Staging, rows_N: Ints) -> PendingDecode:
+        staging.result.copy_(self._result, non_blocking=True)
+        if staging.event is not None:
+            staging.event.record()
+        return PendingDecode(staging, rows_N)
 
     # --------------------------------------------------------------------------------------------- what computes it
 
@@ -297,12 +351,16 @@ class DecodeStep:
         )
         counts = make_counts(rows, self.model.device)
         attention = AttentionMetadata(range(rows + 1), (), self.block_size, groups, fields.length_M[:rows], counts)
-        chosen = Chosen(self._token_ids[:rows], self._values[:rows])
+        params, chosen = self._choice(rows)
         inputs = ModelInputs(chosen.ids_R, fields.position_M[:rows], attention)
-        params = RowParams(**{name: tensor[:rows] for name, tensor in vars(fields.params).items()})
         choose = CHOOSERS[kind]
 
         def compute() -> None:
             choose(self.model.logits(self.model(inputs, self.kv)), params, chosen)
 
         return compute
+
+    def _choice(self, rows: int) -> tuple[RowParams, Chosen]:
+        """What the first rows ask, and where their tokens go."""
+        params = RowParams(**{name: tensor[:rows] for name, tensor in vars(self._fields.params).items()})
+        return params, Chosen(self._token_ids[:rows], self._values[:rows])

@@ -1,9 +1,9 @@
 """Run one step on the device: copy blocks, build the inputs, forward, score prompts, sample, verify drafts.
 
 The runner keeps what the device side must remember of a request (its tokens) and owns the cache's tensors; it
-decides nothing that the scheduler has not decided. A step of plain decodes is only started, where `decode` is there
-(engine/decode_step.py): the next one may be launched before it is collected. Any other needs the tokens before it on
-the host, and is done when it is launched.
+decides nothing that the scheduler has not decided. A step whose tokens follow from logits alone is only started, where
+`decode` is there (engine/decode_step.py): the next one may be launched before it is collected. Any other needs the
+tokens before it on the host, and is done when it is launched.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from paceline.cache.kv_cache import allocate_kv, copy_block
-from paceline.engine.decode_step import DecodeStep, PendingDecode, fits
+from paceline.engine.decode_step import DecodeStep, Ends, PendingDecode, all_decode, fits
 from paceline.engine.request_tokens import RequestTokens, begin
 from paceline.engine.step import PLACEHOLDER, BlockCopy, Branch, ScheduledRequest, SchedulerOutput, StepOutput
 from paceline.errors import is_out_of_memory
@@ -34,6 +34,7 @@ from paceline.sampling.params import NO_TOKEN_LEFT
 from paceline.sampling.sampler import NOT_FINITE, Sampled, SamplingRow, sample
 from paceline.sampling.scoring import score_hidden
 from paceline.speculative.verify import rows_with_drafts, verify
+from paceline.transfer import send
 
 log = get_logger(__name__)
 
@@ -100,9 +101,9 @@ class ModelRunner:
             self._requests[new.request_id] = begin(new)
         if not output.scheduled:
             return Launched(StepOutput({}))
-        decoded = self._launch_decode(output)
-        if decoded is not None:
-            return decoded
+        launched = self._launch_ahead(output)
+        if launched is not None:
+            return launched
         self._settle()
         self._branch(output.branches)
         self._copy(output.copies)
@@ -114,14 +115,20 @@ class ModelRunner:
             self._take_in(self._in_flight.popleft())
         return launched.step
 
-    def _launch_decode(self, output: SchedulerOutput) -> Launched | None:
-        """Start a step of plain decodes; None, and nothing done, if it is none, or if memory does not suffice."""
+    def _launch_ahead(self, output: SchedulerOutput) -> Launched | None:
+        """Start a step whose tokens the device chooses alone; None, and nothing done, if it cannot, or if memory does
+        not suffice."""
         scheduled = output.scheduled
-        if self.decode is None or output.branches or len(scheduled) > self.decode.max_rows:
+        if self.decode is None or output.branches or sum(r.samples for r in scheduled) > self.decode.max_rows:
             return None
+        if not fits(scheduled, [self._requests[request.request_id] for request in scheduled]):
+            return None
+        return self._launch_decode(output) if all_decode(scheduled) else self._launch_mixed(output)
+
+    def _launch_decode(self, output: SchedulerOutput) -> Launched | None:
+        assert self.decode is not None
+        scheduled = output.scheduled
         states = [self._requests[request.request_id] for request in scheduled]
-        if not fits(scheduled, states):
-            return None
         if self._all_have_room is not None:
             rows = self.decode.new_rows(states)
             if rows is not None and not self._all_have_room(rows):
@@ -135,7 +142,30 @@ class ModelRunner:
                 raise
             self.decode.lower(len(scheduled))
             return None
-        launched = Launched(None, pending, [request.request_id for request in scheduled], states)
+        return self._fly(pending, scheduled, states)
+
+    def _launch_mixed(self, output: SchedulerOutput) -> Launched | None:
+        assert self.decode is not None
+        scheduled = _decodes_first(output.scheduled)
+        self._copy(output.copies)  # as there
+        ends = np.cumsum([len(request.token_ids) for request in scheduled])
+        chosen = [index for index, request in enumerate(scheduled) if request.samples]
+        choosing = [scheduled[index] for index in chosen]
+        states = [self._requests[request.request_id] for request in choosing]
+        positions = np.array([request.start + len(request.token_ids) for request in choosing], dtype=np.int64)
+        try:
+            inputs, unknown = self._inputs(scheduled)
+            pending = self.decode.launch_mixed(inputs, unknown, Ends(states, ends[chosen] - 1, positions))
+        except Exception as error:
+            if self._all_have_room is not None or not is_out_of_memory(error):
+                raise
+            return None
+        return self._fly(pending, choosing, states)
+
+    def _fly(
+        self, pending: PendingDecode, choosing: Sequence[ScheduledRequest], states: Sequence[RequestTokens]
+    ) -> Launched:
+        launched = Launched(None, pending, [request.request_id for request in choosing], states)
         self._in_flight.append(launched)
         return launched
 
@@ -194,9 +224,9 @@ class ModelRunner:
         return replace(step, errors={**step.errors, largest.request_id: message})
 
     def _compute(self, scheduled: Sequence[ScheduledRequest]) -> StepOutput:
-        # Decodes first: there they have a kernel of their own (kernels/varlen_attention.py).
-        scheduled = sorted(scheduled, key=lambda request: len(request.token_ids) > 1)
-        hidden_TD = self.model(self._inputs(scheduled), self.kv)
+        scheduled = _decodes_first(scheduled)
+        inputs, _ = self._inputs(scheduled)
+        hidden_TD = self.model(inputs, self.kv)
         # Sampling comes last: what is chosen is remembered at once, and no error may follow.
         prompt_logprobs = self._score_prompts(scheduled, hidden_TD)
         step = self._sample(scheduled, hidden_TD)
@@ -208,7 +238,8 @@ class ModelRunner:
             output = parent.output + array("q", (branch.token_id,))
             self._requests[branch.request_id] = replace(parent, output=output)
 
-    def _inputs(self, scheduled: Sequence[ScheduledRequest]) -> ModelInputs:
+    def _inputs(self, scheduled: Sequence[ScheduledRequest]) -> tuple[ModelInputs, Sequence[tuple[int, RequestTokens]]]:
+        """What the model is given, and which of its tokens, by their places, a step in flight chooses for whom."""
         query_starts = list(accumulate((len(request.token_ids) for request in scheduled), initial=0))
         tokens = chain.from_iterable(request.token_ids for request in scheduled)
         token_ids_T = np.fromiter(tokens, dtype=np.int64, count=query_starts[-1])
@@ -216,9 +247,13 @@ class ModelRunner:
         requests_T = np.repeat(np.arange(len(scheduled)), np.diff(query_starts))
         offsets_R = np.array([request.start for request in scheduled]) - query_starts[:-1]
         positions_T = np.arange(len(token_ids_T)) + offsets_R[requests_T]
+        unknown = []
         for token in np.flatnonzero(token_ids_T == PLACEHOLDER).tolist():
             state = self._requests[scheduled[requests_T[token]].request_id]
-            token_ids_T[token] = state.known(positions_T[token])
+            if positions_T[token] < state.num_known:
+                token_ids_T[token] = state.known(positions_T[token])
+            else:
+                unknown.append((token, state))
         attention = build_attention(
             query_starts,
             [request.start + len(request.token_ids) for request in scheduled],
@@ -231,8 +266,7 @@ class ModelRunner:
             deterministic=self.deterministic,
         )
         device = self.model.device
-        token_ids, positions = torch.from_numpy(token_ids_T), torch.from_numpy(positions_T)
-        return ModelInputs(token_ids.to(device), positions.to(device), attention)
+        return ModelInputs(send(token_ids_T, device), send(positions_T, device), attention), unknown
 
     def _score_prompts(
         self, scheduled: Sequence[ScheduledRequest], hidden_TD: torch.Tensor
@@ -349,3 +383,8 @@ class ModelRunner:
         if self._padded and message != NO_TOKEN_LEFT:
             log.warning("from now on decodes run one by one, so that no other request reads the failed one's blocks")
             self._padded = False
+
+
+def _decodes_first(scheduled: Sequence[ScheduledRequest]) -> list[ScheduledRequest]:
+    """There they have a kernel of their own (kernels/varlen_attention.py)."""
+    return sorted(scheduled, key=lambda request: len(request.token_ids) > 1)

@@ -23,6 +23,7 @@ import torch
 from paceline.inputs import AttentionMetadata, GroupMetadata, Ragged, Segment
 from paceline.kernels.decode_attention import make_counts
 from paceline.sizing import BATCHED_KEYS, BATCHED_QUERIES
+from paceline.transfer import send
 
 # A padded batch holds contexts within one power of two, so at most half of what it gathers is padding.
 SMALLEST_BUCKET = 256
@@ -93,8 +94,8 @@ def build_attention(
         ]
         groups.append(
             GroupMetadata(
-                block_tables_RB=torch.from_numpy(tables_RB).to(device),
-                slot_mapping_T=torch.from_numpy(slots_T + positions_T % block_size).to(device),
+                block_tables_RB=send(tables_RB, device),
+                slot_mapping_T=send(slots_T + positions_T % block_size, device),
                 window=window,
                 segments=tuple(_segments(requests, torch.device(device), padded)),
             )
@@ -102,11 +103,11 @@ def build_attention(
     step = AttentionMetadata(tuple(query_starts), tuple(seq_lens), block_size, tuple(groups))
     if planned:
         return step
-    lens_R = torch.tensor(seq_lens, dtype=torch.int32, device=device)
+    lens_R = send(np.asarray(seq_lens, dtype=np.int32), device)
     if equally_few and not deterministic:
         return replace(step, lens_R=lens_R, counts=make_counts(len(seq_lens), device))
     decodes = 0 if deterministic else int(np.argmin(np.append(counts_R, 0) == 1))
-    starts_R1 = torch.tensor(query_starts, dtype=torch.int32, device=device)
+    starts_R1 = send(np.asarray(query_starts, dtype=np.int32), device)
     counts = make_counts(decodes, device) if decodes else None
     return replace(step, counts=counts, ragged=Ragged(starts_R1, lens_R, decodes))
 
@@ -149,7 +150,7 @@ def _single(request: _Request, device: torch.device) -> Segment:
         keys = slice(first + request.low - base, first + request.length - base)
         base = request.low
     else:
-        keys = torch.from_numpy(blocks.astype(np.int64)).to(device)
+        keys = send(blocks.astype(np.int64), device)
     num_keys = request.length - base
     queries = slice(request.first, request.first + request.count)
     sees_all = request.count == 1 and base == request.low
@@ -171,10 +172,10 @@ def _batch(members: Sequence[_Request], device: torch.device) -> Segment:
     blocks_RB = np.zeros((len(members), width), dtype=np.int64)
     for row_B, table in zip(blocks_RB, tables, strict=True):
         row_B[: len(table)] = table
-    keys = torch.from_numpy(blocks_RB.reshape(-1)).to(device)
+    keys = send(blocks_RB.reshape(-1), device)
     # Positions of queries and keys, counted from each request's first key read.
     starts_R = np.array([r.start - r.low // size * size for r in members])
-    last_RQ1 = torch.from_numpy(starts_R[:, None] + np.arange(count)).to(device)[:, :, None]
+    last_RQ1 = send(starts_R[:, None] + np.arange(count), device)[:, :, None]
     keys_L = torch.arange(width * size, device=device)
     visible_RQL = keys_L <= last_RQ1
     if members[0].window is not None:
@@ -183,5 +184,5 @@ def _batch(members: Sequence[_Request], device: torch.device) -> Segment:
     rows = [row for request in members for row in range(request.first, request.first + count)]
     queries: slice | torch.Tensor = slice(rows[0], rows[0] + len(rows))
     if rows != list(range(rows[0], rows[0] + len(rows))):
-        queries = torch.tensor(rows, dtype=torch.int64, device=device)
+        queries = send(np.array(rows, dtype=np.int64), device)
     return Segment(queries, len(members), keys, width * size, bias=bias_RQL)

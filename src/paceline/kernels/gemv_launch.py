@@ -71,8 +71,9 @@ class Tile:
 
 # By the most rows of x: of some five each, those that took least for Llama-3.1-8B's four shapes together on an H100, as
 # far as their stages fit in 96 KB of shared memory, of which the smaller GPUs have no more. 32 layers of 16 rows take
-# 5.19 ms so in bf16, 3.37 in fp8 and 2.88 in int4, and of 64 rows in fp8 4.27.
-_BYTES = MappingProxyType({32: Tile(128, 128, 3), 64: Tile(128, 128, 3, programs=1), 128: Tile(128, 64, 4, programs=1)})
+# 5.19 ms so in bf16, 3.37 in fp8 and 2.88 in int4. What is best alone need not be so among a model's other kernels: of
+# 64 rows in fp8, one program a multiprocessor took 4.27 ms and two 4.50, but in a whole decode 6.86 and 5.55.
+_BYTES = MappingProxyType({64: Tile(128, 128, 3), 128: Tile(128, 64, 4, programs=1)})
 TILES: Mapping[str, Mapping[int, Tile]] = MappingProxyType(
     {
         "dense": {32: Tile(64, 128, 4), 64: Tile(64, 128, 3), 128: Tile(128, 64, 3)},
