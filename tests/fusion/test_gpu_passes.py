@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,8 @@ from torch.nn import functional as F
 
 import paceline
 from paceline.fusion import packing, report
+from paceline.fusion.heads import Heads, attend, attend_packed, attend_packed_by_kernel
+from paceline.fusion.packing import Packed
 from paceline.kernels import cuda_linear, gpu
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []  # so that `make test-gpu` has them
@@ -101,3 +105,32 @@ def test_kernels_take_along_what_follows(device: str, kind: type[nn.Module], lev
     assert graph.replaced["padding left out"] == (level == "fast")
     assert graph.replaced["linear with residual and norm"] == 2
     assert graph.replaced["linear with gelu" if kind is After else "linear with silu and its gate"] == 1
+
+
+def test_one_token_of_padding_is_left_out_and_no_padding_leaves_the_mask_out(device: str) -> None:
+    torch.manual_seed(0)
+    model = After().eval().to(device)
+    x, _ = inputs(device)
+    masks = [torch.ones(x.shape[:2], dtype=torch.long, device=device) for _ in range(2)]
+    masks[1][2, -1] = 0
+    with torch.no_grad():
+        wanted = [model(x, attention_mask=mask) for mask in masks]
+    paceline.optimize(model, level="fast")
+    for _ in range(2):
+        for mask, one in zip(masks, wanted, strict=True):
+            found = model(x, attention_mask=mask)
+            torch.testing.assert_close(found[mask.bool()], one[mask.bool()], rtol=1e-3, atol=1e-3)
+    assert not found[2, -1].any()
+    assert report(model).graphs[0].replaced["padding left out"] == 1
+
+
+@pytest.mark.parametrize("attention", [attend_packed, attend_packed_by_kernel])
+def test_where_nothing_is_padding_the_mask_is_not_read(device: str, attention: Any) -> None:
+    q, k, v = torch.randn(3, 2, 5, WIDTH, generator=torch.Generator().manual_seed(0)).to(device)
+    mask = torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 1, 0]], dtype=torch.bool, device=device)[:, None, None]
+    heads = Heads(HEADS, HEADS, None, False)
+    flat = [x.flatten(0, 1) for x in (q, k, v)]
+    found = attention(*flat, mask, heads, Packed(2, 5, full=True)).view(q.shape)
+    torch.testing.assert_close(found, attend(q, k, v, None, heads), rtol=1e-4, atol=1e-4)
+    found = attention(*flat, mask, heads, Packed(2, 5)).view(q.shape)
+    torch.testing.assert_close(found, attend(q, k, v, mask, heads), rtol=1e-4, atol=1e-4)

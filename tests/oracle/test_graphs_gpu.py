@@ -80,8 +80,7 @@ def test_bfloat16_tokens_are_those_of_steps_without_graphs(
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 def test_launches_wait_for_nothing(tiny_model: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch):
-    """Once captured and compiled: with prompts, rows that stay, rows that end, and tables that grow, whatever the kind of
-    sampling."""
+    """Once captured: with prompts, rows that stay or end, and tables that grow, whatever the kind of sampling."""
     directory = str(tiny_model("gemma3").directory)
     with LLM(directory, device="cuda", dtype="float32", mode="graph", **OPTIONS) as llm:
         params = asked(11)

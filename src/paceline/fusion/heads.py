@@ -49,6 +49,8 @@ def attend_packed(
     packed: Packed,
 ) -> torch.Tensor:
     """[T, C]: the tokens' rows of attend() of the padded batch."""
+    if packed.full and mask is not None and _is_of_keys(mask):
+        mask = None
     q, k, v = (unpack(x, packed) for x in (q_TC, k_TC, v_TC))
     return pack(attend(q, k, v, mask, heads), packed)
 
@@ -84,6 +86,8 @@ def attend_packed_by_kernel(
 ) -> torch.Tensor:
     """attend_packed() by the kernel. A mask of keys alone is the padding's, and packed sequences have none: whether it
     is, is tried when a graph is captured."""
+    if packed.full and mask is not None and _is_of_keys(mask):
+        mask = None
     if packed.plan is None or heads.causal or not (mask is None or _is_of_keys(mask)):
         q, k, v = (unpack(x, packed) for x in (q_TC, k_TC, v_TC))
         return pack(attend_by_kernel(q, k, v, mask, heads), packed)

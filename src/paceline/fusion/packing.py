@@ -15,28 +15,31 @@ STEP = 128  # on a GPU, token counts are rounded up to this, so that a few graph
 @dataclass(frozen=True)
 class Packed:
     """Where the tokens of a batch are. `places`: [T] in [0, batch * length); `plan`: the same for kernels, whose T is a
-    bound. Neither: nothing is left out."""
+    bound. Neither: nothing is left out; `full`: nothing is padding."""
 
     batch: int
     length: int
     places: torch.Tensor | None = None
     plan: padding.Packing | None = None
+    full: bool = False
 
 
 def count_tokens(mask_BS: torch.Tensor) -> int:
-    """How many rows packed tensors have. The host waits for the mask."""
-    tokens = int(mask_BS.count_nonzero())
-    if mask_BS.device.type != "cuda":
+    """How many rows packed tensors have: all only where nothing is padding. The host waits for the mask."""
+    tokens, all_rows = int(mask_BS.count_nonzero()), mask_BS.numel()
+    if mask_BS.device.type != "cuda" or tokens == all_rows:
         return tokens
-    return min(-(-tokens // STEP) * STEP, mask_BS.numel())
+    return min(-(-tokens // STEP) * STEP, all_rows - 1)
 
 
 def packing(mask_BS: torch.Tensor, x_BSC: torch.Tensor, rows: int) -> Packed:
     """Of a mask that is 0 at padding, for tensors of x's batch and length; with another form than theirs, which may be
     one mask for all, it leaves nothing out. `rows`: count_tokens of it."""
     batch, length = x_BSC.shape[:2]
-    if mask_BS.shape != (batch, length) or rows == batch * length:
+    if mask_BS.shape != (batch, length):
         return Packed(batch, length)
+    if rows == batch * length:
+        return Packed(batch, length, full=True)
     if gpu.triton_refusal(x_BSC.device, x_BSC.dtype) is None:
         return Packed(batch, length, plan=padding.plan_packing(mask_BS, rows))
     return Packed(batch, length, mask_BS.bool().flatten().nonzero().squeeze(1))

@@ -13,7 +13,7 @@ import torch
 from paceline.kernels.gemv import Epilogue
 from paceline.kernels.gpu import gpu, launch_options, triton_refusal
 
-BLOCK = 2048  # channels of a program
+BLOCK = 1024  # channels of a program, of which the widths of most models are multiples
 
 
 def epilogue_refusal(product_TN: torch.Tensor) -> str | None:
@@ -33,7 +33,7 @@ def finish_product(product_TN: torch.Tensor, epilogue: Epilogue) -> torch.Tensor
     """
     T, N = product_TN.shape
     y_TN = product_TN.new_empty((T, N // 2)) if epilogue.gated else product_TN
-    launch_epilogue(product_TN, y_TN, epilogue, BLOCK, warps=8)
+    launch_epilogue(product_TN, y_TN, epilogue, BLOCK, warps=4)
     return y_TN
 
 
