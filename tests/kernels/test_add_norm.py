@@ -7,7 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from paceline.kernels.add_norm import NormWeights, add_norm, add_norm_ref
+from paceline.kernels.add_norm import (
+    NormWeights,
+    add_norm,
+    add_norm_,
+    add_norm_ref,
+    in_place_refusal,
+    scaled_add_norm_,
+)
+from paceline.kernels.norm import norm_rows, scaled_norm_rows
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []  # so that `make test-gpu` has them
 # The interpreter cuts bfloat16 off where the GPU rounds.
@@ -83,7 +91,44 @@ def test_parts_of_a_split_product_are_added_first(triton_device, parts):
     torch.testing.assert_close(total.double(), exact[1], rtol=1e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [40, 576, 4097])
+@pytest.mark.parametrize("centred", [True, False])
+def test_a_sum_is_normed_as_it_is_stored(triton_device, channels, centred, dtype):
+    """To the bit as an addition and a norm after it, wherever the results lie."""
+    torch.manual_seed(0)
+    x, residual = ((torch.randn(7, channels) * scale).to(triton_device, dtype) for scale in (1, 30))
+    norm = random_norm(channels, triton_device, dtype, centred=centred)
+    added, arguments = residual + x, (norm.weight_C, norm.bias_C, norm.eps)
+    normed = norm_rows(added, *arguments, centred=centred)
+    y, total = add_norm(x, norm, residual_TC=residual, keep_sum=True)
+    assert torch.equal(y, normed)
+    assert torch.equal(total, added)
+    assert torch.equal(add_norm(x, norm, residual_TC=residual)[0], normed)
+
+    half, stream = x.clone(), residual.clone()
+    scaled = scaled_add_norm_(half, norm, stream)
+    expected = scaled_norm_rows(added, *arguments, centred=centred)
+    assert torch.equal(scaled.q_TK.view(torch.uint8), expected.q_TK.view(torch.uint8))
+    assert torch.equal(scaled.scale_T1, expected.scale_T1)
+    assert torch.equal(stream, added)
+    assert torch.equal(half, x)
+    add_norm_(half, norm, residual)
+    assert torch.equal(half, normed)
+    assert torch.equal(residual, added)
+
+
+def test_in_place_rows_lie_one_after_the_other(monkeypatch):
+    assert in_place_refusal(torch.ones(3, 8)) == "device is cpu"
+    monkeypatch.setattr("paceline.kernels.norm.triton_refusal", lambda device, dtype: None)
+    assert in_place_refusal(torch.ones(3, 8)) is None
+    assert in_place_refusal(torch.ones(3, 9)[:, :8]) == "rows are a stride apart"
+    assert in_place_refusal(torch.ones(3, 8).double()) == "dtype is torch.float64"
+
+
 def test_no_rows_give_no_rows(triton_device):
     x, norm = torch.empty(0, 64, device=triton_device), random_norm(64, triton_device, torch.float32)
     y, total = add_norm(x, norm, residual_TC=x, keep_sum=True)
     assert y.shape == total.shape == (0, 64)
+    add_norm_(x, norm, x.clone())
+    assert scaled_add_norm_(x, norm, x.clone()).shape == (0, 64)

@@ -41,6 +41,17 @@ def test_its_norm_is_the_same_inside_the_product_and_before_it(monkeypatch, kind
     assert (asked[0] is not None) == (kind == "rms" and rows == 1 and below > 0)
 
 
+@pytest.mark.parametrize("format", ["dense", "int8", "w8a8-fp8"])
+def test_it_adds_residuals_of_the_rows_that_its_kernel_takes(monkeypatch, format):
+    dtype = torch.bfloat16
+    linear = Linear(formats.pack(torch.randn(12, 16), format, dtype=dtype, device=DEVICE))  # too small for oneDNN
+    most = linear.weight.planes.most_rows
+    rows = [torch.ones(count, 12, dtype=dtype, device=DEVICE) for count in (most, most + 1)]
+    assert [linear.adds(residual_TN) for residual_TN in rows] == [DEVICE == "cuda", False]
+    monkeypatch.setattr(module, "gemv_refusal", shape_refusal)
+    assert [linear.adds(residual_TN) for residual_TN in rows] == [True, False]
+
+
 def multiply(x, q_NK, scale_N, bias_N=None):
     """scaled_linear where nothing multiplies fp8."""
     return (x.q_TK.float() @ q_NK.float().T * x.scale_T1 * scale_N).bfloat16()

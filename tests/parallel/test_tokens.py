@@ -9,6 +9,7 @@ from paceline.config import CacheConfig, EngineConfig, ParallelConfig, Scheduler
 from paceline.engine.decode_step import DecodeStep
 from paceline.engine.engine import Engine, EngineRequest
 from paceline.engine.model_runner import ModelRunner
+from paceline.layers.norm import Norm
 from paceline.loading.random_checkpoint import RandomCheckpoint
 from paceline.models.load import load_decoder
 from paceline.models.registry import read_decoder_config
@@ -98,9 +99,7 @@ def expected(configs):
     return of
 
 
-@pytest.mark.parametrize(("name", "split"), CASES)
-def test_the_ranks_choose_the_tokens_of_the_whole_model(configs, run_ranks, expected, name, split):
-    config, parallel = configs[name], ParallelConfig(*SPLITS[split])
+def answers_of_ranks(config, parallel, run_ranks):
     whole = read_decoder_config(config)
     assert split_refusal(whole, parallel) is None
 
@@ -109,11 +108,28 @@ def test_the_ranks_choose_the_tokens_of_the_whole_model(configs, run_ranks, expe
         decoder = load_decoder(checkpoint, whole, dtype=torch.float32, split=RankSplit(communicator))
         return answers(join(decoder, whole, communicator), requests())
 
+    return run_ranks(parallel, work)
+
+
+@pytest.mark.parametrize(("name", "split"), CASES)
+def test_the_ranks_choose_the_tokens_of_the_whole_model(configs, run_ranks, expected, name, split):
     tokens, stats = expected(name)
     assert stats.num_preemptions > 0
     assert stats.cache.prefix_hit_tokens > 0
-    for found, _ in run_ranks(parallel, work):
+    for found, _ in answers_of_ranks(configs[name], ParallelConfig(*SPLITS[split]), run_ranks):
         assert found == tokens
+
+
+@pytest.mark.parametrize(("split", "left"), [("1x2", True), ("2", False)])
+def test_a_sum_is_left_to_a_norm_of_the_same_rank(monkeypatch, configs, run_ranks, expected, split, left):
+    """As on a GPU, here by torch. A stage hands on what is added up; a part of a projection has the residual inside."""
+    tokens, _ = expected("llama")
+    sums, of_sum = [], Norm.of_sum
+    monkeypatch.setattr("paceline.models.decoder.in_place_refusal", lambda x_TC: None)
+    monkeypatch.setattr(Norm, "of_sum", lambda self, x: sums.append(x) or of_sum(self, x))
+    for found, _ in answers_of_ranks(configs["llama"], ParallelConfig(*SPLITS[split]), run_ranks):
+        assert found == tokens
+    assert bool(sums) == left
 
 
 def test_where_one_rank_has_no_memory_for_a_decode_all_take_smaller_ones(configs, run_ranks):

@@ -1,7 +1,8 @@
 """residual + x + bias, normed: what stands between one block of a transformer and the next, in one pass.
 
 `add_norm_ref` is plain torch and takes anything; `add_norm` is the kernel of kernels/norm_triton.py, for CUDA where
-`norm_refusal` (kernels/norm.py) finds nothing against x.
+`norm_refusal` (kernels/norm.py) finds nothing against x. `add_norm_` and `scaled_add_norm_` are the same without memory
+of their own, where `in_place_refusal` finds nothing either.
 
 Shapes: T tokens, C channels; P parts of a product that was split over its inputs.
 """
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from paceline.kernels.norm import launch_norm, layer_norm, rms_norm
+from paceline.kernels.norm import launch_norm, layer_norm, norm_refusal, rms_norm
+from paceline.kernels.scaled_linear import ScaledRows, empty_rows
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,10 @@ def add_norm(
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(the norm of residual + x + bias, and that sum where `keep_sum`), both contiguous [T, C] in `dtype`, x's own if
-    None. The sum is not rounded before it is normed. `bias_C` is that of the linear that made x.
+    None. `bias_C` is that of the linear that made x.
+
+    A sum with a residual is rounded to the residual's dtype before it is normed: without a bias, and with x in that
+    dtype, both are to the bit what an addition and a norm after it give.
 
     x and the residual may have any row stride. x may also be [P, T, C], contiguous float32: what is normed is then the
     sum of its parts, always in the same order.
@@ -73,3 +78,39 @@ def add_norm(
         sum_TC=sum_TC,
     )
     return y_TC, sum_TC
+
+
+def in_place_refusal(x_TC: torch.Tensor) -> str | None:
+    """Why add_norm_ and scaled_add_norm_ can take no such x, nor such a residual; None when they can."""
+    return norm_refusal(x_TC) or (None if x_TC.is_contiguous() else "rows are a stride apart")
+
+
+def add_norm_(x_TC: torch.Tensor, norm: NormWeights, residual_TC: torch.Tensor) -> None:
+    """add_norm whose norm lies where x lay, and whose sum where the residual did; both contiguous, in one dtype."""
+    launch_norm(
+        x_TC,
+        norm.weight_C,
+        norm.bias_C,
+        x_TC,
+        norm.eps,
+        centred=norm.centred,
+        residual_TC=residual_TC,
+        sum_TC=residual_TC,
+    )
+
+
+def scaled_add_norm_(x_TC: torch.Tensor, norm: NormWeights, residual_TC: torch.Tensor) -> ScaledRows:
+    """quantize_rows of what add_norm_ leaves in x, to the bit; x stays. The sum lies where the residual lay."""
+    y = empty_rows(x_TC.shape[0], x_TC.shape[1], x_TC.device)
+    launch_norm(
+        x_TC,
+        norm.weight_C,
+        norm.bias_C,
+        y.q_TK,
+        norm.eps,
+        centred=norm.centred,
+        scale_T1=y.scale_T1,
+        residual_TC=residual_TC,
+        sum_TC=residual_TC,
+    )
+    return y

@@ -18,11 +18,11 @@ def norm_kernel(
     x_ptr,  # [R, C], rows x_stride apart; of a split product [PARTS, R, C], float32 and contiguous
     weight_ptr,  # [C]; None: ones
     bias_ptr,  # [C]; None: no bias
-    y_ptr,  # [R, C], contiguous
+    y_ptr,  # [R, C], contiguous, may be x
     scale_ptr,  # float32 [R], and y is in fp8; None: y is not
     residual_ptr,  # [R, C], rows residual_stride apart, added to x first; None: nothing
     added_ptr,  # [C], added to x first; None: nothing
-    sum_ptr,  # [R, C], contiguous: x with what is added; None: it is not wanted
+    sum_ptr,  # [R, C], contiguous, may be the residual: x with what is added; None: it is not wanted
     x_stride,
     residual_stride,
     eps,
@@ -53,6 +53,8 @@ def norm_kernel(
         x += added
     if residual_ptr is not None:
         x += tl.load(residual_ptr + row * residual_stride + cols, mask=inside, other=0.0).to(tl.float32)
+        # As a sum that is stored and then read: the norm's bits are those of an addition before it.
+        x = x.to(residual_ptr.dtype.element_ty).to(tl.float32)
     if sum_ptr is not None:
         tl.store(sum_ptr + row * C + cols, x.to(sum_ptr.dtype.element_ty), mask=inside)
     if CENTRED:

@@ -27,6 +27,10 @@ class ScaledRows(NamedTuple):
     q_TK: torch.Tensor
     scale_T1: torch.Tensor
 
+    @property
+    def shape(self) -> torch.Size:
+        return self.q_TK.shape
+
 
 def quantize_rows_ref(x_TK: torch.Tensor) -> ScaledRows:
     values_TK = x_TK.float()

@@ -19,6 +19,7 @@ from paceline.kernels.decode_attention import decode_refusal, fused_refusal, rop
 from paceline.kernels.kv_write import write_kv
 from paceline.kernels.rope_kv import QKNorm, rope_and_write_kv, rope_refusal
 from paceline.kernels.rotary import apply_rotary
+from paceline.kernels.scaled_linear import ScaledRows
 from paceline.kernels.varlen_attention import varlen_refusal
 from paceline.layers.linear import Linear
 from paceline.layers.norm import Norm
@@ -56,7 +57,7 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        x_TM: torch.Tensor,
+        x_TM: torch.Tensor | ScaledRows,
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
         kv: KVLayer,
         metadata: AttentionMetadata,

@@ -74,7 +74,12 @@ class Linear(nn.Module):
             y_TN = self.ops.activate(y_TN, activation)
         return y_TN if residual_TN is None else residual_TN + y_TN
 
-    def scales(self, x_TK: torch.Tensor) -> bool:
+    def adds(self, residual_TN: torch.Tensor) -> bool:
+        """Whether a residual of so many rows is added inside the product's kernel, not by an operation after it."""
+        planes = self.weight.planes
+        return planes is not None and gemv_refusal(residual_TN, planes) is None
+
+    def scales(self, x_TK: torch.Tensor | ScaledRows) -> bool:
         """Whether the product of so many rows has them in fp8."""
         return isinstance(self.weight, W8A8Weight) and self.weight.scales(x_TK.shape[0])
 

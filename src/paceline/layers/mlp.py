@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from paceline.kernels.gated import scaled_gated_rows
+from paceline.kernels.scaled_linear import ScaledRows
 from paceline.layers.linear import Linear
 from paceline.layers.norm import Norm
 
@@ -24,7 +25,11 @@ class GatedMLP(nn.Module):
         self.activation = activation
 
     def forward(
-        self, x_TD: torch.Tensor, *, norm: Norm | None = None, residual_TD: torch.Tensor | None = None
+        self,
+        x_TD: torch.Tensor | ScaledRows,
+        *,
+        norm: Norm | None = None,
+        residual_TD: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if self.down.scales(x_TD):
             inner_TD = scaled_gated_rows(self.gate_up(x_TD, norm=norm), self.activation)
@@ -44,7 +49,11 @@ class PlainMLP(nn.Module):
         self.activation = activation
 
     def forward(
-        self, x_TD: torch.Tensor, *, norm: Norm | None = None, residual_TD: torch.Tensor | None = None
+        self,
+        x_TD: torch.Tensor | ScaledRows,
+        *,
+        norm: Norm | None = None,
+        residual_TD: torch.Tensor | None = None,
     ) -> torch.Tensor:
         inner_TD = self.up(x_TD, norm=norm, activation=self.activation)
         hidden_TD: torch.Tensor = self.down(inner_TD, residual_TN=residual_TD)

@@ -14,15 +14,17 @@ from torch import nn
 from paceline.config import DecoderConfig, KVGroup, MoeConfig
 from paceline.formats.streamed import StreamedTable
 from paceline.inputs import AttentionMetadata, KVLayer, ModelInputs
+from paceline.kernels.add_norm import in_place_refusal
 from paceline.kernels.choices import Choice, either
 from paceline.kernels.embed import embed, embed_refusal
 from paceline.kernels.gpu import triton_refusal
+from paceline.kernels.scaled_linear import ScaledRows
 from paceline.layers.attention import Attention
 from paceline.layers.embedding import Embedding
 from paceline.layers.linear import Linear
 from paceline.layers.mlp import GatedMLP, PlainMLP
 from paceline.layers.moe import MoE
-from paceline.layers.norm import Norm
+from paceline.layers.norm import Norm, Unadded
 from paceline.layers.rotary import Rotary
 
 
@@ -108,6 +110,8 @@ class Block(nn.Module):
         self.attention = build_attention(config, parts, f"{name}.attention")
         self.post_attention_norm = norm("post_attention_norm") if r.post_norms else None
         self.mlp_norm = norm("mlp_norm") if r.pre_norms and not r.shared_norm else None
+        # Where a projection's kernel takes fewer rows, the norm after it adds, if that alone reads the sum.
+        self.adds_in_norm = self.adds_in_projection and self.mlp_norm is not None and not r.parallel
         self.mlp: nn.Module
         if moe is not None and config.is_moe(layer):
             self.mlp = build_moe(config, moe, parts, f"{name}.mlp")
@@ -117,35 +121,69 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x_TD: torch.Tensor,
+        x: torch.Tensor | Unadded,
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
         kv: KVLayer,
         metadata: AttentionMetadata,
-    ) -> torch.Tensor:
-        r, adds = self.residual, self.adds_in_projection
-        inner_TD, norm = x_TD, self.attention_norm
+    ) -> torch.Tensor | Unadded:
+        r, attention, mlp = self.residual, self.attention, self.mlp
+        inner_TD, x_TD, norm = _open(x, self.attention_norm, attention)
         if r.shared_norm and norm is not None:  # once, for both
             inner_TD, norm = norm(x_TD), None
-        attended_TD = self.attention(inner_TD, rotary, kv, metadata, norm=norm, residual_TM=x_TD if adds else None)
-        joined_TD = attended_TD if adds else self._join(x_TD, attended_TD, self.post_attention_norm)
+        adds = self._adds(attention, x_TD)
+        attended_TD = attention(inner_TD, rotary, kv, metadata, norm=norm, residual_TM=x_TD if adds else None)
+        joined = attended_TD if adds else self._join(x_TD, attended_TD, self.post_attention_norm)
+        opened_TD, joined_TD, norm = _open(joined, self.mlp_norm, mlp)
         if not r.shared_norm:
-            inner_TD, norm = x_TD if r.parallel else joined_TD, self.mlp_norm
-        mixed_TD = self.mlp(inner_TD, norm=norm, residual_TD=joined_TD if adds else None)
+            inner_TD = x_TD if r.parallel else opened_TD
+        adds = self._adds(mlp, joined_TD)
+        mixed_TD: torch.Tensor = mlp(inner_TD, norm=norm, residual_TD=joined_TD if adds else None)
         return mixed_TD if adds else self._join(joined_TD, mixed_TD, self.post_mlp_norm)
 
     def norms_inside(self, rows: int, dtype: torch.dtype, device: torch.device) -> Iterator[Norm]:
         """The norms that are part of the kernel of the projection after them."""
-        after = self.mlp.up if isinstance(self.mlp, PlainMLP) else getattr(self.mlp, "gate_up", None)
-        pairs = [(self.mlp_norm, after)]
+        pairs = [(self.mlp_norm, self.mlp)]
         if not self.residual.shared_norm:
-            pairs.insert(0, (self.attention_norm, self.attention.qkv))
-        for norm, linear in pairs:
+            pairs.insert(0, (self.attention_norm, self.attention))
+        for norm, half in pairs:
+            linear, _ = _ends(half)
             if norm is not None and linear is not None and linear.takes(norm, rows, dtype, device):
                 yield norm
 
-    def _join(self, x_TD: torch.Tensor, half_TD: torch.Tensor, norm: Norm | None) -> torch.Tensor:
-        """The residual stream with one half's answer, which may have a norm of its own."""
+    def _adds(self, half: nn.Module, x_TD: torch.Tensor) -> bool:
+        """Whether a half adds the residual itself."""
+        if not self.adds_in_norm or in_place_refusal(x_TD) is not None:
+            return self.adds_in_projection
+        _, last = _ends(half)
+        return last is None or last.adds(x_TD)
+
+    def _join(self, x_TD: torch.Tensor, half_TD: torch.Tensor, norm: Norm | None) -> torch.Tensor | Unadded:
+        """The residual stream with one half's answer, which may have a norm of its own, or be added by the next."""
+        if self.adds_in_norm:
+            return Unadded(x_TD, half_TD)
         return torch.add(x_TD, half_TD if norm is None else norm(half_TD), alpha=self.residual.multiplier)
+
+
+def _ends(half: nn.Module) -> tuple[Linear | None, Linear | None]:
+    """A half's first projection and its last; a mixture has several, and adds the residual after all of them."""
+    if isinstance(half, Attention):
+        return half.qkv, half.out
+    if isinstance(half, GatedMLP):
+        return half.gate_up, half.down
+    return (half.up, half.down) if isinstance(half, PlainMLP) else (None, None)
+
+
+def _open(
+    x: torch.Tensor | Unadded, norm: Norm | None, half: nn.Module
+) -> tuple[torch.Tensor | ScaledRows, torch.Tensor, Norm | None]:
+    """What `half` reads, the residual stream beside it, and the norm that its first projection has yet to do."""
+    if not isinstance(x, Unadded):
+        return x, x, norm
+    assert norm is not None
+    first, _ = _ends(half)
+    scales = first is not None and first.scales(x.x_TC)
+    normed_TD, sum_TD = norm.scaled_of_sum(x) if scales else norm.of_sum(x)
+    return normed_TD, sum_TD, None
 
 
 class Decoder(nn.Module):
@@ -227,11 +265,12 @@ class Decoder(nn.Module):
         rotaries: Sequence[tuple[torch.Tensor, torch.Tensor]],
         inputs: ModelInputs,
         kv: Sequence[KVLayer],
-    ) -> torch.Tensor:
-        """What the last block gives, [T, D]."""
+    ) -> torch.Tensor | Unadded:
+        """What the last block gives, [T, D]; x may be overwritten."""
+        x: torch.Tensor | Unadded = x_TD
         for block, rotary, layer_kv in zip(self.blocks, self.rotary_of_layer, kv, strict=True):
-            x_TD = block(x_TD, None if rotary is None else rotaries[rotary], layer_kv, inputs.attention)
-        return x_TD
+            x = block(x, None if rotary is None else rotaries[rotary], layer_kv, inputs.attention)
+        return x
 
     def _look_up(self, inputs: ModelInputs) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
         """The tokens' rows, and each rotary's cosines and sines: what reads no weight but the table's rows."""

@@ -44,6 +44,10 @@ class RowParallel(Linear):
         part_TN = super().forward(x_TK, residual_TN=residual_TN if self.communicator.rank.leads else None)
         return self.communicator.all_reduce(part_TN)
 
+    def adds(self, residual_TN: torch.Tensor) -> bool:
+        """Always: one rank does, before the ranks' parts are summed."""
+        return True
+
     def choices(self, rows: int, dtype: torch.dtype, device: torch.device, name: str) -> list[Choice]:
         summing = Choice(f"sum of {name} over the ranks", "gloo")
         if device.type == "cuda":

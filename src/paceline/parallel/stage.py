@@ -16,6 +16,7 @@ from torch import nn
 from paceline.config import DecoderConfig, KVGroup
 from paceline.inputs import KVLayer, ModelInputs
 from paceline.kernels.choices import Choice
+from paceline.layers.norm import Unadded
 from paceline.models.decoder import Decoder
 from paceline.parallel.communicator import Communicator
 from paceline.parallel.split import local_groups
@@ -47,10 +48,11 @@ class Stage(nn.Module):
             x_TD = torch.empty(tokens, decoder.config.hidden_size, dtype=self.dtype, device=self.device)
             x_TD = self.communicator.receive(x_TD)
             rotaries = [rotary(inputs.positions_T) for rotary in decoder.rotaries]
-        x_TD = decoder.run_blocks(x_TD, rotaries, inputs, kv)
+        x = decoder.run_blocks(x_TD, rotaries, inputs, kv)
         if rank.is_last:
-            last_TD: torch.Tensor = decoder.norm(x_TD)
+            last_TD: torch.Tensor = decoder.norm(x)
             return last_TD
+        x_TD = x.added() if isinstance(x, Unadded) else x
         self.communicator.send_on(x_TD)
         return x_TD
 
