@@ -162,3 +162,12 @@ def test_written_arguments() -> None:
     assert dynamo.written_arguments(torch.add) is None
     assert dynamo.is_operator(torch.ops.aten.add)
     assert not dynamo.is_operator(torch.add)
+
+
+def test_tensors_are_copied_at_once_whatever_their_dtypes_and_strides() -> None:
+    sources = [torch.arange(6).view(2, 3).t(), torch.rand(4), torch.tensor([True, False]), torch.empty(0)]
+    targets = [torch.zeros(one.shape, dtype=one.dtype) for one in sources]
+    dynamo.copy_all(targets, sources)
+    for target, source in zip(targets, sources, strict=True):
+        assert torch.equal(target, source)
+    dynamo.copy_all([], [])

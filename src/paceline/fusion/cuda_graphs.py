@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from paceline.fusion.dynamo import copy_all
 from paceline.log import get_logger
 
 log = get_logger(__name__)
@@ -260,9 +261,11 @@ def _autocast() -> Hashable:
 
 
 def _copy(inputs: Sequence[Any], views: Sequence[Any]) -> None:
-    for value, view in zip(inputs, views, strict=True):
-        if isinstance(value, torch.Tensor):
-            view.copy_(value)
+    copy_all([view for view in views if _is_tensor(view)], [value for value in inputs if _is_tensor(value)])
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
 
 
 def _apart(outputs: Sequence[Any], views: Sequence[Any]) -> Sequence[Any]:

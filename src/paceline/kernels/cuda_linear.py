@@ -58,7 +58,7 @@ def linear_norm(
     elif x_TK.shape[0] == 1:
         product_TN = gemv(x_TK, planes, launch=launch)
     else:
-        product_TN = product_parts(x_TK, planes, launch or _launch(x_TK, planes, normed=True))
+        product_TN = product_parts(x_TK, planes, launch or _launch(x_TK, planes))
     return add_norm(product_TN, norm, residual_TC=residual_TN, bias_C=bias_N, keep_sum=keep_sum, dtype=x_TK.dtype)
 
 
@@ -70,12 +70,12 @@ def kernel_refusal(x_TK: torch.Tensor, planes: Planes) -> str | None:
     return shape_refusal(x_TK, planes)
 
 
-def _launch(x_TK: torch.Tensor, planes: Planes, *, normed: bool = False) -> Launch | None:
+def _launch(x_TK: torch.Tensor, planes: Planes) -> Launch | None:
     """None: gemv's own."""
     if x_TK.shape[0] <= 1 or planes.shape[0] * planes.shape[1] > SMALL_WEIGHT:
         return None
     product, device = Product(planes.format, planes.shape, launch_rows(x_TK.shape[0]), planes.group), gpu(x_TK.device)
-    return None if product in load_table(device.name) else filling_launch(product, device, normed=normed)
+    return None if product in load_table(device.name) else filling_launch(product, device)
 
 
 def _by_cublas(x_TK: torch.Tensor, planes: Planes, epilogue: Epilogue) -> torch.Tensor:

@@ -13,7 +13,9 @@ import torch
 from paceline.kernels.gemv import Epilogue
 from paceline.kernels.gpu import gpu, launch_options, triton_refusal
 
-BLOCK = 1024  # channels of a program, of which the widths of most models are multiples
+# Channels of a program, in 2 warps. GELU over 16,384 x 3,072 takes 76 us so on an H100, in 4 warps 80, 2,048 in 8 warps
+# 100 and 512 in any 119; what only reads and writes takes 72.
+BLOCK = 1024
 
 
 def epilogue_refusal(product_TN: torch.Tensor) -> str | None:
@@ -33,7 +35,7 @@ def finish_product(product_TN: torch.Tensor, epilogue: Epilogue) -> torch.Tensor
     """
     T, N = product_TN.shape
     y_TN = product_TN.new_empty((T, N // 2)) if epilogue.gated else product_TN
-    launch_epilogue(product_TN, y_TN, epilogue, BLOCK, warps=4)
+    launch_epilogue(product_TN, y_TN, epilogue, BLOCK, warps=2)
     return y_TN
 
 
