@@ -201,7 +201,10 @@ def assert_as_exact(tensors_of: Callable[[Any], list[torch.Tensor]]) -> Callable
             # transformers' softmax is in float32, where float64's lowest number, the mask of a row with nothing to see,
             # is -inf, and the row NaN: there is nothing to compare with.
             known = wanted.isfinite()
-            assert known.any()
+            if not known.any():  # such a row is a key of all others: what is left is the model's own
+                bound = 16 * torch.finfo(ours.dtype).eps * theirs.double().abs().max().item()
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=bound)
+                continue
             error, allowed = ((one.double() - wanted)[known].square().mean().sqrt() for one in (ours, theirs))
             assert error <= 2 * allowed + torch.finfo(ours.dtype).eps / 2 * wanted[known].abs().max()
 
