@@ -3,7 +3,8 @@
 A request keeps its row while it decodes, whoever else comes and goes, so that a step writes only what changes: on the
 host the numbers that count on, all rows at once, and what a new request asks; block by block what tables gain. One
 copy sends it. Chosen tokens stay on the device as the next step's inputs, and come to the host beside, whenever it
-looks: it never has to wait for a step before it launches the next.
+looks: it never has to wait for a step before it launches the next. A step with prompts in it, which the host makes anew
+and no graph holds, takes its decodes' tokens from these buffers and leaves all that it chooses there.
 
 Shapes: R rows of the step (requests, then unused rows up to a size that is captured), M rows of the buffers, B blocks
 of the longest context, G groups of the cache, N requests in the scheduler's order.

@@ -56,10 +56,10 @@ class Launched:
 
 class ModelRunner:
     """`num_blocks`: blocks of each KV group, the null block not counted. `decode`, given the cache, makes what runs
-    plain decodes on buffers of its own; None: every step is built anew. `deterministic`: attention adds up as if each
-    request were alone (models/deterministic.py does the rest). `all_have_room`, where other ranks compute the same
-    steps: whether the memory of each holds a decode of so many rows. They wait for this one's part of every step, so
-    that none may be computed again without some of its requests."""
+    plain decodes, and chooses behind prompts, on buffers of its own; None: every step is built anew. `deterministic`:
+    attention adds up as if each request were alone (models/deterministic.py does the rest). `all_have_room`, where
+    other ranks compute the same steps: whether the memory of each holds a decode of so many rows. They wait for this
+    one's part of every step, so that none may be computed again without some of its requests."""
 
     def __init__(
         self,
@@ -142,7 +142,7 @@ class ModelRunner:
                 raise
             self.decode.lower(len(scheduled))
             return None
-        return self._fly(pending, scheduled, states)
+        return self._started(pending, scheduled, states)
 
     def _launch_mixed(self, output: SchedulerOutput) -> Launched | None:
         assert self.decode is not None
@@ -160,9 +160,9 @@ class ModelRunner:
             if self._all_have_room is not None or not is_out_of_memory(error):
                 raise
             return None
-        return self._fly(pending, choosing, states)
+        return self._started(pending, choosing, states)
 
-    def _fly(
+    def _started(
         self, pending: PendingDecode, choosing: Sequence[ScheduledRequest], states: Sequence[RequestTokens]
     ) -> Launched:
         launched = Launched(None, pending, [request.request_id for request in choosing], states)
