@@ -134,3 +134,6 @@ def test_where_nothing_is_padding_the_mask_is_not_read(device: str, attention: A
     torch.testing.assert_close(found, attend(q, k, v, None, heads), rtol=1e-4, atol=1e-4)
     found = attention(*flat, mask, heads, Packed(2, 5)).view(q.shape)
     torch.testing.assert_close(found, attend(q, k, v, mask, heads), rtol=1e-4, atol=1e-4)
+    bias = torch.randn(2, 1, 5, 5, generator=torch.Generator().manual_seed(1)).to(device)  # no mask of padding
+    found = attention(*flat, bias, heads, Packed(2, 5, full=True)).view(q.shape)
+    torch.testing.assert_close(found, attend(q, k, v, bias, heads), rtol=1e-4, atol=1e-4)

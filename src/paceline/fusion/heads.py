@@ -49,10 +49,8 @@ def attend_packed(
     packed: Packed,
 ) -> torch.Tensor:
     """[T, C]: the tokens' rows of attend() of the padded batch."""
-    if packed.full and mask is not None and _is_of_keys(mask):
-        mask = None
     q, k, v = (unpack(x, packed) for x in (q_TC, k_TC, v_TC))
-    return pack(attend(q, k, v, mask, heads), packed)
+    return pack(attend(q, k, v, _without_padding(mask, packed), heads), packed)
 
 
 def attend_by_kernel(
@@ -86,8 +84,7 @@ def attend_packed_by_kernel(
 ) -> torch.Tensor:
     """attend_packed() by the kernel. A mask of keys alone is the padding's, and packed sequences have none: whether it
     is, is tried when a graph is captured."""
-    if packed.full and mask is not None and _is_of_keys(mask):
-        mask = None
+    mask = _without_padding(mask, packed)
     if packed.plan is None or heads.causal or not (mask is None or _is_of_keys(mask)):
         q, k, v = (unpack(x, packed) for x in (q_TC, k_TC, v_TC))
         return pack(attend_by_kernel(q, k, v, mask, heads), packed)
@@ -103,6 +100,11 @@ def _apart(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: Heads) -> l
 
 def _scale(q: torch.Tensor, heads: Heads) -> float:
     return float(q.shape[-1] ** -0.5) if heads.scale is None else heads.scale
+
+
+def _without_padding(mask: torch.Tensor | None, packed: Packed) -> torch.Tensor | None:
+    """None for the mask of padding where there is none."""
+    return None if mask is None or (packed.full and _is_of_keys(mask)) else mask
 
 
 def _is_of_keys(mask: torch.Tensor) -> bool:
