@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from paceline import reference
 from paceline.config import CacheConfig, SchedulerConfig
 from paceline.engine.build import load_model
 from paceline.engine.engine import EngineRequest
@@ -63,6 +64,25 @@ def test_float32_tokens_are_those_of_the_cpu(tiny_model: Callable[[str], Any], n
         options = {"device": "cuda", "dtype": "float32", "mode": "graph", "async_depth": depth}
         assert generate(directory, params, num_blocks=256, **options) == expected
         assert generate(directory, params, num_blocks=40, **options) == expected  # preempted now and then
+
+
+@pytest.mark.parametrize(
+    "name", ["llama-llama3", "llama-mqa", "llama-bias", "qwen2-window", "qwen3", "gemma2", "gemma3"]
+)
+def test_64_streams_get_the_references_tokens(tiny_model: Callable[[str], Any], name: str):
+    model = tiny_model(name)
+    given = prompts(64)
+    with LLM(
+        str(model.directory), device="cuda", dtype="float32", mode="graph", num_blocks=700, **OPTIONS | {"max_num_seqs": 64}
+    ) as llm:  # fmt: skip
+        outputs = llm.generate(given, SamplingParams(temperature=0, max_tokens=10, ignore_eos=True))
+    oracle = reference.load(model.checkpoint, model.config)
+    for prompt, output in zip(given, outputs, strict=True):
+        ids, tokens = prompt["prompt_token_ids"], list(output.outputs[0].token_ids)
+        logits = reference.forward(oracle, [*ids, *tokens[:-1]], reference.Cache())[len(ids) - 1 :]
+        likelihood = logits.log_softmax(dim=-1)
+        chosen = likelihood.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        assert (likelihood.amax(dim=1) - chosen).max() < 2e-4  # the likeliest token, or tied with it
 
 
 @pytest.mark.parametrize("name", ["llama-llama3", "mixtral", "qwen3-moe"])
