@@ -25,6 +25,7 @@ from paceline.sampling.static import KINDS
 pytestmark = pytest.mark.gpu
 
 OPTIONS: dict[str, Any] = {"skip_tokenizer_init": True, "block_size": 4, "max_num_seqs": 16}
+REFERENCE = ["llama-llama3", "llama-mqa", "llama-bias", "qwen2-window", "qwen3", "gemma2", "gemma3"]  # has them
 FAMILIES = ["llama-llama3", "llama-bias", "qwen2-window", "qwen3", "gemma2", "gemma3", "gpt2", "bloom-six-heads"]
 
 
@@ -66,15 +67,12 @@ def test_float32_tokens_are_those_of_the_cpu(tiny_model: Callable[[str], Any], n
         assert generate(directory, params, num_blocks=40, **options) == expected  # preempted now and then
 
 
-@pytest.mark.parametrize(
-    "name", ["llama-llama3", "llama-mqa", "llama-bias", "qwen2-window", "qwen3", "gemma2", "gemma3"]
-)
+@pytest.mark.parametrize("name", REFERENCE)
 def test_64_streams_get_the_references_tokens(tiny_model: Callable[[str], Any], name: str):
     model = tiny_model(name)
     given = prompts(64)
-    with LLM(
-        str(model.directory), device="cuda", dtype="float32", mode="graph", num_blocks=700, **OPTIONS | {"max_num_seqs": 64}
-    ) as llm:  # fmt: skip
+    options: dict[str, Any] = {**OPTIONS, "max_num_seqs": 64, "num_blocks": 700}
+    with LLM(str(model.directory), device="cuda", dtype="float32", mode="graph", **options) as llm:
         outputs = llm.generate(given, SamplingParams(temperature=0, max_tokens=10, ignore_eos=True))
     oracle = reference.load(model.checkpoint, model.config)
     for prompt, output in zip(given, outputs, strict=True):
