@@ -10,10 +10,11 @@ import torch
 
 from paceline.formats import fp8, int4, int8
 from paceline.kernels import cuda_linear as module
-from paceline.kernels.add_norm import NormWeights, add_norm_ref
+from paceline.kernels.add_norm import add_norm_ref
 from paceline.kernels.cuda_linear import cuda_linear, kernel_refusal, linear_norm
 from paceline.kernels.gemv import PLAIN, Epilogue, Planes, gemv_ref
 from paceline.kernels.gemv_launch import Launch
+from paceline.kernels.norm import NormWeights
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []  # so that `make test-gpu` has them
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

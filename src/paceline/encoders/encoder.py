@@ -19,6 +19,7 @@ from paceline.encoders.modules import Pooling
 from paceline.encoders.pooling import Dense, pool
 from paceline.encoders.results import Rows
 from paceline.errors import EngineError
+from paceline.transfer import send
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,13 @@ class Encoder:
             types_BL = np.zeros_like(ids_BL)
             for row, one in zip(types_BL, batch, strict=True):
                 row[: len(one.type_ids)] = one.type_ids
-        lengths_B = torch.tensor(lengths, device=self.device)
+        lengths_B = send(np.array(lengths), self.device)
         inputs = {
-            "input_ids": torch.from_numpy(ids_BL).to(self.device),
+            "input_ids": send(ids_BL, self.device),
             "attention_mask": (torch.arange(max(lengths), device=self.device) < lengths_B[:, None]).long(),
         }
         if types_BL is not None:
-            inputs["token_type_ids"] = torch.from_numpy(types_BL).to(self.device)
+            inputs["token_type_ids"] = send(types_BL, self.device)
         output = self.model(**inputs)
         if self.pooling is None:
             rows_BV = output.logits.float()

@@ -121,31 +121,32 @@ class ModelRunner:
         scheduled = output.scheduled
         if self.decode is None or output.branches or sum(r.samples for r in scheduled) > self.decode.max_rows:
             return None
-        if not fits(scheduled, [self._requests[request.request_id] for request in scheduled]):
-            return None
-        return self._launch_decode(output) if all_decode(scheduled) else self._launch_mixed(output)
-
-    def _launch_decode(self, output: SchedulerOutput) -> Launched | None:
-        assert self.decode is not None
-        scheduled = output.scheduled
         states = [self._requests[request.request_id] for request in scheduled]
+        if not fits(scheduled, states):
+            return None
+        if all_decode(scheduled):
+            return self._launch_decode(self.decode, output, states)
+        return self._launch_mixed(self.decode, output)
+
+    def _launch_decode(
+        self, decode: DecodeStep, output: SchedulerOutput, states: list[RequestTokens]
+    ) -> Launched | None:
         if self._all_have_room is not None:
-            rows = self.decode.new_rows(states)
+            rows = decode.new_rows(states)
             if rows is not None and not self._all_have_room(rows):
-                self.decode.lower(len(scheduled))
+                decode.lower(len(states))
                 return None
         self._copy(output.copies)  # a second time, where memory does not suffice, changes nothing
         try:
-            pending = self.decode.launch(scheduled, states)
+            pending = decode.launch(output.scheduled, states)
         except Exception as error:
-            if self._all_have_room is not None or not is_out_of_memory(error):
+            if not self._survives(error):
                 raise
-            self.decode.lower(len(scheduled))
+            decode.lower(len(states))
             return None
-        return self._started(pending, scheduled, states)
+        return self._started(pending, output.scheduled, states)
 
-    def _launch_mixed(self, output: SchedulerOutput) -> Launched | None:
-        assert self.decode is not None
+    def _launch_mixed(self, decode: DecodeStep, output: SchedulerOutput) -> Launched | None:
         scheduled = _decodes_first(output.scheduled)
         self._copy(output.copies)  # as there
         ends = np.cumsum([len(request.token_ids) for request in scheduled])
@@ -155,9 +156,9 @@ class ModelRunner:
         positions = np.array([request.start + len(request.token_ids) for request in choosing], dtype=np.int64)
         try:
             inputs, unknown = self._inputs(scheduled)
-            pending = self.decode.launch_mixed(inputs, unknown, Ends(states, ends[chosen] - 1, positions))
+            pending = decode.launch_mixed(inputs, unknown, Ends(states, ends[chosen] - 1, positions))
         except Exception as error:
-            if self._all_have_room is not None or not is_out_of_memory(error):
+            if not self._survives(error):
                 raise
             return None
         return self._started(pending, choosing, states)
@@ -208,7 +209,7 @@ class ModelRunner:
         try:
             return self._compute(scheduled)
         except Exception as error:
-            if self._all_have_room is not None or not is_out_of_memory(error):
+            if not self._survives(error):
                 raise
             largest = max(scheduled, key=lambda request: len(request.token_ids))
         # Out here the error is gone, and with it the tensors that its traceback held.
@@ -222,6 +223,10 @@ class ModelRunner:
         rest = [request for request in scheduled if request is not largest]
         step = self._compute_or_fail(rest) if rest else StepOutput({})
         return replace(step, errors={**step.errors, largest.request_id: message})
+
+    def _survives(self, error: Exception) -> bool:
+        """Whether a step that fails so may be computed in another way: not where other ranks compute it too."""
+        return self._all_have_room is None and is_out_of_memory(error)
 
     def _compute(self, scheduled: Sequence[ScheduledRequest]) -> StepOutput:
         scheduled = _decodes_first(scheduled)
@@ -286,7 +291,7 @@ class ModelRunner:
                 num_top += [state.new.params.num_prompt_logprobs or 0] * len(request.scored)
         if not picked:
             return {}
-        rows = torch.tensor(picked, device=hidden_TD.device)
+        rows = send(np.array(picked), hidden_TD.device)
         entries = iter(score_hidden(self.model.logits, hidden_TD[rows], self.model.vocab_size, targets, num_top))
         return {r.request_id: tuple(islice(entries, len(r.scored))) for r in scheduled if r.scored}
 
@@ -320,7 +325,7 @@ class ModelRunner:
         if not rows:
             return StepOutput({})
         if picked != list(range(hidden_TD.shape[0])):
-            hidden_TD = hidden_TD[torch.tensor(picked, device=hidden_TD.device)]
+            hidden_TD = hidden_TD[send(np.array(picked), hidden_TD.device)]
         logits_RV = self.model.logits(hidden_TD)
         if not beams:
             return self._collect(choosing, sample(logits_RV, rows))

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import torch
 
-from paceline.kernels.add_norm import NormWeights, add_norm
+from paceline.kernels.add_norm import add_norm
 from paceline.kernels.cuda_linear import cuda_linear, linear_norm
 from paceline.kernels.gemv import Epilogue, Planes
+from paceline.kernels.norm import NormWeights
 
 
 def product(

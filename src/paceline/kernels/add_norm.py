@@ -9,22 +9,10 @@ Shapes: T tokens, C channels; P parts of a product that was split over its input
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from paceline.kernels.norm import launch_norm, layer_norm, norm_refusal, rms_norm
+from paceline.kernels.norm import NormWeights, launch_norm, layer_norm, norm_refusal, rms_norm
 from paceline.kernels.scaled_linear import ScaledRows, empty_rows
-
-
-@dataclass(frozen=True)
-class NormWeights:
-    """A layer norm where `centred`, else an RMS norm, which may have a bias here too. No weight: ones."""
-
-    weight_C: torch.Tensor | None
-    bias_C: torch.Tensor | None
-    eps: float
-    centred: bool
 
 
 def add_norm_ref(
@@ -66,17 +54,7 @@ def add_norm(
     """
     y_TC = torch.empty(x_TC.shape[-2:], dtype=dtype or x_TC.dtype, device=x_TC.device)
     sum_TC = torch.empty_like(y_TC) if keep_sum else None
-    launch_norm(
-        x_TC,
-        norm.weight_C,
-        norm.bias_C,
-        y_TC,
-        norm.eps,
-        centred=norm.centred,
-        residual_TC=residual_TC,
-        added_C=bias_C,
-        sum_TC=sum_TC,
-    )
+    launch_norm(x_TC, norm, y_TC, residual_TC=residual_TC, added_C=bias_C, sum_TC=sum_TC)
     return y_TC, sum_TC
 
 
@@ -87,30 +65,11 @@ def in_place_refusal(x_TC: torch.Tensor) -> str | None:
 
 def add_norm_(x_TC: torch.Tensor, norm: NormWeights, residual_TC: torch.Tensor) -> None:
     """add_norm whose norm lies where x lay, and whose sum where the residual did; both contiguous, in one dtype."""
-    launch_norm(
-        x_TC,
-        norm.weight_C,
-        norm.bias_C,
-        x_TC,
-        norm.eps,
-        centred=norm.centred,
-        residual_TC=residual_TC,
-        sum_TC=residual_TC,
-    )
+    launch_norm(x_TC, norm, x_TC, residual_TC=residual_TC, sum_TC=residual_TC)
 
 
 def scaled_add_norm_(x_TC: torch.Tensor, norm: NormWeights, residual_TC: torch.Tensor) -> ScaledRows:
     """quantize_rows of what add_norm_ leaves in x, to the bit; x stays. The sum lies where the residual lay."""
     y = empty_rows(x_TC.shape[0], x_TC.shape[1], x_TC.device)
-    launch_norm(
-        x_TC,
-        norm.weight_C,
-        norm.bias_C,
-        y.q_TK,
-        norm.eps,
-        centred=norm.centred,
-        scale_T1=y.scale_T1,
-        residual_TC=residual_TC,
-        sum_TC=residual_TC,
-    )
+    launch_norm(x_TC, norm, y.q_TK, scale_T1=y.scale_T1, residual_TC=residual_TC, sum_TC=residual_TC)
     return y

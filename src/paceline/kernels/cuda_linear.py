@@ -13,12 +13,13 @@ from dataclasses import replace
 
 import torch
 
-from paceline.kernels.add_norm import NormWeights, add_norm
+from paceline.kernels.add_norm import add_norm
 from paceline.kernels.epilogue import finish_product
 from paceline.kernels.gemv import DENSE_ROWS, PLAIN, Epilogue, Planes, gemv, product_parts, shape_refusal
 from paceline.kernels.gemv_launch import Launch, Product, filling_launch, launch_rows, load_table
 from paceline.kernels.gpu import gpu
 from paceline.kernels.linear import linear_ref
+from paceline.kernels.norm import NormWeights
 from paceline.kernels.unpack import unpack_planes
 
 # Of dense weights with at most so many values, as BERT's and its like have, all rows up to SMALL_ROWS are the kernel's;

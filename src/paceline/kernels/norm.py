@@ -7,6 +7,8 @@ with what is added before.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch.nn import functional as F
 
@@ -15,6 +17,16 @@ from paceline.kernels.scaled_linear import ScaledRows, empty_rows
 
 # A program holds a row in registers: 32 values a thread in 16 warps.
 MOST_CHANNELS = 16384
+
+
+@dataclass(frozen=True)
+class NormWeights:
+    """A layer norm where `centred`, else an RMS norm, which may have a bias here too. No weight: ones."""
+
+    weight_C: torch.Tensor | None
+    bias_C: torch.Tensor | None
+    eps: float
+    centred: bool
 
 
 def rms_norm(x_TC: torch.Tensor, weight_C: torch.Tensor | None, eps: float) -> torch.Tensor:
@@ -74,7 +86,7 @@ def norm_rows(
     one's end before it reads x or writes.
     """
     y_TC = torch.empty(x_TC.shape, dtype=x_TC.dtype, device=x_TC.device)
-    launch_norm(x_TC, weight_C, bias_C, y_TC, eps, centred=centred)
+    launch_norm(x_TC, NormWeights(weight_C, bias_C, eps, centred), y_TC)
     return y_TC
 
 
@@ -83,18 +95,15 @@ def scaled_norm_rows(
 ) -> ScaledRows:
     """quantize_rows of norm_rows in the same kernel, to the bit."""
     y = empty_rows(x_TC.shape[0], x_TC.shape[1], x_TC.device)
-    launch_norm(x_TC, weight_C, bias_C, y.q_TK, eps, centred=centred, scale_T1=y.scale_T1)
+    launch_norm(x_TC, NormWeights(weight_C, bias_C, eps, centred), y.q_TK, scale_T1=y.scale_T1)
     return y
 
 
 def launch_norm(
     x_TC: torch.Tensor,
-    weight_C: torch.Tensor | None,
-    bias_C: torch.Tensor | None,
+    norm: NormWeights,
     y_TC: torch.Tensor,
-    eps: float,
     *,
-    centred: bool,
     scale_T1: torch.Tensor | None = None,
     residual_TC: torch.Tensor | None = None,
     added_C: torch.Tensor | None = None,
@@ -114,8 +123,8 @@ def launch_norm(
     dependent = gpu(x_TC.device).dependent
     norm_kernel[(rows,)](
         x_TC,
-        weight_C,
-        bias_C,
+        norm.weight_C,
+        norm.bias_C,
         y_TC,
         scale_T1,
         residual_TC,
@@ -123,11 +132,11 @@ def launch_norm(
         sum_TC,
         x_TC.stride(-2),
         0 if residual_TC is None else residual_TC.stride(0),
-        eps,
+        norm.eps,
         C=channels,
         TILE=tile,
         PARTS=1 if x_TC.dim() == 2 else x_TC.shape[0],
-        CENTRED=centred,
+        CENTRED=norm.centred,
         DEPENDENT=dependent,
         num_warps=max(1, min(16, tile // 512)),
         **launch_options(dependent),

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from paceline.config import NormConfig
-from paceline.kernels.add_norm import NormWeights, add_norm_, in_place_refusal, scaled_add_norm_
+from paceline.kernels.add_norm import add_norm_, in_place_refusal, scaled_add_norm_
 from paceline.kernels.choices import Choice, either
 from paceline.kernels.elementwise import COMPILED_ROWS, PLAIN
 from paceline.kernels.gpu import triton_refusal
-from paceline.kernels.norm import norm_refusal, norm_rows, norm_shape_refusal, scaled_norm_rows
+from paceline.kernels.norm import NormWeights, norm_refusal, norm_rows, norm_shape_refusal, scaled_norm_rows
 from paceline.kernels.scaled_linear import ScaledRows, quantize_rows
 
 

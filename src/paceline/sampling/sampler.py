@@ -23,6 +23,7 @@ from paceline.sampling.logprobs import TokenLogprobs
 from paceline.sampling.params import NO_TOKEN_LEFT, SamplingParams
 from paceline.sampling.random import uniform
 from paceline.sampling.scoring import score_tokens
+from paceline.transfer import send
 
 NOT_FINITE = "the model's logits are not finite (NaN or infinity): the weights or the precision overflowed"
 NO_TOKEN = -1  # the token id of a row that has an error
@@ -193,7 +194,7 @@ def _pairs(groups: Iterable[tuple[int, Sequence[int]]], device: torch.device) ->
     numbers = [row for row, _ in groups]
     arrays = [np.asarray(ids, dtype=np.int64) for _, ids in groups]
     rows = np.repeat(np.asarray(numbers, dtype=np.int64), [len(array) for array in arrays])
-    return torch.from_numpy(rows).to(device), torch.from_numpy(np.concatenate(arrays)).to(device)
+    return send(rows, device), send(np.concatenate(arrays), device)
 
 
 # ------------------------------------------------------------------------------------------- log probabilities

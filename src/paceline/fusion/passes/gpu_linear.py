@@ -27,9 +27,8 @@ from paceline.fusion.passes.linear import parts
 from paceline.fusion.rewrite import Rewrite
 from paceline.kernels import gpu
 from paceline.kernels.activation import quick_gelu
-from paceline.kernels.add_norm import NormWeights
 from paceline.kernels.gemv import Planes
-from paceline.kernels.norm import rms_norm
+from paceline.kernels.norm import NormWeights, rms_norm
 
 ACTIVATIONS = {"silu": "silu", "relu": "relu", "tanh": "tanh"}
 
