@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from paceline.fusion.generate.decoder import Decoder
+from paceline.fusion.generate.history import History
 from paceline.fusion.generate.processors import Processor, processed
 from paceline.fusion.generate.request import Request
 from paceline.fusion.generate.stopping import StopFlag
@@ -47,15 +48,13 @@ def beam_search(
     prompt = length = prompt_RP.shape[1]
     search = _begin(request, prompt_RP)
     before = search
-    all_scores: list[torch.Tensor] = []
-    all_logits: list[torch.Tensor] = []
+    history = History(request)
     stop = StopFlag(late=request.may_run_on)
     rows_RP = prompt_RP
     logits_RV = decoder.prefill(prompt_RP)
     while True:
         scores_RV = processed(processors, rows_RP, logits_RV.log_softmax(dim=-1))
-        all_scores += [scores_RV] if request.scores else []
-        all_logits += [logits_RV] if request.logits else []
+        history.add(scores_RV, logits_RV)
         before = search
         search, going_on = _advance(search, request, scores_RV, length, prompt)
         length += 1
@@ -66,10 +65,7 @@ def beam_search(
         rows_RP = search.running.records_BKW[:, :, :length].flatten(0, 1)
         logits_RV = decoder.step(rows_RP[:, -1])
     surplus = stop.surplus()
-    result = _best((before if surplus else search).finished, request, prompt)
-    result["scores"] = tuple(all_scores[: len(all_scores) - surplus]) if request.scores else None
-    result["logits"] = tuple(all_logits[: len(all_logits) - surplus]) if request.logits else None
-    return result
+    return {**_best((before if surplus else search).finished, request, prompt), **history.result(surplus)}
 
 
 def _begin(request: Request, prompt_RP: torch.Tensor) -> Search:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from paceline.fusion.generate.decoder import Decoder
+from paceline.fusion.generate.history import History
 from paceline.fusion.generate.processors import Processor, processed
 from paceline.fusion.generate.request import Request
 from paceline.fusion.generate.stopping import StopFlag
@@ -23,14 +24,12 @@ def sample(
     tokens_RL = prompt_RP.new_empty(rows, request.max_length)
     tokens_RL[:, :length] = prompt_RP
     running_R = torch.ones(rows, dtype=torch.bool, device=prompt_RP.device)
-    all_scores: list[torch.Tensor] = []
-    all_logits: list[torch.Tensor] = []
+    history = History(request)
     stop = StopFlag(late=request.may_run_on)
     logits_RV = decoder.prefill(prompt_RP)
     while True:
         scores_RV = processed(processors, tokens_RL[:, :length], logits_RV)
-        all_scores += [scores_RV] if request.scores else []
-        all_logits += [logits_RV] if request.logits else []
+        history.add(scores_RV, logits_RV)
         if request.sample:
             chosen_R = torch.multinomial(scores_RV.softmax(dim=-1), num_samples=1).squeeze(1)
         else:
@@ -46,8 +45,4 @@ def sample(
             break
         logits_RV = decoder.step(chosen_R)
     surplus = stop.surplus()
-    return {
-        "sequences": tokens_RL[:, : length - surplus].clone(),
-        "scores": tuple(all_scores[: len(all_scores) - surplus]) if request.scores else None,
-        "logits": tuple(all_logits[: len(all_logits) - surplus]) if request.logits else None,
-    }
+    return {"sequences": tokens_RL[:, : length - surplus].clone(), **history.result(surplus)}
