@@ -3,9 +3,11 @@ and beams.
 
     python benchmarks/generate_loop.py --models t5-base,whisper-small --batches 1,8 --beams 1,4 --tokens 64
 
-For transformers' own loop the time is divided into the encoder, the forwards of the decoder, and what is neither: the
-loop. The loop's parts are timed by wrapping the functions that do them, in a run of their own, since the wrappers cost
-time too. Ours is the same call after `paceline.fusion.generate.install`; both are timed in turns, best of the rounds.
+For transformers' own loop, in float32, the time is divided into the encoder, the forwards of the decoder, and what is
+neither: the loop. The loop's parts are timed by wrapping the functions that do them, in a run of their own, since the
+wrappers cost time too. Ours is the same call after `paceline.optimize`, in float32, where its tokens are compared, and
+in --dtype; --compiled adds transformers' own fast path, a static cache and a compiled forward. All are timed in turns,
+best of the rounds.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -137,7 +140,7 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
     return now() - began
 
 
-def measure(name: str, model: Any, fast: Any, batch: int, beams: int, options: argparse.Namespace) -> str:
+def measure(name: str, model: Any, others: dict[str, Any], batch: int, beams: int, options: argparse.Namespace) -> str:
     inputs = inputs_of(name, model, batch, options.source)
     arguments = {"max_new_tokens": options.tokens, "min_new_tokens": options.tokens, "num_beams": beams}
 
@@ -152,22 +155,37 @@ def measure(name: str, model: Any, fast: Any, batch: int, beams: int, options: a
         whole = seconds(call, model.device)
     spent["loop"] = whole - sum(spent.values())
 
-    def fast_call() -> Any:
-        return fast.generate(**inputs, **arguments, do_sample=False)
-
-    assert torch.equal(fast_call(), expected), "tokens differ"
-    fast_call()  # both calls capture
-    theirs, ours = [], []
+    calls = {"theirs": call}
+    for label, other in others.items():
+        cast = {key: value.to(other.dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+        extra = {"cache_implementation": "static"} if label == "compiled" else {}
+        calls[label] = partial(other.generate, **cast, **arguments, **extra, do_sample=False)
+    told = ""
+    for label, one in calls.items():
+        made = one()
+        one()  # the first two calls compile and capture
+        if others.get(label, model).dtype == model.dtype and not torch.equal(made, expected):
+            told += f"  {label}: OTHER TOKENS, {int((made != expected).sum())} of {expected.numel()}"
+    best = {label: float("inf") for label in calls}
     for _ in range(options.rounds):
-        theirs.append(seconds(call, model.device))
-        ours.append(seconds(fast_call, model.device))
-    best, mine = min(theirs), min(ours)
+        for label, one in calls.items():
+            best[label] = min(best[label], seconds(one, model.device))
     share = ", ".join(f"{part} {1e3 * value:.0f}" for part, value in spent.items())
     loop = ", ".join(f"{part} {1e3 * value:.0f}" for part, value in parts.items())
-    return (
-        f"{name:14}{batch:6}{beams:6}{1e3 * best:10.0f}{1e3 * mine:8.0f}{best / mine:7.2f}x"
-        f"   of {1e3 * whole:.0f} ms: {share} ({loop})"
-    )
+    times = "".join(f"{1e3 * value:9.1f} ({best['theirs'] / value:4.1f}x)" for value in best.values())
+    return f"{name:14}{batch:6}{beams:6}{times}   of {1e3 * whole:.0f} ms: {share} ({loop}){told}"
+
+
+def others_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What is timed beside transformers' model, by the name of its column."""
+    others = {"ours": paceline.optimize(build(name).to(options.device))}
+    if options.dtype != "float32":
+        dtype = getattr(torch, options.dtype)
+        others[f"ours {options.dtype}"] = paceline.optimize(build(name).to(options.device, dtype), level=options.level)
+    if options.compiled:
+        others["compiled"] = compiled = build(name).to(options.device)
+        compiled.forward = torch.compile(compiled.forward, mode="reduce-overhead")
+    return others
 
 
 def main() -> None:
@@ -180,17 +198,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", help="of one more model of ours")
+    parser.add_argument("--level", default="fast", help="of that one")
+    parser.add_argument("--compiled", action="store_true", help="transformers' static cache and compiled forward, too")
     parser.add_argument(
         "--cpu-time", action="store_true", help="for a machine that others use: one thread, its own time"
     )
     options = parser.parse_args()
     torch.set_num_threads(1 if options.cpu_time else options.threads)
-    print(f"{'model':14}{'batch':>6}{'beams':>6}{'theirs ms':>10}{'ours':>8}{'ratio':>8}   where theirs goes, ms")
     for name in options.models.split(","):
-        model, fast = build(name).to(options.device), paceline.optimize(build(name).to(options.device))
+        model, others = build(name).to(options.device), others_of(name, options)
+        columns = "".join(f"{label + ', ms':>17}" for label in ("theirs", *others))
+        print(f"{'model':14}{'batch':>6}{'beams':>6}{columns}   where theirs goes, ms", flush=True)
         for batch in map(int, options.batches.split(",")):
             for beams in map(int, options.beams.split(",")):
-                print(measure(name, model, fast, batch, beams, options), flush=True)
+                print(measure(name, model, others, batch, beams, options), flush=True)
 
 
 if __name__ == "__main__":

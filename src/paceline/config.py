@@ -256,7 +256,8 @@ class CacheConfig:
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """`max_num_batched_tokens` is the token budget of one step, prefill chunks, decodes and drafts together.
+    """`max_num_batched_tokens` is the token budget of one step, prefill chunks, decodes and drafts together (see
+    engine/open_step.py for what prompts get of it).
     `max_chunk`: the longest prefill chunk of one request, None for the whole budget."""
 
     max_num_seqs: int = 64

@@ -60,6 +60,51 @@ def test_prompts_are_cut_to_the_budget_and_decodes_go_first():
     assert step(scheduler)[0] == [("a", 7, 1), ("b", 10, 1)]
 
 
+def test_prompts_take_small_steps_while_others_decode_and_few_wait():
+    scheduler = make(num_blocks=2000, max_num_batched_tokens=2000, max_model_len=4000)
+    add(scheduler, "a", range(1800))
+    assert step(scheduler)[0] == [("a", 0, 1800)]  # nobody waits for a step of its own
+    add(scheduler, "b", range(5000, 5700))
+    add(scheduler, "c", range(6000, 6300))
+    add(scheduler, "d", range(7000, 7100))
+    assert step(scheduler)[0] == [("a", 1800, 1), ("b", 0, 512)]
+    assert step(scheduler)[0] == [("a", 1801, 1), ("b", 512, 188), ("c", 0, 300), ("d", 0, 24)]
+    assert step(scheduler)[0] == [("a", 1802, 1), ("b", 700, 1), ("c", 300, 1), ("d", 24, 76)]
+
+
+def test_prompts_take_large_steps_while_more_of_them_wait_than_a_step_takes():
+    scheduler = make(num_blocks=4000, max_num_batched_tokens=2000, max_model_len=4000)
+    add(scheduler, "a", range(10))
+    step(scheduler)
+    for name, begin in (("b", 5000), ("c", 7000)):
+        add(scheduler, name, range(begin, begin + 1001))
+    assert step(scheduler)[0] == [("a", 10, 1), ("b", 0, 1001), ("c", 0, 998)]
+    assert step(scheduler)[0] == [("a", 11, 1), ("b", 1001, 1), ("c", 998, 3)]
+
+
+def test_a_prompt_that_gets_nothing_of_a_small_step_waits():
+    scheduler = make(num_blocks=2000, max_num_batched_tokens=700, max_chunk=256)
+    add(scheduler, "a", range(10))
+    step(scheduler)
+    for name in ("b", "c", "d"):
+        add(scheduler, name, range(ord(name) * 1000, ord(name) * 1000 + 600))
+    assert step(scheduler)[0] == [("a", 10, 1), ("b", 0, 256), ("c", 0, 256), ("d", 0, 187)]
+    assert step(scheduler)[0] == [("a", 11, 1), ("b", 256, 256), ("c", 256, 256)]
+    add(scheduler, "e", range(5000, 5300))
+    add(scheduler, "f", range(6000, 6008))
+    assert step(scheduler)[0] == [("a", 12, 1), ("b", 512, 88), ("c", 512, 88), ("d", 187, 256), ("e", 0, 80)]
+    assert (scheduler.num_running, scheduler.num_waiting) == (5, 1)  # "f" holds no block
+
+
+def test_drafts_are_not_counted_as_prompts():
+    scheduler = make(num_blocks=2000, max_num_batched_tokens=2000, max_model_len=4000)
+    add(scheduler, "a", range(10), max_tokens=1000)
+    step(scheduler)
+    scheduler.set_drafts("a", [1] * 700)
+    add(scheduler, "b", range(5000, 5513))
+    assert step(scheduler, tokens={"a": (1,)})[0] == [("a", 10, 701), ("b", 0, 512)]
+
+
 def test_a_chunk_is_not_longer_than_max_chunk_and_only_the_last_one_samples():
     scheduler = make(max_chunk=4)
     add(scheduler, "a", range(10))

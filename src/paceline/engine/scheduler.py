@@ -20,14 +20,13 @@ from dataclasses import dataclass
 from paceline.cache.manager import CacheManager, CacheStats
 from paceline.config import EngineConfig, KVGroup
 from paceline.engine.beam_request import BeamRequest
+from paceline.engine.open_step import OpenStep, prompt_budget
 from paceline.engine.queue import RequestQueue
 from paceline.engine.request import Request, Status
 from paceline.engine.step import (
     PLACEHOLDER,
     BlockCopy,
-    Branch,
     FinishReason,
-    NewRequest,
     RequestUpdate,
     ScheduledRequest,
     SchedulerOutput,
@@ -44,27 +43,6 @@ class SchedulerStats:
     num_drafts: int  # drafted tokens that were verified
     num_accepted_drafts: int
     cache: CacheStats
-
-
-class _Step:
-    """A step being put together: what is left of the budget, and what was scheduled."""
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self.scheduled: list[ScheduledRequest] = []
-        self.held: list[Request] = []  # parallel to `scheduled`
-        self.starts: dict[str, int] = {}  # the first position that a request computes in this step
-        self.new: list[NewRequest] = []
-        self.copies: list[BlockCopy] = []
-        self.branches: list[Branch] = []
-        self.preempted = False
-
-    def put(self, request: Request, scheduled: ScheduledRequest) -> None:
-        """A request's share, or that of one of its beams."""
-        self.scheduled.append(scheduled)
-        self.held.append(request)
-        self.budget -= len(scheduled.token_ids)
-        request.num_in_flight += 1
 
 
 class Scheduler:
@@ -173,7 +151,8 @@ class Scheduler:
                 f"call update() first"
             )
         self.admitted = []
-        step = _Step(self.config.scheduler.max_num_batched_tokens)
+        most = self.config.scheduler.max_num_batched_tokens
+        step = OpenStep(most, prompt_budget(most, self._running, self._waiting))
         self._schedule_running(step)
         if not step.preempted:  # blocks ran out: what is free now belongs to those who run
             self._schedule_waiting(step)
@@ -189,7 +168,7 @@ class Scheduler:
             self._in_flight.append((output, step.held))
         return output
 
-    def _schedule_running(self, step: _Step) -> None:
+    def _schedule_running(self, step: OpenStep) -> None:
         rows = 0
         for request in self._running:  # preemption takes from its end, and nothing else changes it
             if self._decode(step, request):
@@ -208,7 +187,7 @@ class Scheduler:
                 if last is request:
                     return
 
-    def _decode(self, step: _Step, request: Request) -> bool:
+    def _decode(self, step: OpenStep, request: Request) -> bool:
         """The share of a request that computes its last token, in a block that it has: what nearly all of a large batch
         does. False, and nothing done, where there is more to it, which `_compute` then does: this does the same."""
         start, num_known = request.num_computed_tokens, len(request.token_ids)
@@ -230,14 +209,14 @@ class Scheduler:
         request.num_placeholders += 1
         return True
 
-    def _advance(self, step: _Step, request: Request, budget: int) -> bool:
+    def _advance(self, step: OpenStep, request: Request, budget: int) -> bool:
         """Whether the request has what it can get of this step, which may be nothing; False if it lacks blocks."""
         return not request.can_step or request.num_uncomputed_tokens <= 0 or self._compute(step, request, budget)
 
-    def _schedule_waiting(self, step: _Step) -> None:
+    def _schedule_waiting(self, step: OpenStep) -> None:
         limit = self.config.scheduler.max_num_seqs
         index = 0
-        while step.budget > 0 and self._running.num_rows < limit and index < len(self._waiting):
+        while step.has_room and self._running.num_rows < limit and index < len(self._waiting):
             request = self._waiting[index]
             if request.num_in_flight or not request.can_step or self._waits_for_leader(step, request):
                 index += 1
@@ -249,7 +228,7 @@ class Scheduler:
                     return
                 self._fail_for_room(request)  # nobody holds a block, and still it does not fit
 
-    def _admit(self, step: _Step, request: Request) -> bool:
+    def _admit(self, step: OpenStep, request: Request) -> bool:
         """Start or resume a waiting request; False, and nothing changed, if blocks are lacking."""
         start = self._open_table(request)
         # All its tokens must fit, not just the first chunk: else it would be preempted half-way, for nothing.
@@ -291,7 +270,7 @@ class Scheduler:
         request.num_computed_tokens = start
         return start
 
-    def _waits_for_leader(self, step: _Step, request: Request) -> bool:
+    def _waits_for_leader(self, step: OpenStep, request: Request) -> bool:
         """Whether sharing the leader's prompt is still to be expected. Not of one that was preempted: that would only
         delay the request, unless the leader has log probabilities to give that the request's echo begins with. What
         this very step computes cannot be shared yet: copies are made before it runs."""
@@ -304,12 +283,16 @@ class Scheduler:
             return step.starts.get(leader.id, leader.num_computed_tokens) < leader.num_prompt_tokens - 1
         return leader.status is Status.WAITING
 
-    def _compute(self, step: _Step, request: Request, budget: int) -> bool:
+    def _compute(self, step: OpenStep, request: Request, budget: int) -> bool:
         """Put the request into the step with as many tokens as budget, chunk and blocks allow; False if no block."""
-        if isinstance(request, BeamRequest):
-            return self._compute_beams(step, request, budget)
         start = request.num_computed_tokens
         uncomputed = request.num_uncomputed_tokens
+        if uncomputed > 1:
+            budget = min(budget, step.prompt_budget)
+            if budget == 0:
+                return True
+        if isinstance(request, BeamRequest):
+            return self._compute_beams(step, request, budget)
         drafts = request.drafts[: request.max_total_tokens - request.num_tokens - 1]
         chunk = self.config.scheduler.max_chunk
         stop = start + min(uncomputed, budget, chunk or uncomputed)
@@ -343,7 +326,7 @@ class Scheduler:
         request.num_placeholders += samples
         return True
 
-    def _compute_beams(self, step: _Step, request: BeamRequest, budget: int) -> bool:
+    def _compute_beams(self, step: OpenStep, request: BeamRequest, budget: int) -> bool:
         share = request.step(self.cache, budget, self.config.scheduler.max_chunk)
         if share is None:
             return False
