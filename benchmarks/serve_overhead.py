@@ -8,6 +8,9 @@ say which step they are of. First it runs as fast as it can, which gives the tok
 CPU it takes for one; then its steps come at a pace that gives `--rate` tokens a second, which gives how much later a
 token reaches a client than its step ended. Server, engine and clients are processes of one machine and share its
 clock: fewer cores than processes measure each other.
+
+Beside it, as the least that one thread can do: a process without engine, HTTP or JSON, which at the same pace sends the
+same bytes, made beforehand, to as many sockets, one system call a token.
 """
 
 from __future__ import annotations
@@ -18,10 +21,11 @@ import json
 import multiprocessing
 import os
 import re
+import socket
 import tempfile
 import time
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -34,6 +38,10 @@ import numpy as np
 
 STEPS = 16384  # that a token can tell apart
 WORD = re.compile(rb"w(\d{5})")
+CHUNK = (  # as one of paceline's, of as many bytes
+    b'data: {"id":"chatcmpl-00000000000000000000000000000000","object":"chat.completion.chunk","created":1700000000,'
+    b'"model":"instant","choices":[{"index":0,"delta":{"content":" %s"},"logprobs":null,"finish_reason":null}]}\n\n'
+)
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 
@@ -125,6 +133,34 @@ def run_api(directory: Path, streams: int, step_seconds: float, times: str, read
     run_server(service, where, listener)
 
 
+def run_sends_alone(directory: Path, streams: int, step_seconds: float, times: str, ready: Connection) -> None:
+    """In place of `run_api`: nothing but the system calls that give each stream its token of each step."""
+    log = open(times, "wb", buffering=0)  # noqa: SIM115  # for as long as the process lives
+    listener = socket.create_server(("127.0.0.1", 0), backlog=streams)
+    ready.send(listener.getsockname()[1])
+    step = 0
+    while True:  # a round of clients
+        sockets, tokens = [], 0
+        for _ in range(streams):
+            connection = listener.accept()[0]
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            tokens = json.loads(connection.recv(65536).partition(b"\r\n\r\n")[2])["max_tokens"]
+            sockets.append(connection)
+        due = 0.0
+        for _ in range(tokens):
+            event = CHUNK % b"w%05d" % (step % STEPS)
+            chunk = b"%x\r\n" % len(event) + event + b"\r\n"
+            due = max(time.monotonic(), due + step_seconds)
+            time.sleep(max(0.0, due - time.monotonic()))
+            log.write(np.float64(time.monotonic()).tobytes())
+            step += 1
+            for connection in sockets:
+                connection.send(chunk)
+        for connection in sockets:
+            connection.send(b"data: [DONE]\n\n")
+            connection.close()
+
+
 # ---------------------------------------------------------------------------------------------------- the clients
 
 
@@ -194,17 +230,20 @@ def read_streams(port: int, streams: int, tokens: int, go: Any, results: Connect
 @dataclass(frozen=True)
 class Measured:
     tokens_per_second: float
-    cpu_us_per_token: float  # of the API process
+    user_us: float  # CPU of the API process, a token
+    system_us: float
     added_ms: tuple[float, float, float]  # from a step's end to a client: p50, p90, p99
 
 
-def measure(directory: Path, streams: int, tokens: int, clients: int, rate: float | None) -> Measured:
-    """`rate`: tokens a second that the engine gives at most; None: as many as it can."""
+def measure(
+    serve: Callable[..., None], directory: Path, streams: int, tokens: int, clients: int, rate: float | None
+) -> Measured:
+    """`rate`: tokens a second that the engine gives at most; None: as many as it can. `serve`: the server's process."""
     spawn = multiprocessing.get_context("spawn")
     with tempfile.NamedTemporaryFile() as times:
         here, there = spawn.Pipe(duplex=False)
         step_seconds = 0.0 if rate is None else streams / rate
-        api = spawn.Process(target=run_api, args=(directory, streams, step_seconds, times.name, there))
+        api = spawn.Process(target=serve, args=(directory, streams, step_seconds, times.name, there))
         api.start()
         try:
             if not here.poll(120):
@@ -213,7 +252,7 @@ def measure(directory: Path, streams: int, tokens: int, clients: int, rate: floa
             run_clients(port, streams, 20, clients)  # a first round warms up
             begun = cpu_seconds(api.pid)
             arrivals = run_clients(port, streams, tokens, clients)
-            cpu = cpu_seconds(api.pid) - begun
+            user, system = (after - before for before, after in zip(begun, cpu_seconds(api.pid), strict=True))
             steps = np.fromfile(times.name)
         finally:
             api.terminate()
@@ -223,7 +262,8 @@ def measure(directory: Path, streams: int, tokens: int, clients: int, rate: floa
         raise RuntimeError(f"asked for {tokens} tokens a stream and got {min(counts)} to {max(counts)}")
     first, last = min(one[0][1] for one in arrivals), max(one[-1][1] for one in arrivals)
     added = [1e3 * float(at - steps[step]) for one in arrivals for step, at in one[1:]]
-    return Measured(streams * tokens / (last - first), 1e6 * cpu / (streams * tokens), percentiles(added))
+    total = streams * tokens
+    return Measured(total / (last - first), 1e6 * user / total, 1e6 * system / total, percentiles(added))
 
 
 def run_clients(port: int, streams: int, tokens: int, clients: int) -> list[list[tuple[int, float]]]:
@@ -243,9 +283,11 @@ def run_clients(port: int, streams: int, tokens: int, clients: int) -> list[list
     return arrivals
 
 
-def cpu_seconds(pid: int | None) -> float:
+def cpu_seconds(pid: int | None) -> tuple[float, float]:
+    """In the process itself, and in the kernel for it."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    ticks = os.sysconf("SC_CLK_TCK")
+    return int(fields[11]) / ticks, int(fields[12]) / ticks
 
 
 def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -265,10 +307,16 @@ def main() -> None:
     print(f"{options.streams} streams of {options.tokens} tokens, {options.clients} clients, {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), options.streams)
-        for name, rate in (("as fast as it can", None), (f"{options.rate:.0f} tokens/s", options.rate)):
-            got = measure(Path(folder), options.streams, options.tokens, options.clients, rate)
+        paced = f"{options.rate:.0f} tokens/s"
+        for name, serve, rate in (
+            ("as fast as it can", run_api, None),
+            (paced, run_api, options.rate),
+            (f"{paced}, the sends alone", run_sends_alone, options.rate),
+        ):
+            got = measure(serve, Path(folder), options.streams, options.tokens, options.clients, rate)
             print(
-                f"{name}: {got.tokens_per_second:.0f} tokens/s, API {got.cpu_us_per_token:.1f} us CPU a token, "
+                f"{name}: {got.tokens_per_second:.0f} tokens/s, a token {got.user_us:.1f} us of CPU and "
+                f"{got.system_us:.1f} in the kernel, "
                 "added p50 {:.2f} ms, p90 {:.2f}, p99 {:.2f}".format(*got.added_ms),
                 flush=True,
             )
