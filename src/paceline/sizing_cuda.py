@@ -1,4 +1,4 @@
-"""What an engine takes on a CUDA device beside the parts of sizing.py: cuBLAS's workspace, and what captured decodes
+"""What an engine takes on a CUDA device beside the parts of sizing.py: cuBLAS's workspace, and what captured steps
 keep: the buffers that they read and write, and the pool of memory that their graphs compute in. No torch.
 """
 
@@ -38,6 +38,15 @@ def decode_buffer_bytes(num_groups: int, rows: int, context: int, block_size: in
     return rows * (8 * (DECODE_FIELDS + 3 * num_groups) + 16 + 4 * num_groups * blocks)
 
 
+def prompt_buffer_bytes(config: DecoderConfig, rows: int, context: int, block_size: int, bytes_per_value: int) -> int:
+    """Likewise of captured steps of so many decodes and a few tokens of prompts (engine/prompt_step.py): of each token
+    its id, its position, a slot in each KV group and its hidden state; of each request where it begins and ends, and
+    its block tables."""
+    groups, blocks = len(config.kv_groups), -(-context // block_size)
+    token = 16 + 8 * groups + config.hidden_size * bytes_per_value
+    return (rows + sizing.SMALL_STEP) * token + (rows + sizing.PROMPTS) * (8 + 4 * groups * blocks) + 4
+
+
 def graph_step_bytes(
     config: DecoderConfig,
     rows: int,
@@ -47,29 +56,27 @@ def graph_step_bytes(
     workspace: int,
     held: sizing.Held | None = None,
 ) -> int:
-    """What one captured decode of `rows` requests computes in. More rows than the GEMV kernel takes, and float32, go
-    through cuBLAS, and its `workspace` for the stream that captures lies in the pool."""
+    """What one captured decode of `rows` requests computes in, or so many beside a few tokens of prompts, which go
+    through cuBLAS: its `workspace` for the stream that captures lies in the pool. What these choose is computed
+    outside."""
     backend = replace(sizing.cuda_backend(bytes_per_value), sampling_bytes=sizing.STATIC_SAMPLING_BYTES)
-    step = _decode(rows)
-    step_bytes = sizing.activation_bytes(config, step, bytes_per_value, unpacked=unpacked, backend=backend, held=held)
-    return step_bytes + (workspace if rows > backend.packed_rows else 0)
+    decode = sizing.StepShape(rows, rows, 1, 1, scores=False)
+    prompts = replace(decode, num_tokens=rows + sizing.SMALL_STEP, num_seqs=1, greedy=True)
+    parts = [
+        sizing.activation_bytes(config, step, bytes_per_value, unpacked=unpacked, backend=backend, held=held)
+        for step in (decode, prompts)
+    ]
+    return max(parts) + workspace
 
 
-def reserved_bytes(config: DecoderConfig, rows: int, step_bytes: int) -> int:
-    """What the graphs' pool gets at once, as one segment for all sizes of graphs; 0 where every tensor is a small one.
-    Else each size that is captured would add segments of its own: those of 8, 16, ... 64 rows 4.5 times the last's."""
-    # Indices of sorted logits, all logits, or the parts of the contexts.
-    logits = 4 * config.vocab_size * max(rows, 2 * min(rows, sizing.sampled_rows(config.vocab_size)))
-    widest = max(logits, sizing.split_bytes(config, _decode(rows), sizing.MOST_SPLITS))
-    return 0 if widest <= SMALL_TENSOR else max(LARGE_SEGMENT, -(-step_bytes // SEGMENT) * SEGMENT)
+def reserved_bytes(step_bytes: int) -> int:
+    """What the graphs' pool gets at once, as one segment for all sizes of graphs: else each size that is captured would
+    add segments of its own, those of decodes of 8, 16, ... 64 rows 4.5 times the last's."""
+    return max(LARGE_SEGMENT, -(-step_bytes // SEGMENT) * SEGMENT)
 
 
-def graph_pool_bytes(config: DecoderConfig, rows: int, step_bytes: int) -> int:
-    """The pool of the graphs of up to `rows` requests, in whole segments: what is reserved, and the small tensors of
-    the largest graph that has no other, one segment of them filled in part."""
+def graph_pool_bytes(step_bytes: int) -> int:
+    """The pool of the graphs, in whole segments: what is reserved, and the small tensors of the largest graph that has
+    no other, one segment of them filled in part."""
     small = min(step_bytes, SMALL_TENSOR // 8 * sizing.STATIC_SAMPLING_BYTES)
-    return reserved_bytes(config, rows, step_bytes) + (-(-small // SEGMENT) + 1) * SEGMENT
-
-
-def _decode(rows: int) -> sizing.StepShape:
-    return sizing.StepShape(rows, rows, 1, 1, scores=False)
+    return reserved_bytes(step_bytes) + (-(-small // SEGMENT) + 1) * SEGMENT

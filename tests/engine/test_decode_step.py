@@ -16,6 +16,7 @@ from paceline.engine.decode_step import DecodeStep
 from paceline.engine.engine import Engine, EngineRequest
 from paceline.engine.graphs import graph_rows
 from paceline.engine.model_runner import ModelRunner
+from paceline.engine.prompt_step import PromptStep
 from paceline.engine.step import RequestUpdate
 from paceline.loading.random_checkpoint import RandomCheckpoint
 from paceline.models.decoder import Decoder
@@ -64,7 +65,9 @@ def make_engine(model: Any, *, static: bool, depth: int = 0, blocks: int = ROOMY
     )
 
     def decode(kv: Any) -> DecodeStep:
-        return DecodeStep(model, kv, BLOCK, max_rows=ROWS, max_model_len=MAX_LEN)
+        sizes: dict[str, Any] = {"max_model_len": MAX_LEN, "hidden_size": CONFIG["hidden_size"], "max_decodes": ROWS}
+        prompts = PromptStep(model, kv, BLOCK, **sizes, exact=True, uncaptured=0)
+        return DecodeStep(model, kv, BLOCK, max_rows=ROWS, max_model_len=MAX_LEN, prompts=prompts)
 
     counts = (blocks,) * len(model.kv_groups)
     return Engine(config, model.kv_groups, counts, ModelRunner(model, counts, BLOCK, decode if static else None))

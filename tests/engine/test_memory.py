@@ -26,6 +26,7 @@ from paceline.engine import build
 from paceline.engine.decode_buffers import FIELDS
 from paceline.engine.decode_step import DecodeStep
 from paceline.engine.memory import Room, Sizes, divide
+from paceline.engine.prompt_step import PromptStep
 from paceline.errors import OutOfMemoryError
 from paceline.kernels import decode_attention, gemv
 from paceline.planner import inference
@@ -170,7 +171,20 @@ def test_the_graphs_pool_is_one_segment_and_small_tensors():
     assert sizes_on_cuda(64).graph_reserve > 32 * 128256 * sizing.STATIC_SAMPLING_BYTES + (33 << 20)
     assert sizes_on_cuda(1, dtype=torch.float32).graph_reserve > one.graph_reserve + (31 << 20)
     without = replace(one, graphs=False)
-    assert (without.graph_pool, without.buffers(4096), one.buffers(4096)) == (0, 0, 8 * 13 + 16 + 4 * 256)
+    assert (without.graph_pool, without.buffers(4096), one.buffers(4096)) == (
+        0,
+        0,
+        (8 * 13 + 16 + 4 * 256) + 513 * (24 + 2 * one.config.hidden_size) + 17 * (8 + 4 * 256) + 4,
+    )
+
+
+@pytest.mark.parametrize(("rows", "groups", "context"), [(1, 1, 100), (24, 2, 4096)])
+def test_the_buffers_of_captured_steps_with_prompts(rows, groups, context):
+    kv_groups = (GROUP,) * groups
+    model = SimpleNamespace(kv_groups=kv_groups, device=torch.device("cpu"), dtype=torch.bfloat16)
+    step = PromptStep(model, [], 16, hidden_size=24, max_decodes=rows, max_model_len=context)
+    config = SimpleNamespace(kv_groups=kv_groups, hidden_size=24)
+    assert step.nbytes == sizing_cuda.prompt_buffer_bytes(config, rows, context, 16, 2)
 
 
 @pytest.mark.parametrize(("rows", "groups", "context"), [(1, 1, 100), (24, 2, 4096)])

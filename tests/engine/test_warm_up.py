@@ -28,7 +28,7 @@ def load(directory: Path, **options: Any) -> Engine:
 def test_every_size_and_kind_is_captured_once_the_smallest_first():
     """What capturing does: tests/oracle/test_graphs_gpu.py."""
     keys = []
-    left = WarmUp(Phases(), SimpleNamespace(max_rows=24, prepare=lambda phases, *key: keys.append(key)))
+    left = WarmUp(Phases(), SimpleNamespace(max_rows=24, prepare=lambda phases, *key: keys.append(key), prompts=None))
     for count in range(6 * len(KINDS)):
         assert not left.over
         assert len(keys) == count
@@ -36,6 +36,15 @@ def test_every_size_and_kind_is_captured_once_the_smallest_first():
     assert left.over
     left.step()
     assert keys == [(rows, kind) for rows in (1, 2, 4, 8, 16, 24) for kind in KINDS]
+
+
+def test_steps_with_prompts_are_captured_after_the_decodes():
+    keys = []
+    prompts = SimpleNamespace(forms=["a", "b"], prepare=lambda phases, form: keys.append(form))
+    left = WarmUp(Phases(), SimpleNamespace(max_rows=1, prepare=lambda *key: keys.append("decodes"), prompts=prompts))
+    while not left.over:
+        left.step()
+    assert keys == ["decodes"] * len(KINDS) + ["a", "b"]
 
 
 def test_without_memory_for_more_it_ends(caplog):
@@ -46,7 +55,7 @@ def test_without_memory_for_more_it_ends(caplog):
         if rows == 4:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    left = WarmUp(Phases(), SimpleNamespace(max_rows=64, prepare=prepare))
+    left = WarmUp(Phases(), SimpleNamespace(max_rows=64, prepare=prepare, prompts=None))
     while not left.over:
         left.step()
     assert sizes == [1] * len(KINDS) + [2] * len(KINDS) + [4]
@@ -57,7 +66,7 @@ def test_other_errors_are_not_hidden():
     def prepare(phases: Phases, rows: int, kind: str) -> None:
         raise RuntimeError("a bug")
 
-    left = WarmUp(Phases(), SimpleNamespace(max_rows=1, prepare=prepare))
+    left = WarmUp(Phases(), SimpleNamespace(max_rows=1, prepare=prepare, prompts=None))
     with pytest.raises(RuntimeError, match="a bug"):
         left.step()
 

@@ -13,6 +13,7 @@ from paceline.kernels import attention
 from paceline.kernels.alibi import alibi_slopes
 from paceline.kernels.attention import paged_attention_ref
 from paceline.kernels.attention_plan import build_attention
+from paceline.kernels.decode_attention import make_counts
 from paceline.kernels.varlen_attention import (
     VarlenLaunch,
     default_launch,
@@ -153,6 +154,26 @@ def test_decodes_first_go_through_their_own_kernel(make_batch, triton_device, re
         batch.q_THD, batch.kv, step.groups[0].block_tables_RB, step.ragged, counts=step.counts, block_size=4, scale=0.3
     )
     assert_close(found, paged_attention_ref(batch.q_THD, batch.kv, metadata, scale=0.3))
+
+
+def test_unused_rows_of_a_captured_step_change_nothing(make_batch, triton_device):
+    """As engine/prompt_step.py fills it up: decodes of length 0, prompts without tokens, and a last request of the
+    tokens that are left over, whose keys are zeros."""
+    batch = make_batch([(33, 1), (60, 9), (17, 17)], dim=16, padded=False, device=triton_device)
+    expected = paged_attention_ref(batch.q_THD, batch.kv, batch.metadata, scale=0.3)
+    given = batch.metadata.groups[0].block_tables_RB
+    rows = [0, *range(3, 29)]  # of the step's tokens: two decodes, one of them unused and one that never was, then 30
+    q_THD = torch.full((33, *batch.q_THD.shape[1:]), 7.0, device=triton_device)
+    q_THD[rows] = batch.q_THD
+    tables_RB = torch.zeros((7, given.shape[1]), dtype=torch.int32, device=triton_device)
+    tables_RB[[0, 3, 4]] = given
+    batch.kv.k_HSD[:, :4], batch.kv.v_HSD[:, :4] = 0.0, 0.0  # the null block
+    starts, lens = [0, 1, 2, 3, 12, 29, 29, 33], [33, 0, 0, 60, 17, 0, 4]
+    ragged = Ragged(*(torch.tensor(x, dtype=torch.int32, device=triton_device) for x in (starts, lens)), decodes=3)
+    counts = make_counts(3, triton_device)
+    found = mixed_attention(q_THD, batch.kv, tables_RB, ragged, counts=counts, block_size=4, scale=0.3)
+    assert_close(found[rows], expected)
+    assert (found[29:] == 0).all()  # so that nothing that is not a number goes on
 
 
 def test_large_scores_do_not_overflow(make_batch, triton_device):

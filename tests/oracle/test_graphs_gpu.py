@@ -14,8 +14,10 @@ from paceline.config import CacheConfig, SchedulerConfig
 from paceline.engine.build import load_model
 from paceline.engine.engine import EngineRequest
 from paceline.engine.load_options import LoadOptions
+from paceline.engine.prompt_step import Content, Form
 from paceline.engine.step import StepOutput
 from paceline.engine.warm_up import WarmUp
+from paceline.inputs import ModelInputs
 from paceline.llm import LLM
 from paceline.phases import Phases
 from paceline.sampling.params import SamplingParams
@@ -170,9 +172,12 @@ def test_steps_that_cannot_be_captured_run_without(
     assert "run without a CUDA graph: CUDA out of memory" in caplog.text
 
 
-def test_a_server_captures_every_size_behind_its_first_request(tiny_model: Callable[[str], Any]):
+@pytest.mark.parametrize("name", ["llama-llama3", "gemma3", "bloom-six-heads"])
+def test_a_server_captures_every_size_behind_its_first_request(
+    tiny_model: Callable[[str], Any], name: str, monkeypatch: pytest.MonkeyPatch
+):
     """The first request runs kernel by kernel; afterwards no step of any size or kind is captured any more."""
-    directory = str(tiny_model("llama-llama3").directory)
+    directory = str(tiny_model(name).directory)
     expected = generate(directory, asked(11), device="cpu", dtype="float32", num_blocks=256)
     options = LoadOptions(
         directory,
@@ -186,11 +191,16 @@ def test_a_server_captures_every_size_behind_its_first_request(tiny_model: Calla
     engine = load_model(options, warm=False).engine
 
     def answers() -> list[tuple[int, ...]]:
-        requests = zip(prompts(11), asked(11), strict=True)
-        for index, (prompt, params) in enumerate(requests):
-            engine.add_request(EngineRequest(str(index), prompt["prompt_token_ids"], params))
+        """Three at once, then one a step, so that prompts come beside none, few and many decodes."""
+        waiting = [
+            EngineRequest(str(index), prompt["prompt_token_ids"], params)
+            for index, (prompt, params) in enumerate(zip(prompts(11), asked(11), strict=True))
+        ]
         tokens: dict[str, tuple[int, ...]] = {}
-        while engine.has_work:
+        while waiting or engine.has_work:
+            for _ in range(3 if len(waiting) == 11 else 1):
+                if waiting:
+                    engine.add_request(waiting.pop(0))
             for update in engine.step():
                 tokens[update.request_id] = tokens.get(update.request_id, ()) + update.new_token_ids
         return [tokens[str(index)] for index in range(11)]
@@ -203,7 +213,19 @@ def test_a_server_captures_every_size_behind_its_first_request(tiny_model: Calla
     while not warm_up.over:
         warm_up.step()
     captured = dict(graphs)
-    assert len(captured) == 5 * len(KINDS)
+    assert decode.prompts is not None
+    assert {form.decodes for form in decode.prompts.forms} == {0, 8, 16}
+    assert len(captured) == 5 * len(KINDS) + len(decode.prompts.forms)
     assert all(graph is not None for graph in captured.values())
+    replayed: list[Form] = []
+    run = decode.prompts.run
+
+    def watched(inputs: ModelInputs, content: Content) -> torch.Tensor:
+        replayed.append(content.form)
+        return run(inputs, content)
+
+    monkeypatch.setattr(decode.prompts, "run", watched)
     assert answers() == expected
     assert graphs == captured
+    assert {form.decodes for form in replayed} == {0, 8, 16}
+    assert len(replayed) == 9  # every step with a prompt

@@ -4,7 +4,8 @@ A request keeps its row while it decodes, whoever else comes and goes, so that a
 host the numbers that count on, all rows at once, and what a new request asks; block by block what tables gain. One
 copy sends it. Chosen tokens stay on the device as the next step's inputs, and come to the host beside, whenever it
 looks: it never has to wait for a step before it launches the next. A step with prompts in it, which the host makes anew
-and no graph holds, takes its decodes' tokens from these buffers and leaves all that it chooses there.
+and a graph holds where they are few (engine/prompt_step.py), takes its decodes' tokens from these buffers and leaves
+all that it chooses there.
 
 Shapes: R rows of the step (requests, then unused rows up to a size that is captured), M rows of the buffers, B blocks
 of the longest context, G groups of the cache, N requests in the scheduler's order.
@@ -21,6 +22,7 @@ import numpy.typing as npt
 import torch
 
 from paceline.engine.decode_buffers import Staging, make_fields
+from paceline.engine.prompt_step import PromptStep, Run, run_plainly
 from paceline.engine.request_tokens import RequestTokens
 from paceline.engine.step import PLACEHOLDER, ScheduledRequest
 from paceline.inputs import AttentionMetadata, GroupMetadata, KVLayer, ModelInputs
@@ -37,13 +39,7 @@ log = get_logger(__name__)
 # Steps whose staging buffers may be in use at once: one that the host writes, and two that it has not collected.
 RING = 3
 
-Capture = Callable[[tuple[int, Kind], Callable[[], None]], None]
 Ints = npt.NDArray[np.int64]
-
-
-def run_plainly(key: tuple[int, Kind], compute: Callable[[], None]) -> None:
-    """The twin of engine/graphs.py: no capture."""
-    compute()
 
 
 def fits(scheduled: Sequence[ScheduledRequest], states: Sequence[RequestTokens]) -> bool:
@@ -100,7 +96,8 @@ class DecodeStep:
     """`run` is given (rows, kind of sampling) and what computes a step of them: once, or by a graph of it.
 
     `round_up`: the rows that a step of so many requests computes. Unused rows have length 0 and slots of -1: only
-    kernels that know them may get any. `max_rows` is the most requests of a step.
+    kernels that know them may get any. `max_rows` is the most requests of a step. `prompts`: what computes steps with a
+    few tokens of prompts.
     """
 
     def __init__(
@@ -111,10 +108,12 @@ class DecodeStep:
         *,
         max_rows: int,
         max_model_len: int,
-        run: Capture = run_plainly,
+        run: Run = run_plainly,
         round_up: Callable[[int], int] = int,
+        prompts: PromptStep | None = None,
     ) -> None:
         self.model, self.kv, self.block_size, self.max_rows = model, kv, block_size, max_rows
+        self.prompts = prompts
         self._run, self._round_up = run, round_up
         groups, device = len(model.kv_groups), model.device
         blocks = -(-max_model_len // block_size)
@@ -140,7 +139,7 @@ class DecodeStep:
 
     @property
     def nbytes(self) -> int:
-        """Of the buffers on the device (sizing_cuda.decode_buffer_bytes)."""
+        """Of the buffers on the device (sizing_cuda.decode_buffer_bytes), without those of `prompts`."""
         return self._fields.all.nbytes + self._tables_GMB.nbytes + self._result.nbytes
 
     def launch(self, scheduled: Sequence[ScheduledRequest], states: list[RequestTokens]) -> PendingDecode:
@@ -171,8 +170,8 @@ class DecodeStep:
     def launch_mixed(
         self, inputs: ModelInputs, unknown: Sequence[tuple[int, RequestTokens]], ends: Ends
     ) -> PendingDecode:
-        """Start a step with prompts in it, kernel by kernel: nothing is waited for. `unknown`: which of its tokens the
-        launch before this one has chosen, and for whom."""
+        """Start a step with prompts in it: nothing is waited for. `unknown`: which of its tokens the launch before this
+        one has chosen, and for whom."""
         staging, device = next(self._ring), self.model.device
         staging.wait()
         if unknown:
@@ -184,10 +183,14 @@ class DecodeStep:
             self._take_places(ends.states)
             self._write_uniforms(ends.positions_N)
             self._send_fields(staging)
-        hidden_TD = self.model(inputs, self.kv)
+        content = None if self.prompts is None else self.prompts.content_of(inputs.attention.query_starts)
+        if self.prompts is not None and content is not None:
+            hidden_TD, last_N = self.prompts.run(inputs, content), content.rows_of(ends.last_N)
+        else:
+            hidden_TD, last_N = self.model(inputs, self.kv), ends.last_N
         if ends.states:
             last_R = np.empty_like(self._rows_N)
-            last_R[self._rows_N] = ends.last_N
+            last_R[self._rows_N] = last_N
             hidden_RD = hidden_TD[send(last_R, device)]
             CHOOSERS[self._kind](self.model.logits(hidden_RD), *self._choice(len(last_R)))
         return self._receive(staging, self._rows_N if ends.states else NO_ROWS)

@@ -1,17 +1,19 @@
-"""Decode steps captured in CUDA graphs: the host launches one graph where it would launch some hundred kernels.
+"""Steps captured in CUDA graphs, decodes and those with a few tokens of prompts: the host launches one graph where it
+would launch some hundred kernels.
 
 A step of 30 layers is 300 launches of some 4 us of host time each, and a small model's kernels take less than that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from paceline.config import EngineConfig
 from paceline.engine.decode_step import DecodeStep
+from paceline.engine.prompt_step import PromptStep
 from paceline.inputs import KVLayer
 from paceline.kernels.choices import Choice, either
 from paceline.kernels.decode_attention import decode_refusal
@@ -20,7 +22,6 @@ from paceline.log import get_logger
 from paceline.models.decoder import Decoder
 from paceline.models.model import Model
 from paceline.parallel.stage import Stage
-from paceline.sampling.static import Kind
 
 log = get_logger(__name__)
 
@@ -73,35 +74,61 @@ def step_choices(model: Model, config: EngineConfig, rows: int, *, streamed: boo
 
 def captured_decode(model: Model, config: EngineConfig, reserve: int, kv: Sequence[KVLayer]) -> DecodeStep:
     """What runs a runner's plain decodes as graphs. `reserve`: bytes for their pool (sizing_cuda.reserved_bytes)."""
-    wanted = config.scheduler.max_num_seqs
-    if wanted > MOST_ROWS:
+    return _captured(model, config, Graphs(model.device, reserve), kv, None)
+
+
+def captured_steps(model: Model, config: EngineConfig, reserve: int, kv: Sequence[KVLayer]) -> DecodeStep:
+    """The same, and steps with a few tokens of prompts."""
+    graphs = Graphs(model.device, reserve)
+    assert isinstance(model, Decoder), "graph_refusal comes first"
+    prompts = PromptStep(
+        model,
+        kv,
+        config.cache.block_size,
+        hidden_size=model.config.hidden_size,
+        max_decodes=_most_rows(config),
+        max_model_len=config.max_model_len,
+        run=graphs.run,
+    )
+    return _captured(model, config, graphs, kv, prompts)
+
+
+def _most_rows(config: EngineConfig) -> int:
+    return graph_rows(min(config.scheduler.max_num_seqs, MOST_ROWS))
+
+
+def _captured(
+    model: Model, config: EngineConfig, graphs: Graphs, kv: Sequence[KVLayer], prompts: PromptStep | None
+) -> DecodeStep:
+    if config.scheduler.max_num_seqs > MOST_ROWS:
         log.info("decodes of more than %d requests run without CUDA graphs", MOST_ROWS)
     return DecodeStep(
         model,
         kv,
         config.cache.block_size,
-        max_rows=graph_rows(min(wanted, MOST_ROWS)),
+        max_rows=_most_rows(config),
         max_model_len=config.max_model_len,
-        run=Graphs(model.device, reserve).run,
+        run=graphs.run,
         round_up=graph_rows,
+        prompts=prompts,
     )
 
 
 class Graphs:
-    """Captured steps, by rows and kind of sampling, in one pool of memory: they never run at the same time, and nothing
-    that one leaves there is read by another.
+    """Captured steps, by what a step of theirs is (rows and kind of sampling, Form), in one pool of memory: they never
+    run at the same time, and nothing that one leaves there is read by another.
 
     The first step of its kind runs kernel by kernel, which loads what is loaded lazily, and is captured afterwards.
     `reserve`: bytes that the pool gets at once, so that graphs of all sizes share one segment.
     """
 
     def __init__(self, device: torch.device, reserve: int = 0) -> None:
-        self._graphs: dict[tuple[int, Kind], torch.cuda.CUDAGraph | None] = {}
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
         self._device, self._reserve = device, reserve
         self._pool: Any = None
         self._keeper: torch.cuda.CUDAGraph | None = None  # the pool lasts as long as some graph that has it
 
-    def run(self, key: tuple[int, Kind], compute: Callable[[], None]) -> None:
+    def run(self, key: Hashable, compute: Callable[[], None]) -> None:
         """Compute a step, whose inputs and results lie in buffers that never move."""
         graph = self._graphs.get(key)
         if graph is not None:
@@ -111,7 +138,7 @@ class Graphs:
         if key not in self._graphs:
             self._graphs[key] = self._capture(key, compute)
 
-    def _capture(self, key: tuple[int, Kind], compute: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+    def _capture(self, key: Hashable, compute: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         """None where that fails, for lack of memory say: such steps then run kernel by kernel for good."""
         try:
             if self._pool is None:
@@ -119,7 +146,8 @@ class Graphs:
                 self._keeper = self._record(self._fill) if self._reserve else None
             return self._record(compute)
         except RuntimeError as error:
-            log.warning("decodes of %d rows (%s) run without a CUDA graph: %s", *key, str(error).partition("\n")[0])
+            what = "decodes of {} rows ({})".format(*key) if isinstance(key, tuple) else f"steps of {key}"
+            log.warning("%s run without a CUDA graph: %s", what, str(error).partition("\n")[0])
             return None
 
     def _record(self, compute: Callable[[], None]) -> torch.cuda.CUDAGraph:

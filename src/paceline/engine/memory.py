@@ -80,22 +80,25 @@ class Sizes:
         return sizing.logprob_workspace_bytes(self.config.vocab_size, self.scheduler.max_num_batched_tokens)
 
     def buffers(self, context: int) -> int:
-        """Of captured decodes."""
+        """Of captured steps."""
         if not self.graphs:
             return 0
-        return sizing_cuda.decode_buffer_bytes(len(self.config.kv_groups), self._rows, context, self.block_size)
+        decodes = sizing_cuda.decode_buffer_bytes(len(self.config.kv_groups), self._rows, context, self.block_size)
+        return decodes + sizing_cuda.prompt_buffer_bytes(
+            self.config, self._rows, context, self.block_size, self.dtype.itemsize
+        )
 
     @property
     def graph_pool(self) -> int:
-        return sizing_cuda.graph_pool_bytes(self.config, self._rows, self.graph_step(self._rows)) if self.graphs else 0
+        return sizing_cuda.graph_pool_bytes(self.graph_step(self._rows)) if self.graphs else 0
 
     @property
     def graph_reserve(self) -> int:
         """The part of it that one segment holds, taken before the first capture."""
-        return sizing_cuda.reserved_bytes(self.config, self._rows, self.graph_step(self._rows)) if self.graphs else 0
+        return sizing_cuda.reserved_bytes(self.graph_step(self._rows)) if self.graphs else 0
 
     def graph_step(self, rows: int) -> int:
-        """What one captured decode of so many rows computes in."""
+        """What one captured step of so many decodes computes in."""
         return sizing_cuda.graph_step_bytes(
             self.config,
             rows,

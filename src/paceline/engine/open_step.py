@@ -6,17 +6,16 @@ from collections.abc import Iterable
 
 from paceline.engine.request import Request
 from paceline.engine.step import BlockCopy, Branch, NewRequest, ScheduledRequest
-
-# The tokens of prompts in a step that others wait for. An H100 computes 300 tokens of a 16-bit model while it reads the
-# weights, so that smaller steps compute fewer tokens a second; and 2,048 take four times as long as a decode.
-SMALL_STEP = 512
+from paceline.sizing import SMALL_STEP
 
 
 def prompt_budget(most: int, running: Iterable[Request], waiting: Iterable[Request]) -> int:
     """How many of the next step's `most` tokens may be prompts'.
 
     A step with prompts makes all that decode wait for it. So it is a small one, unless there is nobody to wait, or more
-    prompts wait than one step could take: then large steps, which compute more tokens a second, answer sooner.
+    prompts wait than one step could take: then large steps, which compute more tokens a second, answer sooner. Small is
+    512: an H100 computes some 300 tokens while it reads a 16-bit model's weights, so that still smaller steps would
+    take no less time; 2,048 take four times as long as a decode.
     """
     if not any(request.num_uncomputed_tokens == 1 for request in running):
         return most

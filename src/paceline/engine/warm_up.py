@@ -59,6 +59,9 @@ def _captures(decode: DecodeStep, phases: Phases) -> Iterator[Callable[[], None]
     for rows in sorted({graph_rows(count) for count in range(1, decode.max_rows + 1)}):
         for kind in KINDS:
             yield partial(decode.prepare, phases, rows, kind)
+    if decode.prompts is not None:
+        for form in decode.prompts.forms:
+            yield partial(decode.prompts.prepare, phases, form)
 
 
 def _compile(model: Model, phases: Phases) -> None:
