@@ -171,3 +171,8 @@ def test_tensors_are_copied_at_once_whatever_their_dtypes_and_strides() -> None:
     for target, source in zip(targets, sources, strict=True):
         assert torch.equal(target, source)
     dynamo.copy_all([], [])
+
+
+def test_a_softmax_over_nothing_is_zero() -> None:
+    scores = torch.tensor([[0.0, 0.0], [float("-inf")] * 2])
+    assert dynamo.safe_softmax(scores).tolist() == [[0.5, 0.5], [0.0, 0.0]]

@@ -124,6 +124,54 @@ def test_one_token_of_padding_is_left_out_and_no_padding_leaves_the_mask_out(dev
     assert report(model).graphs[0].replaced["padding left out"] == 1
 
 
+class Step(nn.Module):
+    """A step of generation: one query a head, over keys and values that lie in a cache."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.5) + 1
+
+
+@pytest.mark.parametrize("queries", [1, 2])
+def test_one_query_a_head_is_answered_by_products(device: str, queries: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 3, queries, 8, generator=draw).to(device)
+    k, v = (torch.randn(2, 3, 300, 8, generator=draw).to(device) for _ in "kv")
+    shown = (torch.arange(300) < torch.tensor([[7], [290]]))[:, None, None].to(device)
+    mask = torch.zeros(shown.shape, device=device).masked_fill(~shown, float("-inf"))
+    model = Step().eval()
+    wanted = model(q, k, v, mask)
+    paceline.optimize(model)
+    for _ in range(2):
+        torch.testing.assert_close(model(q, k, v, mask), wanted, rtol=1e-4, atol=1e-5)
+    (graph,) = report(model).graphs
+    assert graph.replaced["attention of one query by products"] == (queries == 1)
+
+
+class ByChannels(nn.Module):
+    """What comes out of a convolution is laid out by channels, and is the residual of the first block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.block = nn.Conv1d(3, WIDTH, 3, padding=1), Before()
+
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.block(self.conv(x).permute(0, 2, 1), attention_mask)[0]
+
+
+def test_a_residual_laid_out_by_channels(device: str) -> None:
+    torch.manual_seed(0)
+    model = ByChannels().eval().to(device)
+    x, mask = torch.randn(1, 3, 6).to(device), torch.ones(1, 6, dtype=torch.long).to(device)
+    with torch.no_grad():
+        wanted = model(x, attention_mask=mask)
+    paceline.optimize(model)
+    for _ in range(2):
+        torch.testing.assert_close(model(x, attention_mask=mask), wanted, rtol=1e-3, atol=1e-3)
+    (graph,) = report(model).graphs
+    assert graph.refused is None, graph.refused
+    assert graph.replaced["linear with residual and norm"] == 2
+
+
 @pytest.mark.parametrize("attention", [attend_packed, attend_packed_by_kernel])
 def test_where_nothing_is_padding_the_mask_is_not_read(device: str, attention: Any) -> None:
     q, k, v = torch.randn(3, 2, 5, WIDTH, generator=torch.Generator().manual_seed(0)).to(device)

@@ -71,6 +71,11 @@ def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -
         torch._foreach_copy_(targets, sources)  # type: ignore[arg-type]
 
 
+def safe_softmax(scores: torch.Tensor) -> torch.Tensor:
+    """Over the last dimension, with zeros where all is -inf, as scaled_dot_product_attention has them."""
+    return torch._safe_softmax(scores, -1)
+
+
 def mark_dynamic(tensor: torch.Tensor) -> None:
     """Capture any size of the tensor's dimensions, where the code allows it."""
     for dim in range(tensor.dim()):

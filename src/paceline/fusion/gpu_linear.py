@@ -50,4 +50,7 @@ def sum_norm(x: torch.Tensor, residual: torch.Tensor, norm: NormWeights) -> tupl
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x.reshape(-1, x.shape[-1])
+    """[T, C], each row in one piece: a residual may be one that is laid out by channels (Whisper's, behind its
+    convolutions)."""
+    x_TC = x.reshape(-1, x.shape[-1])
+    return x_TC if x_TC.stride(1) == 1 else x_TC.contiguous()

@@ -1,12 +1,15 @@
 """On a GPU, attention runs by the kernel that reads queries, keys and values where their projection wrote them, and a
-mask of keys as it is (kernels/flash_attention.py)."""
+mask of keys as it is (kernels/flash_attention.py); that of one query a head, whose keys lie in a cache, by products
+(one_query.py)."""
 
 from __future__ import annotations
 
 import torch
+from torch import fx
 
-from paceline.fusion.graph import fake
+from paceline.fusion.graph import argument, fake, is_op, shape_of
 from paceline.fusion.heads import attend, attend_by_kernel
+from paceline.fusion.one_query import attend_one_query
 from paceline.fusion.rewrite import Rewrite
 from paceline.kernels import gpu
 from paceline.kernels.flash_attention import LARGEST_HEAD
@@ -14,6 +17,16 @@ from paceline.kernels.flash_attention import LARGEST_HEAD
 
 def apply(rewrite: Rewrite) -> None:
     for node in rewrite.graph.nodes:
+        if _is_of_one_query(node):
+            node.kwargs = {
+                "attn_mask": argument(node, "attn_mask"),
+                "scale": argument(node, "scale"),
+                "enable_gqa": argument(node, "enable_gqa", False),
+            }
+            node.args = tuple(argument(node, name) for name in ("query", "key", "value"))
+            node.target = attend_one_query
+            rewrite.count("attention of one query by products")
+            continue
         if node.target is not attend:
             continue
         query = fake(node.args[0])
@@ -29,3 +42,16 @@ def apply(rewrite: Rewrite) -> None:
             continue
         node.target = attend_by_kernel
         rewrite.count("attention by kernel")
+
+
+def _is_of_one_query(node: fx.Node) -> bool:
+    if not is_op(node, "sdpa") or argument(node, "is_causal") or argument(node, "dropout_p"):
+        return False
+    query, mask = fake(argument(node, "query")), argument(node, "attn_mask")
+    return (
+        isinstance(query, torch.Tensor)
+        and gpu.triton_refusal(query.device, query.dtype) is None
+        and query.dim() == 4
+        and query.shape[2] == 1
+        and (mask is None or len(shape_of(mask) or ()) == 4)
+    )
