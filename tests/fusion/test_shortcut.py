@@ -10,7 +10,7 @@ from torch import nn
 
 import paceline
 from paceline.fusion.optimize import optimised_of
-from paceline.fusion.shortcut import key_of
+from paceline.fusion.shortcut import key_of, learn
 
 transformers = pytest.importorskip("transformers")
 
@@ -128,6 +128,18 @@ def test_a_key_is_for_tensors_and_plain_values() -> None:
     assert key_of(((one, one), {})) is None
     assert key_of((([one],), {})) is None
     assert key_of(((nn.Parameter(one),), {})) is None
+
+
+def test_nothing_is_learnt_of_a_call_that_ran_two_graphs() -> None:
+    class Pure:
+        pure = True
+
+    x, y = torch.zeros(2), torch.ones(2)
+    call: Any = (Pure(), [x], [y])
+    assert learn(((x,), {}), [call], y) is not None
+    assert learn(((x,), {}), [call, call], y) is None
+    assert learn(((x,), {}), [], y) is None
+    assert learn(((y,), {}), [call], y) is None  # an input from elsewhere
 
 
 class Parts(nn.Module):

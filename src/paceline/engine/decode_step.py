@@ -139,8 +139,9 @@ class DecodeStep:
 
     @property
     def nbytes(self) -> int:
-        """Of the buffers on the device (sizing_cuda.decode_buffer_bytes), without those of `prompts`."""
-        return self._fields.all.nbytes + self._tables_GMB.nbytes + self._result.nbytes
+        """Of the buffers on the device (sizing_cuda.decode_buffer_bytes), those of `prompts` included."""
+        prompts = 0 if self.prompts is None else self.prompts.nbytes
+        return self._fields.all.nbytes + self._tables_GMB.nbytes + self._result.nbytes + prompts
 
     def launch(self, scheduled: Sequence[ScheduledRequest], states: list[RequestTokens]) -> PendingDecode:
         """Start a step of requests that `fits`; nothing is waited for. A token that the host does not know must have
