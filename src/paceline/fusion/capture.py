@@ -65,31 +65,18 @@ class CapturedGraph:
         self._run: Callable[..., Any] | None = None
         self._mask_place: int | None = None  # among the inputs, where padding is left out
         self._builds = 0
-        self.recorder: Callable[[CapturedGraph, list[Any], Any], None] | None = None
-        self._writes = True  # whether it writes to what it is given
+        self.recorder: Callable[[CapturedGraph, list[Any]], None] | None = None
         self.report = GraphReport(len(graph_module.graph.nodes), len(graph_module.graph.nodes))
 
     def __call__(self, *args: Any) -> Any:
         inputs = [args[place] for place in self._input_places]
-        if self.report.refused is not None:
-            outputs = self._captured.forward(*args)
-        elif self._run is None or (self._options.level == "safe" and self._is_stale(args)):
-            outputs = self._build_and_check(args, inputs)
-        else:
-            self._builds = 0
-            outputs = self._run(*self._given(inputs))
         if self.recorder is not None:
-            self.recorder(self, inputs, outputs)
-        return outputs
-
-    @property
-    def pure(self) -> bool:
-        """Whether the rewritten graph runs, and writes to nothing that it is given."""
-        return self._run is not None and not self._writes
-
-    def run(self, inputs: list[Any]) -> Any:
-        """The rewritten graph of a `pure` one, with its weights as they were."""
-        assert self._run is not None
+            self.recorder(self, inputs)
+        if self.report.refused is not None:
+            return self._captured.forward(*args)
+        if self._run is None or (self._options.level == "safe" and self._is_stale(args)):
+            return self._build_and_check(args, inputs)
+        self._builds = 0
         return self._run(*self._given(inputs))
 
     def _given(self, inputs: list[Any]) -> list[Any]:
@@ -153,9 +140,9 @@ class CapturedGraph:
         """The rewritten graph; on a GPU in CUDA graphs, unless it writes to what it is given."""
         forward: Callable[..., Any] = rewrite.module.forward
         mark_touched(rewrite.graph)
-        self._writes = any(node.op == "placeholder" and not rewrite.is_free(node) for node in rewrite.graph.nodes)
+        writes = any(node.op == "placeholder" and not rewrite.is_free(node) for node in rewrite.graph.nodes)
         devices = {value.device for value in inputs if isinstance(value, torch.Tensor)}
-        if self._writes or not self._options.graphs or len(devices) != 1 or (device := devices.pop()).type != "cuda":
+        if writes or not self._options.graphs or len(devices) != 1 or (device := devices.pop()).type != "cuda":
             return forward
         pool = GraphPool(forward, CudaRecorder(device))
         self.report.cuda_graphs = pool.counts

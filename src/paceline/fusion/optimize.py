@@ -12,7 +12,7 @@ import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 from weakref import WeakValueDictionary
@@ -27,7 +27,6 @@ from paceline.fusion.dynamo import CaptureError, compile_with, graph_breaks, mar
 from paceline.fusion.modules import changed_state, hooks, module_state, own_forward, unsupported
 from paceline.fusion.options import Options
 from paceline.fusion.report import Report
-from paceline.fusion.shortcut import Arguments, Shortcut, key_of, learn
 
 Model = TypeVar("Model", bound=nn.Module)
 MOST_SHAPES = 4096  # remembered as marked; beyond it they are marked again, which costs microseconds
@@ -128,7 +127,6 @@ class OptimisedForward:
         self._compiled: Callable[..., Any] | None = None
         self._hookless: list[dict[Any, Any]] = []
         self._shapes: set[tuple[Any, ...]] = set()
-        self._shortcuts: dict[Hashable, Shortcut | None] = {}
         self._breaks = Counter(graph_breaks())
         functools.update_wrapper(self, self.original)  # libraries look at its signature
 
@@ -161,9 +159,7 @@ class OptimisedForward:
             given = self._copy.converted(args, kwargs)
         try:
             with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-                if new:
-                    return self._watched(run, *given)
-                return run(*given[0], **given[1]) if self._options.level == "safe" else self._by_shortcut(run, given)
+                return self._watched(run, *given) if new else run(*given[0], **given[1])
         except CaptureError as error:
             self.report.leave(f"it could not be captured: {str(error).strip().splitlines()[0]}")
         return self.original(*args, **kwargs)  # where the model itself raises, its error alone is seen
@@ -195,27 +191,7 @@ class OptimisedForward:
             self._options = replace(self._options, level="safe")
             self._compiled = None
             self._shapes.clear()
-            self._shortcuts.clear()
         return result
-
-    def _by_shortcut(self, run: Callable[..., Any], arguments: Arguments) -> Any:
-        """A call that Dynamo has captured: past its guards, once one of its kind has shown the way."""
-        key = key_of(arguments)
-        if key is None or any(graph.recorder is not None for graph in self._graphs):
-            return run(*arguments[0], **arguments[1])
-        if key not in self._shortcuts:
-            known = len(self._graphs)
-            with self._recorded() as calls:
-                result = run(*arguments[0], **arguments[1])
-            if len(self._graphs) == known:  # one captured meanwhile was not recorded: the next call shows the way
-                if len(self._shortcuts) >= MOST_SHAPES:
-                    self._shortcuts.clear()
-                self._shortcuts[key] = learn(arguments, calls, result)
-            return result
-        shortcut = self._shortcuts[key]
-        if shortcut is None or not shortcut.graph.pure:
-            return run(*arguments[0], **arguments[1])
-        return shortcut(arguments)
 
     @property
     def _target(self) -> nn.Module:
@@ -247,21 +223,15 @@ class OptimisedForward:
 
     def record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[CapturedGraph, list[Any]]]:
         """The captured graphs that a call runs, in order, with what each is given."""
-        with self._recorded() as calls:
-            self(*args, **kwargs)
-        return [(graph, inputs) for graph, inputs, _ in calls]
-
-    @contextmanager
-    def _recorded(self) -> Iterator[list[tuple[CapturedGraph, list[Any], Any]]]:
-        """What the captured graphs are given and return meanwhile, in order."""
-        calls: list[tuple[CapturedGraph, list[Any], Any]] = []
+        calls: list[tuple[CapturedGraph, list[Any]]] = []
         for graph in self._graphs:
-            graph.recorder = lambda *call: calls.append(call)
+            graph.recorder = lambda graph, inputs: calls.append((graph, inputs))
         try:
-            yield calls
+            self(*args, **kwargs)
         finally:
             for graph in self._graphs:
                 graph.recorder = None
+        return calls
 
     def _refusal(self, tensors: list[torch.Tensor]) -> str | None:
         """Why this call is not for an optimised graph."""
