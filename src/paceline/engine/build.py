@@ -16,7 +16,7 @@ from paceline.config import DecoderConfig, EngineConfig, KVGroup
 from paceline.engine.decode_step import DecodeStep
 from paceline.engine.device import available_bytes, pick_device, pick_dtype
 from paceline.engine.engine import Engine
-from paceline.engine.graphs import captured_decode, captured_steps, config_refusal, graph_refusal
+from paceline.engine.graphs import captured_decode, config_refusal, graph_refusal
 from paceline.engine.load_options import LoadOptions
 from paceline.engine.memory import CPU_CACHE_SHARE, CUDA_MEMORY_SHARE, Room, Sizes, divide
 from paceline.engine.model_files import open_model, read_generation_config, read_tokenizer, stored_dtype
@@ -432,9 +432,11 @@ def _build_engine(weights: _Weights, options: LoadOptions) -> tuple[Engine, Deco
         mode=options.step_mode,
     )
     reserve = 0 if weights.sizes is None else weights.sizes.graph_reserve
-    # Deterministic attention takes decodes as it takes prompts, and their number is not bounded by a graph's.
-    captured = captured_decode if options.deterministic else captured_steps
-    decode = None if refusal is not None else partial(captured, model, engine_config, reserve)
+    # Deterministic attention takes decodes as it takes prompts, and their number is not bounded by a graph's. Over
+    # several devices prompts' graphs were not tried.
+    prompts = weights.all_have_room is None and not options.deterministic
+    captured = partial(captured_decode, model, engine_config, reserve, prompts=prompts)
+    decode = None if refusal is not None else captured
     runner = ModelRunner(
         model,
         weights.num_blocks,

@@ -72,45 +72,22 @@ def step_choices(model: Model, config: EngineConfig, rows: int, *, streamed: boo
     yield Choice("launches", *either(refusal, "one CUDA graph", "kernel by kernel"))
 
 
-def captured_decode(model: Model, config: EngineConfig, reserve: int, kv: Sequence[KVLayer]) -> DecodeStep:
-    """What runs a runner's plain decodes as graphs. `reserve`: bytes for their pool (sizing_cuda.reserved_bytes)."""
-    return _captured(model, config, Graphs(model.device, reserve), kv, None)
-
-
-def captured_steps(model: Model, config: EngineConfig, reserve: int, kv: Sequence[KVLayer]) -> DecodeStep:
-    """The same, and steps with a few tokens of prompts."""
-    graphs = Graphs(model.device, reserve)
-    assert isinstance(model, Decoder), "graph_refusal comes first"
-    prompts = PromptStep(
-        model,
-        kv,
-        config.cache.block_size,
-        hidden_size=model.config.hidden_size,
-        max_decodes=_most_rows(config),
-        max_model_len=config.max_model_len,
-        run=graphs.run,
-    )
-    return _captured(model, config, graphs, kv, prompts)
-
-
-def _most_rows(config: EngineConfig) -> int:
-    return graph_rows(min(config.scheduler.max_num_seqs, MOST_ROWS))
-
-
-def _captured(
-    model: Model, config: EngineConfig, graphs: Graphs, kv: Sequence[KVLayer], prompts: PromptStep | None
+def captured_decode(
+    model: Model, config: EngineConfig, reserve: int, kv: Sequence[KVLayer], *, prompts: bool
 ) -> DecodeStep:
+    """What runs a runner's plain decodes as graphs and, with `prompts`, its steps with a few tokens of prompts.
+    `reserve`: bytes for their pool (sizing_cuda.reserved_bytes)."""
     if config.scheduler.max_num_seqs > MOST_ROWS:
         log.info("decodes of more than %d requests run without CUDA graphs", MOST_ROWS)
+    rows, run = graph_rows(min(config.scheduler.max_num_seqs, MOST_ROWS)), Graphs(model.device, reserve).run
+    block_size, context = config.cache.block_size, config.max_model_len
+    few = None
+    if prompts:
+        assert isinstance(model, Decoder), "graph_refusal comes first"
+        width = model.config.hidden_size
+        few = PromptStep(model, kv, block_size, hidden_size=width, max_decodes=rows, max_model_len=context, run=run)
     return DecodeStep(
-        model,
-        kv,
-        config.cache.block_size,
-        max_rows=_most_rows(config),
-        max_model_len=config.max_model_len,
-        run=graphs.run,
-        round_up=graph_rows,
-        prompts=prompts,
+        model, kv, block_size, max_rows=rows, max_model_len=context, run=run, round_up=graph_rows, prompts=few
     )
 
 
