@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,25 @@ def test_it_tells_what_is_replaced_and_what_that_brings(tiny_bert: Path, capsys:
     assert 0 <= found["rows"][1]["error"] < 1e-5
     assert all(row["milliseconds"] > 0 for row in found["rows"])
     assert found["stages"][0]["name"] == "the model's own forward"
+
+
+def test_openvino_takes_turns_with_the_others(tiny_bert: Path) -> None:
+    pytest.importorskip("openvino")
+    out = tiny_bert / "figures.json"
+    given = ["optimize", str(tiny_bert), "--bench", "--shape", "1x9", "--shape", "3x7", "--rounds", "2"]
+    assert app.main([*given, "--device", "cpu", "--against", "openvino", "--json", str(out)]) == 0
+    rows = [row for row in json.loads(out.read_text())["rows"] if row["engine"] == "openvino"]
+    assert [(row["batch"], row["length"]) for row in rows] == [(1, 9), (3, 7)]
+    assert all(0 < row["error"] < 1e-5 and row["milliseconds"] > 0 for row in rows)
+
+
+def test_a_runtime_that_is_not_installed_is_one_line(
+    tiny_bert: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    given = ["optimize", str(tiny_bert), "--bench", "--shape", "1x7", "--rounds", "1", "--device", "cpu"]
+    assert app.main([*given, "--against", "openvino"]) == 2
+    assert "--against openvino needs it: pip install openvino" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""What optimize() brings to a model: latency and error beside the model's own forward and torch.compile, in one run.
+"""What optimize() brings to a model: latency and error beside the model's own forward, torch.compile and OpenVINO, in
+one run.
 
 All models are loaded before anything is timed, and take turns, so that a machine that slows down slows all of them:
 BURST calls in a row each, of which the first is not counted, as a server calls one model. Errors are of the first
@@ -15,19 +16,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from paceline.benchmark.engines import openvino_model
 from paceline.benchmark.worker import read_machine
 from paceline.errors import UsageError
 from paceline.fusion import Stage, measure_stages, optimize, report
 from paceline.fusion.stages import timed
 
-PACELINE, COMPILE, EAGER, EXACT = "paceline", "torch.compile", "eager", "eager float32"
-MORE = (COMPILE,)  # what `against` may name
+PACELINE, COMPILE, OPENVINO, EAGER, EXACT = "paceline", "torch.compile", "openvino", "eager", "eager float32"
 BURST = 6
+
+# From inputs to the call that is timed, in which they have the form that the model takes.
+Prepare = Callable[[Mapping[str, torch.Tensor]], Callable[[], Any]]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """`shapes`: (batch, length) each; a length means nothing to a model of images. `against`: of MORE."""
+    """`shapes`: (batch, length) each; a length means nothing to a model of images. `against`: COMPILE and OPENVINO."""
 
     shapes: Sequence[tuple[int, int]]
     device: torch.device
@@ -72,42 +76,57 @@ def run(
 ) -> Report:
     """`make`: the model in float32, with the same weights each time. Raises UsageError for a model whose inputs are
     none of text, images and sound."""
-    models: dict[str, nn.Module] = {EXACT: make().eval().to(settings.device)}
+    exact = make().eval().to(settings.device)
+    models: dict[str, Prepare] = {EXACT: _prepare(exact)}
     if settings.dtype != torch.float32:
-        models[EAGER] = make().eval().to(settings.device, settings.dtype)
+        models[EAGER] = _prepare(make().eval().to(settings.device, settings.dtype))
     for name in settings.against:
         progress(name)
-        mode = "reduce-overhead" if settings.device.type == "cuda" else None
-        models[name] = torch.compile(make().eval().to(settings.device, settings.dtype), mode=mode)  # type: ignore[assignment]
+        models[name] = _other(name, make().eval(), settings)
     ours = make().eval().to(settings.device, settings.dtype)
-    models[PACELINE] = optimize(ours, level=settings.level, quantize=settings.quantize)  # type: ignore[arg-type]
+    optimize(ours, level=settings.level, quantize=settings.quantize)  # type: ignore[arg-type]
+    models[PACELINE] = _prepare(ours)
     rows: list[Row] = []
     with torch.inference_mode():
         for batch, length in settings.shapes:
             progress(f"{batch}x{length}")
-            rows += _shape(models, settings, batch, length)
+            given = make_inputs(exact, batch, length, settings.device)
+            rows += _shape({name: prepare(given) for name, prepare in models.items()}, settings.rounds, batch, length)
         stages = measure_stages(
             ours, **_for(ours, make_inputs(ours, *settings.shapes[0], settings.device)), repeats=settings.rounds
         )
     return Report(rows, stages, str(report(ours)), read_machine(settings.device))
 
 
-def _shape(models: Mapping[str, nn.Module], settings: Settings, batch: int, length: int) -> list[Row]:
-    given = make_inputs(models[EXACT], batch, length, settings.device)
+def _other(name: str, model: nn.Module, settings: Settings) -> Prepare:
+    """`model`: in float32 on the CPU."""
+    if name == OPENVINO:
+        example = make_inputs(model, 2, 16, torch.device("cpu"))
+        return openvino_model.build(model, example, settings.device, settings.dtype)
+    mode = "reduce-overhead" if settings.device.type == "cuda" else None
+    return _prepare(torch.compile(model.to(settings.device, settings.dtype), mode=mode))  # type: ignore[arg-type]
+
+
+def _prepare(model: nn.Module) -> Prepare:
+    def prepare(given: Mapping[str, torch.Tensor]) -> Callable[[], Any]:
+        inputs = _for(model, given)
+        return lambda: model(**inputs)
+
+    return prepare
+
+
+def _shape(calls: Mapping[str, Callable[[], Any]], rounds: int, batch: int, length: int) -> list[Row]:
     first: dict[str, float] = {}
     found: dict[str, torch.Tensor] = {}
-    for name, model in models.items():
-        inputs = _for(model, given)
-        first[name] = timed(lambda model=model, inputs=inputs: model(**inputs))  # type: ignore[misc]
+    for name, call in calls.items():
+        first[name] = timed(call)
         for _ in range(2):  # where calls are captured in graphs, the second call does that
-            result = model(**inputs)
+            result = call()
         found[name] = first_tensor(result).double()
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(-(-settings.rounds // (BURST - 1))):
-        for name, model in models.items():
-            inputs = _for(model, given)
-            burst = [timed(lambda model=model, inputs=inputs: model(**inputs)) for _ in range(BURST)]  # type: ignore[misc]
-            times[name] += burst[1:]
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(-(-rounds // (BURST - 1))):
+        for name, call in calls.items():
+            times[name] += [timed(call) for _ in range(BURST)][1:]
     exact = found[EXACT]
     return [
         Row(
@@ -118,7 +137,7 @@ def _shape(models: Mapping[str, nn.Module], settings: Settings, batch: int, leng
             first[name],
             float((found[name] - exact).norm() / exact.norm()),
         )
-        for name in models
+        for name in calls
     ]
 
 

@@ -32,7 +32,7 @@ SHAPES = ("1x16", "1x128", "8x128")
 @click.command()
 @click.argument("model", metavar="MODEL")
 @click.option("--bench", is_flag=True, help="Time it beside the model's own forward.")
-@click.option("--against", multiple=True, type=click.Choice(["torch.compile"]), help="And beside this.")
+@click.option("--against", multiple=True, type=click.Choice(["torch.compile", "openvino"]), help="And these.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
