@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from paceline.fusion.cuda_graphs import CudaRecorder, GraphPool
 from paceline.fusion.effects import mark_touched, refusal
 from paceline.fusion.graph import stamp
+from paceline.fusion.malloc import keep_freed_memory
 from paceline.fusion.options import Options
 from paceline.fusion.packing import count_tokens
 from paceline.fusion.passes import leave_out_padding, run_passes
@@ -65,18 +66,28 @@ class CapturedGraph:
         self._run: Callable[..., Any] | None = None
         self._mask_place: int | None = None  # among the inputs, where padding is left out
         self._builds = 0
-        self.recorder: Callable[[CapturedGraph, list[Any]], None] | None = None
+        self.recorder: Callable[[CapturedGraph, list[Any], Any], None] | None = None
+        self.is_plain = False  # whether `run` may stand for a call: rewritten, and writing to no input
         self.report = GraphReport(len(graph_module.graph.nodes), len(graph_module.graph.nodes))
 
     def __call__(self, *args: Any) -> Any:
         inputs = [args[place] for place in self._input_places]
+        result = self._result(args, inputs)
         if self.recorder is not None:
-            self.recorder(self, inputs)
+            self.recorder(self, inputs, result)
+        return result
+
+    def _result(self, args: Sequence[Any], inputs: list[Any]) -> Any:
         if self.report.refused is not None:
             return self._captured.forward(*args)
         if self._run is None or (self._options.level == "safe" and self._is_stale(args)):
             return self._build_and_check(args, inputs)
         self._builds = 0
+        return self.run(inputs)
+
+    def run(self, inputs: list[Any]) -> Any:
+        """The rewritten graph, as the weights were. `inputs`: in the graph's order, without weights."""
+        assert self._run is not None
         return self._run(*self._given(inputs))
 
     def _given(self, inputs: list[Any]) -> list[Any]:
@@ -98,6 +109,7 @@ class CapturedGraph:
 
     def _build_and_check(self, args: Sequence[Any], inputs: list[Any]) -> Any:
         self._run = self._mask_place = None
+        self.is_plain = False
         self._builds += 1
         self._weights = tuple(args[place] for place in self._weight_places)
         bound = _bind(self._captured, self._weight_places, self._weights)
@@ -133,14 +145,16 @@ class CapturedGraph:
         self._stamps = [(tensor, stamp(tensor)) for tensor in copied]
         self.report.copied_bytes = sum(tensor.nbytes for tensor in copied)
         self.report.nodes_after = len(rewrite.graph.nodes)
-        self._run = self._graphed(rewrite, inputs)
-        return expected
-
-    def _graphed(self, rewrite: Rewrite, inputs: list[Any]) -> Callable[..., Any]:
-        """The rewritten graph; on a GPU in CUDA graphs, unless it writes to what it is given."""
-        forward: Callable[..., Any] = rewrite.module.forward
         mark_touched(rewrite.graph)
         writes = any(node.op == "placeholder" and not rewrite.is_free(node) for node in rewrite.graph.nodes)
+        self.is_plain = not writes
+        self._run = self._graphed(rewrite, inputs, writes)
+        keep_freed_memory()
+        return expected
+
+    def _graphed(self, rewrite: Rewrite, inputs: list[Any], writes: bool) -> Callable[..., Any]:
+        """The rewritten graph; on a GPU in CUDA graphs, unless it writes to what it is given."""
+        forward: Callable[..., Any] = rewrite.module.forward
         devices = {value.device for value in inputs if isinstance(value, torch.Tensor)}
         if writes or not self._options.graphs or len(devices) != 1 or (device := devices.pop()).type != "cuda":
             return forward

@@ -123,6 +123,11 @@ def is_transform(target: Any) -> bool:
     return "functorch" in (getattr(target, "__module__", None) or "")
 
 
+def in_transform() -> bool:
+    """Whether this runs inside of torch.vmap or another transform, whose tensors tell not all of themselves."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def written_arguments(target: Any) -> dict[int, str] | None:
     """Place and name of the arguments that an operator of a library writes to, by its schema; None for what is no such
     operator. Of one that takes functions or kernels nothing is known: all its arguments."""

@@ -64,6 +64,7 @@ PARAMETERS = {
     "where": ("condition", "input", "other"),
     "expand": ("input",),
     "cat": ("tensors", "dim"),
+    "gather": ("input", "dim", "index"),
     "getitem": ("input", "index"),
 }
 SCALAR = (int, float, bool)

@@ -50,7 +50,7 @@ def attend_packed(
 ) -> torch.Tensor:
     """[T, C]: the tokens' rows of attend() of the padded batch."""
     q, k, v = (unpack(x, packed) for x in (q_TC, k_TC, v_TC))
-    return pack(attend(q, k, v, _without_padding(mask, packed), heads), packed)
+    return pack(attend(q, k, v, without_padding(mask, packed), heads), packed)
 
 
 def attend_by_kernel(
@@ -84,7 +84,7 @@ def attend_packed_by_kernel(
 ) -> torch.Tensor:
     """attend_packed() by the kernel. A mask of keys alone is the padding's, and packed sequences have none: whether it
     is, is tried when a graph is captured."""
-    mask = _without_padding(mask, packed)
+    mask = without_padding(mask, packed)
     if packed.plan is None or heads.causal or not (mask is None or _is_of_keys(mask)):
         q, k, v = (unpack(x, packed) for x in (q_TC, k_TC, v_TC))
         return pack(attend_by_kernel(q, k, v, mask, heads), packed)
@@ -102,7 +102,7 @@ def _scale(q: torch.Tensor, heads: Heads) -> float:
     return float(q.shape[-1] ** -0.5) if heads.scale is None else heads.scale
 
 
-def _without_padding(mask: torch.Tensor | None, packed: Packed) -> torch.Tensor | None:
+def without_padding(mask: torch.Tensor | None, packed: Packed) -> torch.Tensor | None:
     """None for the mask of padding where there is none."""
     return None if mask is None or (packed.full and _is_of_keys(mask)) else mask
 

@@ -11,7 +11,7 @@ import copy
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
@@ -23,7 +23,8 @@ from torch import fx, nn
 from paceline.errors import UsageError
 from paceline.fusion.capture import CapturedGraph
 from paceline.fusion.copy import CopiedWeights
-from paceline.fusion.dynamo import CaptureError, compile_with, graph_breaks, mark_dynamic, quiet
+from paceline.fusion.direct import DirectCall, learn, signature
+from paceline.fusion.dynamo import CaptureError, compile_with, graph_breaks, in_transform, mark_dynamic, quiet
 from paceline.fusion.modules import changed_state, hooks, module_state, own_forward, unsupported
 from paceline.fusion.options import Options
 from paceline.fusion.report import Report
@@ -127,6 +128,8 @@ class OptimisedForward:
         self._compiled: Callable[..., Any] | None = None
         self._hookless: list[dict[Any, Any]] = []
         self._shapes: set[tuple[Any, ...]] = set()
+        self._direct: dict[Hashable, DirectCall | None] = {}
+        self._broken = False  # whether some of its code is left to Python, which may branch by what it computed
         self._breaks = Counter(graph_breaks())
         functools.update_wrapper(self, self.original)  # libraries look at its signature
 
@@ -145,6 +148,33 @@ class OptimisedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # a part of an optimised or compiled model: its forward is captured with it
             return self.original(*args, **kwargs)
+        if self._options.level == "fast" and self._copy is None and not in_transform():
+            known = signature(args, kwargs)
+            if known is not None:
+                return self._fast(*known, args, kwargs)
+        return self._guarded(args, kwargs)
+
+    def _fast(
+        self, key: Hashable, tensors: Sequence[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A call of plain arguments: without Dynamo where one like it was one graph."""
+        direct = self._direct.get(key)
+        if direct is not None and self._refusal(tensors) is None:
+            with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+                return direct(tensors)
+        if key in self._direct:
+            return self._guarded(args, kwargs)
+        graphs, breaks = len(self._graphs), graph_breaks()
+        calls, result = self._recorded(args, kwargs)
+        if len(self._graphs) != graphs:  # captured now, to be learned next time
+            self._broken = self._broken or graph_breaks() != breaks
+        elif self._options.level == "fast":
+            if len(self._direct) >= MOST_SHAPES:
+                self._direct.clear()
+            self._direct[key] = None if self._broken else learn(calls, tensors, result)
+        return result
+
+    def _guarded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = list(_tensors((args, kwargs)))
         reason = self._refusal(tensors)
         if reason is not None:
@@ -190,6 +220,7 @@ class OptimisedForward:
             self.report.note('level "safe" is used: its forward changes what its modules hold')
             self._options = replace(self._options, level="safe")
             self._compiled = None
+            self._direct.clear()
             self._shapes.clear()
         return result
 
@@ -223,17 +254,22 @@ class OptimisedForward:
 
     def record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[CapturedGraph, list[Any]]]:
         """The captured graphs that a call runs, in order, with what each is given."""
-        calls: list[tuple[CapturedGraph, list[Any]]] = []
+        return [(graph, inputs) for graph, inputs, _ in self._recorded(args, kwargs)[0]]
+
+    def _recorded(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[list[tuple[CapturedGraph, list[Any], Any]], Any]:
+        """The same with what each returned, and the call's result."""
+        calls: list[tuple[CapturedGraph, list[Any], Any]] = []
         for graph in self._graphs:
-            graph.recorder = lambda graph, inputs: calls.append((graph, inputs))
+            graph.recorder = lambda *call: calls.append(call)
         try:
-            self(*args, **kwargs)
+            return calls, self._guarded(args, kwargs)
         finally:
             for graph in self._graphs:
                 graph.recorder = None
-        return calls
 
-    def _refusal(self, tensors: list[torch.Tensor]) -> str | None:
+    def _refusal(self, tensors: Sequence[torch.Tensor]) -> str | None:
         """Why this call is not for an optimised graph."""
         if self._model.training:
             return "it is in training mode: call model.eval()"

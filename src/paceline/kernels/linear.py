@@ -7,6 +7,9 @@ torch.ops.mkldnn, which is private: where an op is missing, F.linear takes over 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 
@@ -32,7 +35,7 @@ def onednn_refusal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.dev
         return f"device is {device.type}"
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return "this torch was built without oneDNN"
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise") or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+    if not has_onednn():
         return "this torch has no packed oneDNN linear"
     if dtype not in (torch.float32, torch.bfloat16):
         return f"dtype is {dtype}"
@@ -41,6 +44,11 @@ def onednn_refusal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.dev
     if min(shape) < 16:
         return TOO_SMALL
     return None
+
+
+def has_onednn() -> bool:
+    """Whether this torch has the operators that are used here."""
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
 def pack_onednn(weight_NK: torch.Tensor) -> torch.Tensor:
@@ -59,6 +67,21 @@ def linear_onednn(
     x_TK: torch.Tensor, packed_NK: torch.Tensor, bias_N: torch.Tensor | None = None, activation: str = "none"
 ) -> torch.Tensor:
     """`activation`: "none", "relu", "gelu" or "gelu_tanh", of the product before it is stored."""
-    post_op, algorithm = POST_OPS[activation]
-    y_TN: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(x_TK, packed_NK, bias_N, post_op, [], algorithm)
+    y_TN: torch.Tensor = onednn_operator()(x_TK, packed_NK, bias_N, *onednn_arguments(activation))
     return y_TN
+
+
+def onednn_operator() -> Callable[..., Any]:
+    """What linear_onednn calls, for a graph to call it itself."""
+    return onednn_operators()[0]
+
+
+def onednn_operators() -> list[Callable[..., Any]]:
+    """The same in a list, which is empty where this torch has none."""
+    return [torch.ops.mkldnn._linear_pointwise.default] if has_onednn() else []
+
+
+def onednn_arguments(activation: str) -> tuple[str, list[Any], str]:
+    """onednn_operator's arguments behind x, the packed weight and the bias."""
+    post_op, algorithm = POST_OPS[activation]
+    return post_op, [], algorithm

@@ -15,6 +15,7 @@ from paceline.fusion.passes import (
     common,
     constants,
     cpu_attention,
+    cpu_heads,
     cpu_linear,
     gpu_attention,
     gpu_linear,
@@ -25,18 +26,20 @@ from paceline.fusion.passes import (
     no_ops,
     norms,
     padding,
+    positions,
     qkv,
     quantized,
 )
 from paceline.fusion.rewrite import Rewrite
 from paceline.kernels.activation import quick_gelu
-from paceline.kernels.linear import linear_onednn
+from paceline.kernels.linear import onednn_operators
 from paceline.kernels.norm import rms_norm
 
 PASSES = (
     in_place.apply,
     no_ops.apply,
     constants.apply,
+    positions.apply,
     common.apply,
     norms.apply,
     activations.apply,
@@ -50,12 +53,13 @@ PASSES = (
     quantized.apply,
     gpu_attention.apply,
     gpu_linear.apply,
+    cpu_heads.apply,
     cpu_linear.apply,
 )
 
 # Functions that passes put in and that treat each row by itself.
 OF_TOKENS: frozenset[Callable[..., Any]] = frozenset(
-    {linear_onednn, rms_norm, quick_gelu, quantized.product, product, product_only_normed}
+    {rms_norm, quick_gelu, quantized.product, product, product_only_normed, *onednn_operators()}
 )
 
 

@@ -10,7 +10,7 @@ from torch import fx
 from paceline.fusion.graph import argument, call, fake, is_op, only_user, origin, replace
 from paceline.fusion.passes.linear import parts
 from paceline.fusion.rewrite import Rewrite
-from paceline.kernels.linear import linear_onednn, onednn_refusal, pack_onednn
+from paceline.kernels.linear import onednn_arguments, onednn_operator, onednn_refusal, pack_onednn
 
 
 def apply(rewrite: Rewrite) -> None:
@@ -34,8 +34,8 @@ def _pack(rewrite: Rewrite, node: fx.Node) -> None:
     packed = rewrite.copy(made_of, lambda: pack_onednn(weight.detach()), "packed", node)
     rewrite.copied.append(weight)
     activation, last = _activation_behind(node)
-    args = (x, packed, argument(node, "bias"), activation)
-    replace(last, call(rewrite.graph, last, linear_onednn, args, fake(last)))
+    args = (x, packed, argument(node, "bias"), *onednn_arguments(activation))
+    replace(last, call(rewrite.graph, last, onednn_operator(), args, fake(last)))
     rewrite.count("packed linear" if activation == "none" else f"packed linear with {activation}")
 
 

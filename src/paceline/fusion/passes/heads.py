@@ -77,6 +77,8 @@ def _joined(node: fx.Node) -> fx.Node | None:
     assert found is not None
     if not same_size(found[0], shape[0]) or not same_size(found[1], shape[2]):
         return None
+    while (user := only_user(joined)) is not None and is_op(user, "contiguous"):
+        joined = user  # what attend() returns is
     return joined
 
 

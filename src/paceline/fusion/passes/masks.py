@@ -6,12 +6,24 @@ Attention broadcasts, and needs neither: a mask of [batch, 1, 1, keys] may be re
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch import fx
 
-from paceline.fusion.graph import argument, call, dtype_of, fake, is_op, operands, rank_of, shape_of
+from paceline.fusion.graph import (
+    argument,
+    call,
+    dtype_of,
+    fake,
+    is_op,
+    operands,
+    rank_of,
+    same_size,
+    shape_of,
+    weight_of,
+)
 from paceline.fusion.passes.attention import bias_of
 from paceline.fusion.rewrite import Rewrite
 
@@ -55,6 +67,8 @@ def _shrink_parts(rewrite: Rewrite, node: fx.Node, made: dict[fx.Node, fx.Node])
 
 def _smallest(rewrite: Rewrite, node: Any, made: dict[fx.Node, fx.Node]) -> Any:
     """A node that broadcasts to the same values."""
+    if (view := _as_view(rewrite, node, made)) is not None:
+        return view
     if is_op(node, "expand") or (is_op(node, *SAME_VALUES) and dtype_of(node) == dtype_of(node.args[0])):
         return _smallest(rewrite, node.args[0], made)
     if is_op(node, "and_", "bitwise_and", "logical_and") and dtype_of(node) == torch.bool:
@@ -73,6 +87,34 @@ def _smallest(rewrite: Rewrite, node: Any, made: dict[fx.Node, fx.Node]) -> Any:
                 made[node] = call(rewrite.graph, node, torch.where, (small, *node.args[1:]), value)
             return made[node]
     return node
+
+
+def _as_view(rewrite: Rewrite, node: Any, made: dict[fx.Node, fx.Node]) -> fx.Node | None:
+    """mask[rows, keys] with all of both in order, [batch, 1, 1, keys]: how transformers looks up a mask."""
+    if not is_op(node, "getitem") or not isinstance(node.args[1], tuple) or len(node.args[1]) != 2:
+        return None
+    mask, places = node.args[0], node.args[1]
+    sizes = shape_of(mask)
+    if sizes is None or len(sizes) != 2 or not rewrite.is_free(node, mask):
+        return None
+    if any(not _counts(rewrite, *one) for one in zip(places, sizes, (0, 3), strict=True)):
+        return None
+    if node not in made:
+        index = (slice(None), None, None, slice(None))
+        made[node] = call(rewrite.graph, node, operator.getitem, (mask, index), fake(mask)[index])
+    return made[node]
+
+
+def _counts(rewrite: Rewrite, node: Any, size: Any, dim: int) -> bool:
+    """Whether it is 0, 1, ... up to a size, along this of four dimensions."""
+    weight = weight_of(rewrite.module, node)
+    if weight is not None:
+        return isinstance(size, int) and weight.dim() == 4 and weight.flatten().tolist() == [*range(size)]
+    expected = tuple(slice(None) if place == dim else None for place in range(4))
+    if not is_op(node, "getitem") or node.args[1] != expected or not is_op(node.args[0], "arange"):
+        return False
+    found = shape_of(node.args[0])
+    return len(node.args[0].args) == 1 and found is not None and same_size(found[0], size)
 
 
 def _is_number(value: Any) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from paceline.fusion.cpu_heads import attend_joined, attend_joined_packed
 from paceline.fusion.dynamo import parameter_of
 from paceline.fusion.gpu_linear import product_norm, sum_norm
 from paceline.fusion.graph import argument, call, fake, is_op, name_of, rank_of, same_size, shape_of
@@ -22,8 +23,13 @@ from paceline.fusion.heads import attend, attend_by_kernel, attend_packed, atten
 from paceline.fusion.packing import pack, packing, unpack
 from paceline.fusion.rewrite import Rewrite
 
-BY_ITSELF = ("linear", "layer_norm", "gelu", "silu", "relu", "tanh", "sigmoid", "to", "dropout")
-OF_PACKED = {attend: attend_packed, attend_by_kernel: attend_packed_by_kernel}
+BY_ITSELF = ("linear", "layer_norm", "gelu", "silu", "relu", "tanh", "sigmoid", "to", "dropout", "contiguous")
+# What attends, its form for packed tokens, and how many tensors of tokens come first; behind them is the mask.
+OF_PACKED: dict[Any, tuple[Callable[..., torch.Tensor], int]] = {
+    attend: (attend_packed, 3),
+    attend_by_kernel: (attend_packed_by_kernel, 3),
+    attend_joined: (attend_joined_packed, 1),
+}
 PAIRS = (torch.split, product_norm, sum_norm)  # which return several tensors of tokens
 BY_PAIRS = ("add", "sub", "mul", "div")
 
@@ -59,13 +65,9 @@ def apply(rewrite: Rewrite, of_tokens: frozenset[Callable[..., Any]]) -> bool:
     for node in list(region):
         outside = [user for user in node.users if user not in region]
         if node.target in OF_PACKED:
-            node.target = OF_PACKED[node.target]
-            node.args = (*node.args, packed)
-            mask_of_attention = node.args[3]
-            node.args = tuple(
-                entered.get(arg, arg) if isinstance(arg, fx.Node) and arg is not mask_of_attention else arg
-                for arg in node.args
-            )
+            tokens = _tokens_of_attention(node)
+            node.target = OF_PACKED[node.target][0]
+            node.args = (*(entered.get(arg, arg) for arg in tokens), *node.args[len(tokens) :], packed)
         else:
             node.args = fx.map_arg(node.args, lambda source: entered.get(source, source))
         if outside and _is_of_tokens(node, shape):
@@ -91,13 +93,17 @@ def _is_self_attention(node: fx.Node, mask: fx.Node) -> bool:
     """Of a batch of the mask's form, as the captured inputs have it."""
     if node.target not in OF_PACKED:
         return False
-    shapes = [shape_of(arg) for arg in node.args[:3]]
+    shapes = [shape_of(arg) for arg in _tokens_of_attention(node)]
     expected = shape_of(mask)
     if any(shape is None or len(shape) != 3 for shape in shapes) or expected is None:
         return False
-    q, k, v = (shape[:2] for shape in shapes if shape is not None)
-    same = all(same_size(a, b) and same_size(a, c) for a, b, c in zip(q, k, v, strict=True))
-    return same and [_hint(size) for size in q] == [_hint(size) for size in expected]
+    first, *others = (shape[:2] for shape in shapes if shape is not None)
+    same = all(same_size(a, b) for other in others for a, b in zip(first, other, strict=True))
+    return same and [_hint(size) for size in first] == [_hint(size) for size in expected]
+
+
+def _tokens_of_attention(node: fx.Node) -> tuple[Any, ...]:
+    return node.args[: OF_PACKED[node.target][1]]
 
 
 def _hint(size: Any) -> int:
@@ -130,7 +136,7 @@ def _is_by_itself(
     if not _is_of_tokens(node, shape):
         return False
     if node.target in OF_PACKED:
-        return all(_is_of_tokens(arg, shape) for arg in node.args[:3])
+        return all(_is_of_tokens(arg, shape) for arg in _tokens_of_attention(node))
     if node.target in of_tokens or is_op(node, *BY_ITSELF):
         return _are_of_tokens(node, shape) and not (
             is_op(node, "layer_norm") and len(argument(node, "normalized_shape")) != 1
