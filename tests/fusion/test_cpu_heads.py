@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from paceline.fusion import cpu_heads
+import paceline
+from paceline.fusion import cpu_heads, report
 from paceline.fusion.cpu_heads import attend_joined, attend_joined_packed
 from paceline.fusion.heads import Heads
 from paceline.fusion.packing import count_tokens, pack, packing
@@ -80,6 +82,31 @@ def test_the_rest_is_torchs_own(products: list[int], monkeypatch: pytest.MonkeyP
     found = attend_joined(qkv, mask, heads)
     assert not products
     assert close(found, exact(qkv, mask, heads).nan_to_num())
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.order = order
+        self.parts = nn.ModuleDict({name: nn.Linear(H * D, H * D) for name in "qkv"})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made = {name: self.parts[name](x).unflatten(-1, (H, D)).transpose(1, 2) for name in self.order}
+        y = F.scaled_dot_product_attention(made["q"], made["k"], made["v"])
+        return y.transpose(1, 2).reshape(x.shape)
+
+
+@pytest.mark.parametrize(("order", "count"), [("qkv", 1), ("vqk", 0), ("qvk", 0)])
+def test_what_is_queries_keys_and_values_stays_it(order: str, count: int) -> None:
+    torch.manual_seed(0)
+    model = paceline.optimize(SelfAttention(order).eval())
+    x = torch.randn(2, 6, H * D, generator=torch.Generator().manual_seed(0))
+    for given in (x, x + 1):
+        torch.testing.assert_close(model(given), SelfAttention.forward(model, given), rtol=1e-5, atol=1e-5)
+    graph = report(model).graphs[0]
+    assert graph.refused is None
+    assert graph.replaced["heads taken along"] == 1
+    assert graph.replaced["thirds of one product"] == count
 
 
 def test_packed_tokens_get_what_padded_ones_do(products: list[int]) -> None:

@@ -66,12 +66,12 @@ def test_more_positions_than_the_table_has_rows() -> None:
     torch.testing.assert_close(model(ids(2, 12)), type(model).forward(model, ids(2, 12)))
 
 
-def test_what_is_used_beside_the_sum_stays(rewritten: Callable[..., Any]) -> None:
-    table = torch.randn(1, 9, generator=torch.Generator().manual_seed(0))
-
-    def both(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def test_a_sum_that_is_used_itself_too(rewritten: Callable[..., Any]) -> None:
+    def both(x: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         part = table[:, : x.shape[1]]
         first = x + part
-        return first * 2, first + part
+        return first * 2, part + first
 
-    rewritten(both, (torch.randn(3, 4),))
+    table = torch.randn(1, 9, generator=torch.Generator().manual_seed(0))
+    graph = rewritten(both, (torch.randn(3, 4),), (torch.randn(5, 9),), table=table)
+    assert graph.replaced["beginning of a constant"] == 2

@@ -23,7 +23,7 @@ from paceline.fusion.heads import attend, attend_by_kernel, attend_packed, atten
 from paceline.fusion.packing import pack, packing, unpack
 from paceline.fusion.rewrite import Rewrite
 
-BY_ITSELF = ("linear", "layer_norm", "gelu", "silu", "relu", "tanh", "sigmoid", "to", "dropout", "contiguous")
+BY_ITSELF = ("linear", "layer_norm", "gelu", "silu", "relu", "tanh", "sigmoid", "to", "dropout")
 # What attends, its form for packed tokens, and how many tensors of tokens come first; behind them is the mask.
 OF_PACKED: dict[Any, tuple[Callable[..., torch.Tensor], int]] = {
     attend: (attend_packed, 3),

@@ -95,7 +95,7 @@ def _add(rewrite: Rewrite, node: fx.Node, known: dict[Any, _Beginning]) -> None:
         added = known.get(other)
         if added is None or not isinstance(x, fx.Node) or x in known or not same_shape(x, node):
             continue
-        if is_op(x, "add") and len(x.users) == 1 and (below := x.meta.get("beginning")) is not None:
+        if is_op(x, "add") and (below := x.meta.get("beginning")) is not None:
             x, earlier = below
             if earlier.length is added.length and earlier.whole.shape == added.whole.shape:
                 total = earlier.whole + added.whole
