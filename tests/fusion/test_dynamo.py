@@ -176,3 +176,15 @@ def test_tensors_are_copied_at_once_whatever_their_dtypes_and_strides() -> None:
 def test_a_softmax_over_nothing_is_zero() -> None:
     scores = torch.tensor([[0.0, 0.0], [float("-inf")] * 2])
     assert dynamo.safe_softmax(scores).tolist() == [[0.5, 0.5], [0.0, 0.0]]
+
+
+def test_inside_of_a_transform() -> None:
+    found: list[bool] = []
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        found.append(dynamo.in_transform())
+        return x
+
+    note(torch.ones(3))
+    torch.vmap(note)(torch.ones(3))
+    assert found == [False, True]
