@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import paceline
+from paceline.fusion.direct import learn
 from paceline.fusion.optimize import optimised_of
 
 
@@ -117,12 +118,58 @@ def test_an_input_that_is_written_to_is_written_to_each_time() -> None:
     assert optimised_of(model)._direct == dict.fromkeys(optimised_of(model)._direct)
 
 
-def test_an_output_of_transformers_is_one() -> None:
+def test_nothing_is_learnt_of_more_than_one_graph() -> None:
+    class Plain:
+        is_plain = True
+
+    x, y = torch.zeros(2), torch.ones(2)
+    call: Any = (Plain(), [x], (y,))
+    assert learn([call], [x], y) is not None
+    assert learn([call, call], [x], y) is None
+    assert learn([], [x], y) is None
+    assert learn([call], [y], y) is None  # the graph's input came from elsewhere
+
+
+def bert() -> Any:
     from transformers import BertConfig, BertModel
 
     config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=99)
     torch.manual_seed(0)
-    model = paceline.optimize(BertModel(config).eval(), level="fast")
+    return BertModel(config).eval()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_padding_is_counted_in_each_call(mode: Any) -> None:
+    own, model = bert(), paceline.optimize(bert(), level="fast")
+    ids, mask = torch.arange(27).view(3, 9), torch.ones(3, 9, dtype=torch.long)
+    with mode():
+        for _ in range(2):
+            model(input_ids=ids, attention_mask=mask)
+            model(ids, mask)
+            model(attention_mask=mask, input_ids=ids)
+        model(ids, mask)
+        model(attention_mask=mask, input_ids=ids)
+        without_dynamo(model)
+        for padded in (0, 2, 8):
+            mask = torch.ones(3, 9, dtype=torch.long)
+            mask[1, 9 - padded :] = 0
+            expected = own(input_ids=ids, attention_mask=mask)
+            results = [
+                model(input_ids=ids, attention_mask=mask),
+                model(ids, mask),
+                model(attention_mask=mask, input_ids=ids),
+            ]
+            for found in results:
+                torch.testing.assert_close(found.pooler_output, expected.pooler_output, rtol=1e-4, atol=1e-5)
+                hidden = found.last_hidden_state[mask.bool()]
+                torch.testing.assert_close(hidden, expected.last_hidden_state[mask.bool()], rtol=1e-4, atol=1e-5)
+                assert not hidden.requires_grad
+            results[0].last_hidden_state.zero_()
+            assert results[1].last_hidden_state.abs().sum() > 0
+
+
+def test_an_output_of_transformers_is_one() -> None:
+    model = paceline.optimize(bert(), level="fast")
     given = {"input_ids": torch.arange(9)[None], "attention_mask": torch.ones(1, 9, dtype=torch.long)}
     captured = [model(**given) for _ in range(2)][-1]
     found = without_dynamo(model)(**given)
