@@ -22,7 +22,7 @@ def test_the_tables(capsys):
     (cache,) = [line for line in out.splitlines() if "cache:" in line]
     assert "32 layers, 128.0 KiB a token" in cache
     rows = [line.split() for line in out.splitlines()]
-    assert ["1", "15.5"] in [row[:2] for row in rows]  # GiB of one request of 1k tokens
+    assert ["1", "15.7"] in [row[:2] for row in rows]  # GiB of one request of 1k tokens
     assert ["1", "221"] in [row[:2] for row in rows]  # tokens/s of one
     assert "✗" in out
 

@@ -30,4 +30,6 @@ def test_freed_memory_is_kept() -> None:
         int(subprocess.run([sys.executable, "-c", LAYERS.format(keep=keep)], capture_output=True, check=True).stdout)
         for keep in (False, True)
     ]
-    assert faults[1] < 200 < faults[0]
+    assert faults[1] < 200
+    if faults[0] < 200:
+        pytest.skip("here glibc has learnt to keep it before: torch has freed a large block as it was imported")

@@ -137,6 +137,13 @@ class OptimisedForward:
     def original(self) -> Callable[..., Any]:
         return own_forward(self._model) if self.replaced is None else self.replaced
 
+    def uncaptured(self, *args: Any, **kwargs: Any) -> Any:
+        """What a call computes, by the model's own code, in the dtype that was asked for."""
+        if self._copy is None:
+            return self.original(*args, **kwargs)
+        args, kwargs = self._copy.converted(args, kwargs)
+        return own_forward(self._copy.model)(*args, **kwargs)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimisedForward:
         replaced = copy.deepcopy(self.replaced, memo)
         whole = copy.deepcopy(self.whole, memo)

@@ -249,6 +249,23 @@ def test_steps_that_could_be_captured(model: Any, inputs: Inputs, monkeypatch: p
                     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_nothing_is_captured_to_compare_a_step_with(
+    encoder_decoders: dict[str, Any], inputs: Inputs, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None
+) -> None:
+    """The model's own code says what a step should give: a capture takes seconds, and this is one call."""
+    monkeypatch.setattr(fused, "captures", names.can_be_fixed)
+    model = copy.deepcopy(encoder_decoders["t5"])
+    kwargs = {**inputs(model, 2), "max_new_tokens": 6}
+    expected = model.generate(**kwargs)
+    paceline.optimize(model, dtype=dtype)
+    found = model.generate(**kwargs)
+    assert dtype is not None or torch.equal(found, expected)
+    told = paceline.fusion.report(model)
+    assert len(told.graphs) == 3  # the encoder, the prompt, a step over fixed buffers
+    assert "the model's own" not in str(told)
+
+
 def test_shared_keys_that_a_model_does_not_take_are_not_used(
     model: Any, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ Shapes: R rows (batch x beams), B sentences, P prompt, L capacity, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -99,7 +100,7 @@ class Decoder:
         wrote."""
         group = self.request.group
         inputs = {name: _of_sentences(value, group) for name, value in self._inputs_of_step().items()}
-        expected_BV = self._forward(tokens_B[:, None], inputs, self.request.cache)
+        expected_BV = self._forward(tokens_B[:, None], inputs, self.request.cache, _own_code(self.model))
         try:
             got_BV = self._logits(tokens_B.repeat_interleave(group))[::group]
         except RuntimeError:
@@ -129,9 +130,11 @@ class Decoder:
             inputs["cache_position"] = torch.full((1,), past, device=self.model.device)
         return inputs
 
-    def _forward(self, tokens: torch.Tensor, inputs: dict[str, Any], cache: Any) -> torch.Tensor:
+    def _forward(
+        self, tokens: torch.Tensor, inputs: dict[str, Any], cache: Any, model: Callable[..., Any] | None = None
+    ) -> torch.Tensor:
         inputs[self._tokens_name()] = tokens
-        outputs = self.model(**inputs, past_key_values=cache, use_cache=True, return_dict=True)
+        outputs = (model or self.model)(**inputs, past_key_values=cache, use_cache=True, return_dict=True)
         return outputs.logits[:, -1].to(torch.float32, copy=True)  # type: ignore[no-any-return]
 
     def _tokens_name(self) -> str:
@@ -147,6 +150,13 @@ class Decoder:
     def close(self) -> None:
         """Gives the cache back. Nothing that was returned lies in it."""
         self.pool.give(self.cache)
+
+
+def _own_code(model: Any) -> Callable[..., Any]:
+    """The model without captured graphs: one call does not pay for a capture, which takes seconds."""
+    hooked = model._forward_hooks or model._forward_pre_hooks
+    own: Callable[..., Any] = model if hooked else getattr(vars(model).get("forward"), "uncaptured", model)
+    return own
 
 
 def _grown(mask_RP: torch.Tensor | None, request: Request) -> torch.Tensor | None:
