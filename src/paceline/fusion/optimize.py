@@ -137,12 +137,10 @@ class OptimisedForward:
     def original(self) -> Callable[..., Any]:
         return own_forward(self._model) if self.replaced is None else self.replaced
 
-    def uncaptured(self, *args: Any, **kwargs: Any) -> Any:
-        """What a call computes, by the model's own code, in the dtype that was asked for."""
-        if self._copy is None:
-            return self.original(*args, **kwargs)
-        args, kwargs = self._copy.converted(args, kwargs)
-        return own_forward(self._copy.model)(*args, **kwargs)
+    @property
+    def uncaptured(self) -> Callable[..., Any]:
+        """The model's own code, in the dtype that was asked for once a call was computed in it."""
+        return self.original if self._copy is None else own_forward(self._copy.model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimisedForward:
         replaced = copy.deepcopy(self.replaced, memo)
@@ -256,8 +254,7 @@ class OptimisedForward:
             self.report.graphs.append(captured.report)
             return captured
 
-        forward = self.original if self._copy is None else own_forward(model)
-        return compile_with(forward, backend, watch_modules=self._options.level == "safe")
+        return compile_with(self.uncaptured, backend, watch_modules=self._options.level == "safe")
 
     def record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[CapturedGraph, list[Any]]]:
         """The captured graphs that a call runs, in order, with what each is given."""
