@@ -42,7 +42,7 @@ def prompt_buffer_bytes(config: DecoderConfig, rows: int, context: int, block_si
     """Likewise of captured steps of so many decodes and a few tokens of prompts (engine/prompt_step.py): of each token
     its id, its position, a slot in each KV group and its hidden state; of each request where it begins and ends, and
     its block tables."""
-    groups, blocks = len(config.kv_groups), -(-context // block_size)
+    groups, blocks = len(config.kv_groups), -(-max(context, sizing.SMALL_STEP) // block_size)
     token = 16 + 8 * groups + config.hidden_size * bytes_per_value
     return (rows + sizing.SMALL_STEP) * token + (rows + sizing.PROMPTS) * (8 + 4 * groups * blocks) + 4
 

@@ -79,6 +79,19 @@ def test_decodes_and_prompts_are_filled_up_each():
     assert inputs.attention.groups[1].window == 6
 
 
+@pytest.mark.parametrize("context", [CONTEXT, 4 * SMALL_STEP])
+def test_no_request_is_longer_than_its_block_table(context):
+    """The one that fills up attends over the null block, as often as it has tokens."""
+    model = Model()
+    step = PromptStep(model, [], BLOCK, hidden_size=WIDTH, max_decodes=40, max_model_len=context, uncaptured=0)
+    step.prepare(Phases(), Form(8, SMALL_STEP))
+    attention = model.seen[-1].attention
+    assert attention.ragged is not None
+    for group in attention.groups:
+        assert attention.ragged.lens_R.max() <= group.block_tables_RB.shape[1] * BLOCK
+        assert group.block_tables_RB.shape[1] * BLOCK >= context
+
+
 def test_nothing_of_an_earlier_step_is_left_where_it_matters():
     model = Model()
     step = make(model)

@@ -6,7 +6,7 @@ have length 0 and slots of -1; the tokens that fill the prompts up have slots of
 blocks, which attends over as many keys of the null block: zeros.
 
 Shapes: D rows of decodes, P tokens of prompts, T = D + P, Q prompts, that request included; R = D + Q, B blocks of the
-longest context, G groups of the cache, N requests that choose a token.
+longest context or of P tokens, G groups of the cache, N requests that choose a token.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ class PromptStep:
         self._token_ids_T = torch.zeros(tokens, dtype=torch.int64, device=device)
         self._positions_T = torch.zeros(tokens, dtype=torch.int64, device=device)
         self._slots_GT = torch.full((groups, tokens), -1, dtype=torch.int64, device=device)
-        blocks = -(-max_model_len // block_size)
+        blocks = -(
+            -max(max_model_len, SMALL_STEP) // block_size
+        )  # the request that fills up may have SMALL_STEP tokens
         self._tables_GRB = torch.zeros((groups, requests, blocks), dtype=torch.int32, device=device)
         self._starts_R1 = torch.zeros(requests + 1, dtype=torch.int32, device=device)
         self._lens_R = torch.zeros(requests, dtype=torch.int32, device=device)
