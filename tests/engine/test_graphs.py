@@ -10,7 +10,9 @@ import torch
 
 from paceline import LLM
 from paceline.config import KVGroup
-from paceline.engine.graphs import graph_refusal, graph_rows
+from paceline.engine.decode_step import Decodes
+from paceline.engine.graphs import Graphs, graph_refusal, graph_rows
+from paceline.engine.prompt_step import Form
 
 
 def test_sizes_of_graphs():
@@ -27,6 +29,22 @@ def test_why_there_are_none(tiny_directory):
     group = KVGroup("full", (0,), None, 2, 512)
     foreign = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, kv_groups=(group,), modules=list)
     assert graph_refusal(foreign) == "transformers' modules run the model"
+
+
+def test_what_cannot_be_captured_is_computed_and_said_once(monkeypatch, caplog):
+    def no_memory(self, compute):
+        raise torch.OutOfMemoryError("CUDA out of memory\nand much more")
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(Graphs, "_record", no_memory)
+    graphs, computed = Graphs(torch.device("cpu")), []
+    for key in (Decodes(8, "greedy"), Form(8, 64)) * 2:
+        graphs.run(key, lambda key=key: computed.append(key))
+    assert computed == [Decodes(8, "greedy"), Form(8, 64)] * 2
+    assert [record.getMessage() for record in caplog.records] == [
+        "decodes of 8 rows (greedy) run without a CUDA graph: CUDA out of memory",
+        "steps of 8 decodes and 64 tokens of prompts run without a CUDA graph: CUDA out of memory",
+    ]
 
 
 @pytest.mark.parametrize(("mode", "level"), [("auto", logging.INFO), ("graph", logging.WARNING)])

@@ -7,6 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+import paceline
+from paceline.fusion import capture
 
 LAYERS = """
 import resource, torch
@@ -32,4 +36,11 @@ def test_freed_memory_is_kept() -> None:
     ]
     assert faults[1] < 200
     if faults[0] < 200:
-        pytest.skip("here glibc has learnt to keep it before: torch has freed a large block as it was imported")
+        pytest.skip("this process keeps it without being asked")
+
+
+def test_a_graph_on_a_cpu_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(capture, "keep_freed_memory", lambda: asked.append(True))
+    paceline.optimize(torch.nn.Linear(4, 4).eval())(torch.zeros(2, 4))
+    assert asked == [True]

@@ -5,10 +5,13 @@ Shapes: M rows, B blocks of the longest context, G groups of the cache, F fields
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from paceline.config import KVGroup
+from paceline.inputs import GroupMetadata
 from paceline.sampling.static import RowParams
 
 # Fields of 8 bytes a row, then those that each of the G groups has.
@@ -55,6 +58,16 @@ def make_fields(num_groups: int, rows: int, device: torch.device, *, pin: bool =
         edits_GM,
         blocks_GM.view(torch.int32)[:, :rows],
         params,
+    )
+
+
+def groups_of(
+    kv_groups: Sequence[KVGroup], tables_GRB: torch.Tensor, slots_GT: torch.Tensor
+) -> tuple[GroupMetadata, ...]:
+    """What attention is given of a step whose block tables and slots lie in buffers."""
+    return tuple(
+        GroupMetadata(tables_RB, slots_T, group.window, ())
+        for tables_RB, slots_T, group in zip(tables_GRB, slots_GT, kv_groups, strict=True)
     )
 
 

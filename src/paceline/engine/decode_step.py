@@ -16,16 +16,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from paceline.engine.decode_buffers import Staging, make_fields
+from paceline.engine.decode_buffers import Staging, groups_of, make_fields
 from paceline.engine.prompt_step import PromptStep, Run, run_plainly
 from paceline.engine.request_tokens import RequestTokens
 from paceline.engine.step import PLACEHOLDER, ScheduledRequest
-from paceline.inputs import AttentionMetadata, GroupMetadata, KVLayer, ModelInputs
+from paceline.inputs import AttentionMetadata, KVLayer, ModelInputs
 from paceline.kernels.decode_attention import make_counts
 from paceline.log import get_logger
 from paceline.models.model import Model
@@ -65,6 +66,16 @@ def _kind_of(states: Sequence[RequestTokens]) -> Kind:
     return max({state.kind for state in states}, key=KINDS.index)
 
 
+class Decodes(NamedTuple):
+    """What a graph is captured for: so many rows, and a kind of sampling."""
+
+    rows: int
+    kind: Kind
+
+    def __str__(self) -> str:
+        return f"decodes of {self.rows} rows ({self.kind})"
+
+
 NO_ROWS: Ints = np.zeros(0, dtype=np.int64)
 
 
@@ -93,7 +104,7 @@ class PendingDecode:
 
 
 class DecodeStep:
-    """`run` is given (rows, kind of sampling) and what computes a step of them: once, or by a graph of it.
+    """`run` is given Decodes and what computes a step of them: once, or by a graph of it.
 
     `round_up`: the rows that a step of so many requests computes. Unused rows have length 0 and slots of -1: only
     kernels that know them may get any. `max_rows` is the most requests of a step. `prompts`: what computes steps with a
@@ -165,7 +176,7 @@ class DecodeStep:
         if moved:
             given, fed = self._fields.token_M[:rows], self._token_ids[self._fields.previous_M[:rows]]
             self._token_ids[:rows] = torch.where(given != PLACEHOLDER, given, fed)
-        self._run((rows, kind), self._step_of(rows, kind))
+        self._run(Decodes(rows, kind), self._step_of(rows, kind))
         return self._receive(staging, self._rows_N)
 
     def launch_mixed(
@@ -209,7 +220,7 @@ class DecodeStep:
         with phases.time("kernels"):
             compute()
         with phases.time("graphs"):
-            self._run((rows, kind), compute)
+            self._run(Decodes(rows, kind), compute)
 
     def new_rows(self, states: Sequence[RequestTokens]) -> int | None:
         """The rows that a step of these requests computes, where none of its kind has been before."""
@@ -350,10 +361,7 @@ class DecodeStep:
     def _build(self, rows: int, kind: Kind) -> Callable[[], None]:
         """What computes a step of so many rows, from buffers to buffers."""
         fields = self._fields
-        groups = tuple(
-            GroupMetadata(tables_MB[:rows], slots_M[:rows], group.window, ())
-            for tables_MB, slots_M, group in zip(self._tables_GMB, fields.slots_GM, self.model.kv_groups, strict=True)
-        )
+        groups = groups_of(self.model.kv_groups, self._tables_GMB[:, :rows], fields.slots_GM[:, :rows])
         counts = make_counts(rows, self.model.device)
         attention = AttentionMetadata(range(rows + 1), (), self.block_size, groups, fields.length_M[:rows], counts)
         params, chosen = self._choice(rows)

@@ -92,8 +92,8 @@ def captured_decode(
 
 
 class Graphs:
-    """Captured steps, by what a step of theirs is (rows and kind of sampling, Form), in one pool of memory: they never
-    run at the same time, and nothing that one leaves there is read by another.
+    """Captured steps, by what they were captured for (Decodes, Form), in one pool of memory: they never run at the same
+    time, and nothing that one leaves there is read by another.
 
     The first step of its kind runs kernel by kernel, which loads what is loaded lazily, and is captured afterwards.
     `reserve`: bytes that the pool gets at once, so that graphs of all sizes share one segment.
@@ -123,8 +123,7 @@ class Graphs:
                 self._keeper = self._record(self._fill) if self._reserve else None
             return self._record(compute)
         except RuntimeError as error:
-            what = "decodes of {} rows ({})".format(*key) if isinstance(key, tuple) else f"steps of {key}"
-            log.warning("%s run without a CUDA graph: %s", what, str(error).partition("\n")[0])
+            log.warning("%s run without a CUDA graph: %s", key, str(error).partition("\n")[0])
             return None
 
     def _record(self, compute: Callable[[], None]) -> torch.cuda.CUDAGraph:

@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from paceline.inputs import AttentionMetadata, GroupMetadata, KVLayer, ModelInputs, Ragged
+from paceline.engine.decode_buffers import groups_of
+from paceline.inputs import AttentionMetadata, KVLayer, ModelInputs, Ragged
 from paceline.kernels.decode_attention import make_counts
 from paceline.models.model import Model
 from paceline.phases import Phases
@@ -47,7 +48,7 @@ class Form:
     tokens: int
 
     def __str__(self) -> str:
-        return f"{self.decodes} decodes and {self.tokens} tokens of prompts"
+        return f"steps of {self.decodes} decodes and {self.tokens} tokens of prompts"
 
 
 @dataclass(frozen=True)
@@ -82,14 +83,14 @@ class PromptStep:
     ) -> None:
         self.model, self.kv, self.block_size, self.max_decodes = model, kv, block_size, max_decodes
         self._run, self._exact, self._uncaptured = run, exact, uncaptured
+        self._decodes = [*(size for size in DECODES if size < max_decodes), max_decodes]
         groups, device = len(model.kv_groups), model.device
         tokens, requests = max_decodes + SMALL_STEP, max_decodes + PROMPTS
         self._token_ids_T = torch.zeros(tokens, dtype=torch.int64, device=device)
         self._positions_T = torch.zeros(tokens, dtype=torch.int64, device=device)
         self._slots_GT = torch.full((groups, tokens), -1, dtype=torch.int64, device=device)
-        blocks = -(
-            -max(max_model_len, SMALL_STEP) // block_size
-        )  # the request that fills up may have SMALL_STEP tokens
+        longest = max(max_model_len, SMALL_STEP)  # the latter of the request that fills up
+        blocks = -(-longest // block_size)
         self._tables_GRB = torch.zeros((groups, requests, blocks), dtype=torch.int32, device=device)
         self._starts_R1 = torch.zeros(requests + 1, dtype=torch.int32, device=device)
         self._lens_R = torch.zeros(requests, dtype=torch.int32, device=device)
@@ -106,11 +107,11 @@ class PromptStep:
     @property
     def forms(self) -> list[Form]:
         """All that are captured, the smallest first."""
-        decodes = [*(size for size in DECODES if size < self.max_decodes), self.max_decodes]
-        return [Form(rows, tokens) for rows in decodes for tokens in TOKENS]
+        return [Form(decodes, tokens) for decodes in self._decodes for tokens in TOKENS]
 
     def content_of(self, query_starts: Sequence[int]) -> Content | None:
-        """Of a step whose requests begin there; None for one that is computed kernel by kernel."""
+        """Of a step whose requests begin there, counted as one of its form; None for one that is computed kernel by
+        kernel."""
         counts_R = np.diff(query_starts)
         decodes = int(np.argmin(np.append(counts_R, 0) == 1))
         tokens = query_starts[-1] - decodes
@@ -118,8 +119,9 @@ class PromptStep:
             return None
         form = Form(decodes, tokens)
         if not self._exact:
-            rows = next((size for size in DECODES if decodes <= size < self.max_decodes), self.max_decodes)
-            form = Form(rows, next(size for size in TOKENS if tokens <= size))
+            form = Form(
+                next(size for size in self._decodes if decodes <= size), next(size for size in TOKENS if tokens <= size)
+            )
         self._seen[form] = seen = self._seen.get(form, 0) + 1
         return Content(form, decodes, tokens) if seen > self._uncaptured else None
 
@@ -190,10 +192,7 @@ class PromptStep:
 
     def _build(self, form: Form) -> Callable[[], None]:
         tokens, requests, device = form.decodes + form.tokens, form.decodes + PROMPTS, self.model.device
-        groups = tuple(
-            GroupMetadata(tables_RB[:requests], slots_T[:tokens], group.window, ())
-            for tables_RB, slots_T, group in zip(self._tables_GRB, self._slots_GT, self.model.kv_groups, strict=True)
-        )
+        groups = groups_of(self.model.kv_groups, self._tables_GRB[:, :requests], self._slots_GT[:, :tokens])
         ragged = Ragged(self._starts_R1[: requests + 1], self._lens_R[:requests], form.decodes)
         attention = AttentionMetadata((), (), self.block_size, groups, ragged=ragged)
         if form.decodes:

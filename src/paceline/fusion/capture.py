@@ -149,7 +149,8 @@ class CapturedGraph:
         writes = any(node.op == "placeholder" and not rewrite.is_free(node) for node in rewrite.graph.nodes)
         self.is_plain = not writes
         self._run = self._graphed(rewrite, inputs, writes)
-        keep_freed_memory()
+        if any(isinstance(value, torch.Tensor) and value.device.type == "cpu" for value in inputs):
+            keep_freed_memory()
         return expected
 
     def _graphed(self, rewrite: Rewrite, inputs: list[Any], writes: bool) -> Callable[..., Any]:

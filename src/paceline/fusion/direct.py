@@ -30,8 +30,7 @@ class DirectCall:
     put: Callable[[list[Any]], Any]
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> Any:
-        made = self.graph.run([tensors[one.index] if type(one) is _Place else one for one in self.inputs])
-        found = made if type(made) in (tuple, list) else pytree.tree_leaves(made)
+        found = _outputs(self.graph.run([tensors[one.index] if type(one) is _Place else one for one in self.inputs]))
         return self.put([found[one.index] if type(one) is _Place else one for one in self.results])
 
 
@@ -67,12 +66,17 @@ def learn(
     graph, given, made = calls[0]
     inputs = _placed(given, tensors)
     leaves, form = pytree.tree_flatten(result)
-    results = _placed(leaves, made if type(made) in (tuple, list) else pytree.tree_leaves(made))
+    results = _placed(leaves, _outputs(made))
     if inputs is None or results is None:
         return None
     return DirectCall(
         graph, inputs, results, _output_of(result) or (lambda leaves: pytree.tree_unflatten(leaves, form))
     )
+
+
+def _outputs(made: Any) -> Sequence[Any]:
+    """What a graph returned, one after the other."""
+    return made if type(made) in (tuple, list) else pytree.tree_leaves(made)
 
 
 def _output_of(result: Any) -> Callable[[list[Any]], Any] | None:
