@@ -173,9 +173,18 @@ def test_tensors_are_copied_at_once_whatever_their_dtypes_and_strides() -> None:
     dynamo.copy_all([], [])
 
 
-def test_a_softmax_over_nothing_is_zero() -> None:
-    scores = torch.tensor([[0.0, 0.0], [float("-inf")] * 2])
-    assert dynamo.safe_softmax(scores).tolist() == [[0.5, 0.5], [0.0, 0.0]]
+def test_the_size_that_was_captured() -> None:
+    seen: list[int | None] = []
+
+    def backend(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        made = next(node for node in graph_module.graph.nodes if node.op == "output").args[0][0]
+        seen.extend(map(dynamo.likely_size, made.meta["example_value"].shape))
+        return graph_module.forward
+
+    x = torch.ones(3, 5)
+    dynamo.mark_dynamic(x)
+    dynamo.compile_with(lambda x: torch.cat((x, x[:, :2]), dim=1), backend, watch_modules=True)(x)
+    assert seen == [3, 7]
 
 
 def test_inside_of_a_transform() -> None:

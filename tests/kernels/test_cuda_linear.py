@@ -13,6 +13,7 @@ from paceline.kernels import cuda_linear as module
 from paceline.kernels.add_norm import add_norm_ref
 from paceline.kernels.cuda_linear import cuda_linear, kernel_refusal, linear_norm
 from paceline.kernels.gemv import PLAIN, Epilogue, Planes, gemv_ref
+from paceline.kernels.gemv_float32 import MOST_ROWS, float32_gemv
 from paceline.kernels.gemv_launch import Launch
 from paceline.kernels.norm import NormWeights
 
@@ -137,11 +138,17 @@ def test_rows_in_blocks_of_any_size():
     check(x, planes, epilogue)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
-def test_float32_is_cublas(activation):
-    x, planes = tensor(2, 64, dtype=torch.float32), dense(40, 64, torch.float32)
-    assert kernel_refusal(x, planes) == "dtype is torch.float32"
+@pytest.mark.parametrize("tokens", [MOST_ROWS, MOST_ROWS + 1])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", None])
+def test_few_rows_in_float32_and_many(tokens, activation, monkeypatch):
+    seen = []
+    monkeypatch.setattr(module, "float32_gemv", lambda *args: seen.append(args) or float32_gemv(*args))
+    x, planes = tensor(tokens, 70, dtype=torch.float32)[:, 3:67], dense(40, 64, torch.float32)
+    assert kernel_refusal(x, planes) is not None
     check(x, planes, Epilogue(tensor(40, dtype=torch.float32), activation))
+    norm = NormWeights(tensor(40, dtype=torch.float32), None, 1e-5, True)
+    check_norm(x, planes, norm, residual_TN=tensor(tokens, 40, dtype=torch.float32))
+    assert len(seen) == (2 if tokens == MOST_ROWS else 0)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there its GELU is the one that is meant")

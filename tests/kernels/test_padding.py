@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from paceline.kernels.flash_attention import flash_attention, packed_attention
-from paceline.kernels.padding import pack, pack_ref, plan_packing, plan_packing_ref, unpack, unpack_ref
+from paceline.kernels.padding import (
+    count_places,
+    count_places_ref,
+    pack,
+    pack_ref,
+    plan_packing,
+    plan_packing_ref,
+    unpack,
+    unpack_ref,
+)
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []  # so that `make test-gpu` has them
 
@@ -36,6 +45,16 @@ def test_the_plan_is_its_twins(triton_device, B, S, dtype, spare):
     found, expected = plan_packing(mask, bound), plan_packing_ref(mask, bound)
     for ours, right in zip(astuple(found), astuple(expected), strict=True):
         assert torch.equal(ours, right)
+
+
+@pytest.mark.parametrize(("B", "S"), [(1, 1), (5, 7), (3, 4100), (3, 0), (0, 4)])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_the_tokens_are_counted(triton_device, B, S, dtype):
+    """Of a mask inside a wider one; what is not 0 counts once."""
+    wide = torch.ones(B, S + 3, dtype=dtype, device=triton_device)
+    mask = wide[:, 1 : S + 1]
+    mask[:] = make_mask(B, S, triton_device).to(dtype) * 2
+    assert count_places(mask) == count_places_ref(mask)
 
 
 @pytest.mark.parametrize("channels", [1, 40, 1500])

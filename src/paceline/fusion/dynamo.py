@@ -71,9 +71,9 @@ def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -
         torch._foreach_copy_(targets, sources)  # type: ignore[arg-type]
 
 
-def safe_softmax(scores: torch.Tensor) -> torch.Tensor:
-    """Over the last dimension, with zeros where all is -inf, as scaled_dot_product_attention has them."""
-    return torch._safe_softmax(scores, -1)
+def likely_size(size: int | torch.SymInt) -> int | None:
+    """What a size was when it was captured; None where that is not known."""
+    return size if isinstance(size, int) else size.node.hint
 
 
 def mark_dynamic(tensor: torch.Tensor) -> None:

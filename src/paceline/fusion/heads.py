@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from paceline.fusion.packing import Packed, pack, unpack
 from paceline.kernels.flash_attention import Keys, flash_attention, packed_attention
+from paceline.kernels.split_attention import rows_refusal, split_attention, splitting_pays
 
 
 class Heads(NamedTuple):
@@ -60,18 +61,25 @@ def attend_by_kernel(
     mask: torch.Tensor | None,
     heads: Heads,
 ) -> torch.Tensor:
-    """attend() by kernels/flash_attention.py, which reads q, k and v where they lie."""
+    """attend() by a kernel that reads q, k and v where they lie."""
     q, k, v = _apart(q_BSC, k_BKC, v_BKC, heads)
-    y_BSHD = flash_attention(
-        q,
-        k,
-        v,
-        scale=_scale(q, heads),
-        keys=Keys(causal=heads.causal),
-        mask_BL=mask[:, 0, 0] if mask is not None and _is_of_keys(mask) else None,
-        bias_BHSL=None if mask is None or _is_of_keys(mask) else mask,
-    )
-    return y_BSHD.flatten(2)
+    return kernel_attention(q, k, v, mask, _scale(q, heads), heads.causal).flatten(2)
+
+
+def kernel_attention(
+    q_BSHD: torch.Tensor,
+    k_BLKD: torch.Tensor,
+    v_BLKD: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    causal: bool = False,
+) -> torch.Tensor:
+    """[B, S, H, D]: by kernels/split_attention.py for few queries where that pays, else kernels/flash_attention.py."""
+    mask_BL, bias = (mask[:, 0, 0], None) if mask is not None and _is_of_keys(mask) else (None, mask)
+    if not causal and rows_refusal(q_BSHD, k_BLKD) is None and splitting_pays(q_BSHD, k_BLKD):
+        return split_attention(q_BSHD, k_BLKD, v_BLKD, scale=scale, mask_BL=mask_BL, bias_BHSL=bias)
+    keys = Keys(causal=causal)
+    return flash_attention(q_BSHD, k_BLKD, v_BLKD, scale=scale, keys=keys, mask_BL=mask_BL, bias_BHSL=bias)
 
 
 def attend_packed_by_kernel(

@@ -1,8 +1,9 @@
 """y = x w^T on CUDA for any number of rows and any storage of the weight, with what follows it.
 
-A few rows go through kernels/gemv.py's kernels, which compute what follows too; more through cuBLAS, a packed weight
-written out before (kernels/unpack.py), and what cuBLAS does not do in one pass afterwards (kernels/epilogue.py). The
-plain twin is kernels/gemv.py: gemv_ref, then kernels/add_norm.py: add_norm_ref.
+A few rows go through the kernels of kernels/gemv.py, in float32 through that of kernels/gemv_float32.py, which compute
+what follows too; more through cuBLAS, a packed weight written out before (kernels/unpack.py), and what cuBLAS does not
+do in one pass afterwards (kernels/epilogue.py). The plain twin is kernels/gemv.py: gemv_ref, then kernels/add_norm.py:
+add_norm_ref.
 
 Shapes: T rows of x, N rows of the weight, K columns.
 """
@@ -16,6 +17,7 @@ import torch
 from paceline.kernels.add_norm import add_norm
 from paceline.kernels.epilogue import finish_product
 from paceline.kernels.gemv import DENSE_ROWS, PLAIN, Epilogue, Planes, gemv, product_parts, shape_refusal
+from paceline.kernels.gemv_float32 import float32_gemv, float32_refusal
 from paceline.kernels.gemv_launch import Launch, Product, filling_launch, launch_rows, load_table
 from paceline.kernels.gpu import gpu
 from paceline.kernels.linear import linear_ref
@@ -34,6 +36,8 @@ def cuda_linear(
 ) -> torch.Tensor:
     """[T, outputs] in x's dtype. x and the residual may have any row stride. `launch`: if None, the table's; without
     one filling_launch's for several rows and a weight of at most SMALL_WEIGHT values, else gemv's."""
+    if _is_few_in_float32(x_TK, planes):
+        return float32_gemv(x_TK, planes.values, epilogue)
     if kernel_refusal(x_TK, planes) is None:
         return gemv(x_TK, planes, epilogue=epilogue, launch=launch or _launch(x_TK, planes))
     return _by_cublas(x_TK, planes, epilogue)
@@ -54,7 +58,9 @@ def linear_norm(
     The kernel for a few rows splits K over as many programs as the device runs, and the norm's adds their parts: no
     pass of its own does.
     """
-    if kernel_refusal(x_TK, planes) is not None:
+    if _is_few_in_float32(x_TK, planes):
+        product_TN = float32_gemv(x_TK, planes.values)
+    elif kernel_refusal(x_TK, planes) is not None:
         product_TN = _by_cublas(x_TK, planes, PLAIN)
     elif x_TK.shape[0] == 1:
         product_TN = gemv(x_TK, planes, launch=launch)
@@ -63,8 +69,12 @@ def linear_norm(
     return add_norm(product_TN, norm, residual_TC=residual_TN, bias_C=bias_N, keep_sum=keep_sum, dtype=x_TK.dtype)
 
 
+def _is_few_in_float32(x_TK: torch.Tensor, planes: Planes) -> bool:
+    return planes.format == "dense" and float32_refusal(x_TK, planes.values) is None
+
+
 def kernel_refusal(x_TK: torch.Tensor, planes: Planes) -> str | None:
-    """Why such rows are cuBLAS's; None where they are the kernel's."""
+    """Why such rows are not kernels/gemv.py's; None where they are."""
     N, K = planes.shape
     if planes.format == "dense":
         planes = replace(planes, most_rows=SMALL_ROWS if N * K <= SMALL_WEIGHT else DENSE_ROWS)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from paceline.kernels.gpu import gpu, launch_options, triton_refusal
+from paceline.kernels.gpu import as_bytes, gpu, launch_options, triton_refusal
 
 LARGEST_HEAD = 256
 MOST_SCANNED = 8192  # keys whose mask a program looks through first, for those that bound it
@@ -200,8 +200,8 @@ def _launch(
         *tensors,
         out_BSHD,
         lens_B,
-        _bytes(mask_BL),
-        _bytes(bias_BHSL),
+        as_bytes(mask_BL),
+        as_bytes(bias_BHSL),
         starts_B,
         key_starts_B,
         B,
@@ -213,7 +213,7 @@ def _launch(
         *k_BLKD.stride()[:3],
         *v_BLKD.stride()[:3],
         *((0, 0) if mask_BL is None else mask_BL.stride()),
-        *((0, 0, 0, 0) if bias_BHSL is None else _bias_strides(bias_BHSL)),
+        *((0, 0, 0, 0) if bias_BHSL is None else bias_strides(bias_BHSL)),
         CAUSAL=keys.causal,
         WINDOW=-1 if keys.window is None else keys.window,
         BIAS=bias_kind,
@@ -231,12 +231,7 @@ def _launch(
     )
 
 
-def _bytes(flags: torch.Tensor | None) -> torch.Tensor | None:
-    """Booleans as Triton loads them."""
-    return flags.view(torch.uint8) if flags is not None and flags.dtype == torch.bool else flags
-
-
-def _bias_strides(bias_BHSL: torch.Tensor) -> list[int]:
+def bias_strides(bias_BHSL: torch.Tensor) -> list[int]:
     """0 along a dimension of 1, which the longest sequence may exceed."""
     return [0 if size == 1 else stride for size, stride in zip(bias_BHSL.shape, bias_BHSL.stride(), strict=True)]
 

@@ -81,6 +81,11 @@ def launch_options(dependent: bool) -> dict[str, bool]:
     return {"launch_pdl": True} if dependent else {}
 
 
+def as_bytes(flags: torch.Tensor | None) -> torch.Tensor | None:
+    """Booleans as Triton loads them."""
+    return flags.view(torch.uint8) if flags is not None and flags.dtype == torch.bool else flags
+
+
 def triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why no Triton kernel runs there in `dtype`; None when one can."""
     return f"device is {device.type}" if device.type != "cuda" else gpu(device).refusal(dtype)

@@ -15,6 +15,22 @@ def _counts(mask_ptr, at, end, S, sequence_stride, place_stride):
     return (tl.load(pointers, mask=at < end, other=0) != 0).to(tl.int32)
 
 
+@triton.jit(do_not_specialize=["S", "places"], do_not_specialize_on_alignment=["mask_ptr", "count_ptr"])
+def count_kernel(
+    mask_ptr,  # [B, S]
+    count_ptr,  # int32 [1], the host's memory
+    sequence_stride,
+    place_stride,
+    S,
+    places,  # B * S
+    BLOCK: tl.constexpr,
+):
+    counts = tl.zeros([BLOCK], tl.int32)
+    for first in tl.range(0, places, BLOCK):
+        counts += _counts(mask_ptr, first + tl.arange(0, BLOCK), places, S, sequence_stride, place_stride)
+    tl.store(count_ptr, tl.sum(counts, 0))
+
+
 @triton.jit(do_not_specialize=["B", "S", "bound"], do_not_specialize_on_alignment=["mask_ptr"])
 def plan_kernel(
     mask_ptr,  # [B, S]

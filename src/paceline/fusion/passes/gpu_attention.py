@@ -1,31 +1,33 @@
 """On a GPU, attention runs by the kernel that reads queries, keys and values where their projection wrote them, and a
-mask of keys as it is (kernels/flash_attention.py); that of one query a head, whose keys lie in a cache, by products
-(one_query.py)."""
+mask of keys as it is (kernels/flash_attention.py); that of few queries, whose keys lie in a cache, by the one that
+splits the keys (kernels/split_attention.py)."""
 
 from __future__ import annotations
 
 import torch
 from torch import fx
 
+from paceline.fusion.dynamo import likely_size
+from paceline.fusion.few_queries import attend_few_queries
 from paceline.fusion.graph import argument, fake, is_op, shape_of
 from paceline.fusion.heads import attend, attend_by_kernel
-from paceline.fusion.one_query import attend_one_query
 from paceline.fusion.rewrite import Rewrite
 from paceline.kernels import gpu
 from paceline.kernels.flash_attention import LARGEST_HEAD
+from paceline.kernels.split_attention import MOST_ROWS
 
 
 def apply(rewrite: Rewrite) -> None:
     for node in rewrite.graph.nodes:
-        if _is_of_one_query(node):
+        if _is_of_few_queries(node):
             node.kwargs = {
                 "attn_mask": argument(node, "attn_mask"),
                 "scale": argument(node, "scale"),
                 "enable_gqa": argument(node, "enable_gqa", False),
             }
             node.args = tuple(argument(node, name) for name in ("query", "key", "value"))
-            node.target = attend_one_query
-            rewrite.count("attention of one query by products")
+            node.target = attend_few_queries
+            rewrite.count("attention of few queries by kernel")
             continue
         if node.target is not attend:
             continue
@@ -44,7 +46,7 @@ def apply(rewrite: Rewrite) -> None:
         rewrite.count("attention by kernel")
 
 
-def _is_of_one_query(node: fx.Node) -> bool:
+def _is_of_few_queries(node: fx.Node) -> bool:
     if not is_op(node, "sdpa") or argument(node, "is_causal") or argument(node, "dropout_p"):
         return False
     query, mask = fake(argument(node, "query")), argument(node, "attn_mask")
@@ -52,6 +54,6 @@ def _is_of_one_query(node: fx.Node) -> bool:
         isinstance(query, torch.Tensor)
         and gpu.triton_refusal(query.device, query.dtype) is None
         and query.dim() == 4
-        and query.shape[2] == 1
+        and (likely_size(query.shape[2]) or 0) <= MOST_ROWS
         and (mask is None or len(shape_of(mask) or ()) == 4)
     )
