@@ -327,6 +327,10 @@ def test_captured_steps(model: Any, inputs: Inputs, optimised: bool) -> None:
         for each, text in zip(kwargs * 2, expected * 2, strict=True):
             assert torch.equal(model.generate(**each), text)
         assert all(cache.step[1].graph is not None for cache in model.generate._pool.free)
+        (steps,) = model.generate.beam_steps.values()
+        assert steps.counts.replayed > steps.counts.eager
+        assert not steps.failures
+        steps.check_invariants()
 
 
 def test_with_and_without_inference_mode(encoder_decoders: dict[str, Any], inputs: Inputs) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from paceline.fusion.cuda_graphs import CudaRecorder, Function, GraphPool
+from paceline.fusion.generate.beam_step import advance
 from paceline.fusion.generate.beams import beam_search
 from paceline.fusion.generate.cache import Pool
 from paceline.fusion.generate.decoder import Decoder
@@ -39,6 +41,7 @@ class Generate:
         self.forward = forward
         self._model = model
         self._pool = Pool()
+        self.beam_steps: dict[torch.device, GraphPool] = {}
         self.original = types.MethodType(type(model).generate, model)
         functools.update_wrapper(self, self.original)  # libraries look at its signature
 
@@ -90,8 +93,11 @@ class Generate:
         vocab_size = self._model.get_output_embeddings().weight.shape[0]
         processors = prepared(logits_processor, vocab_size, input_ids.device)
         try:
-            search = beam_search if request.beams > 1 else sample
-            result = search(decoder, request, processors, input_ids)
+            if request.beams > 1:
+                step = self._beam_step(input_ids.device, request)
+                result = beam_search(decoder, request, processors, input_ids, step)
+            else:
+                result = sample(decoder, request, processors, input_ids)
             if not request.as_dict:
                 return result["sequences"]
             kind = output_class(decoder.encoder_decoder, beams=request.beams > 1)
@@ -100,3 +106,10 @@ class Generate:
             decoder.close()
             if not decoder.agreed:
                 self.forward.report.note("generate: steps are the model's own: faster ones gave another result")
+
+    def _beam_step(self, device: torch.device, request: Request) -> Function:
+        """On a GPU in CUDA graphs: kernel by kernel it takes a host as long as T5-base's forward takes an H100. But not
+        of a search that draws, whose numbers are then torch's own."""
+        if device.type != "cuda" or request.sample:
+            return advance
+        return self.beam_steps.setdefault(device, GraphPool(advance, CudaRecorder(device)))

@@ -21,40 +21,44 @@ Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (tokens [R, 
 
 @dataclass(frozen=True)
 class Ban:
-    """-inf for `tokens` at the steps at which `holds` of the number of tokens so far."""
+    """-inf for the tokens `banned`, booleans [V], at the steps at which `holds` of the number of tokens so far."""
 
-    tokens: torch.Tensor
+    banned_V: torch.Tensor
     holds: Callable[[int], bool]
 
     def __call__(self, tokens_RN: torch.Tensor, scores_RV: torch.Tensor) -> torch.Tensor:
         if not self.holds(tokens_RN.shape[1]):
             return scores_RV
-        return scores_RV.index_fill(1, self.tokens, -torch.inf)
+        return scores_RV.masked_fill(self.banned_V, -torch.inf)
 
 
 def prepared(processors: Sequence[Any], vocab_size: int, device: torch.device) -> list[Processor]:
     """The processors in their order, with a `Ban` for each that is one."""
     result: list[Processor] = []
     for processor in processors:
-        ban = _ban(processor)
-        if ban is not None:
-            tokens = ban.tokens.to(device)
-            ban = Ban(torch.unique(tokens[tokens < vocab_size]), ban.holds)
-        result.append(processor if ban is None else ban)
+        found = _banned(processor)
+        if found is None:
+            result.append(processor)
+            continue
+        tokens, holds = found
+        banned_V = torch.zeros(vocab_size, dtype=torch.bool)
+        banned_V[tokens[tokens < vocab_size].cpu()] = True
+        result.append(Ban(banned_V.to(device), holds))
     return result
 
 
-def _ban(processor: Any) -> Ban | None:
+def _banned(processor: Any) -> tuple[torch.Tensor, Callable[[int], bool]] | None:
+    """The tokens that a processor bans, and when; None of one that does something else."""
     kind = type(processor)
     if kind is generation.MinLengthLogitsProcessor:
-        return Ban(processor.eos_token_id, lambda length: length < processor.min_length)
+        return processor.eos_token_id, lambda length: length < processor.min_length
     if kind is generation.MinNewTokensLengthLogitsProcessor:
         least = processor.prompt_length_to_skip + processor.min_new_tokens
-        return Ban(processor.eos_token_id, lambda length: length < least)
+        return processor.eos_token_id, lambda length: length < least
     if kind is generation.SuppressTokensLogitsProcessor:
-        return Ban(processor.suppress_tokens, lambda length: True)
+        return processor.suppress_tokens, lambda length: True
     if kind is generation.SuppressTokensAtBeginLogitsProcessor:
-        return Ban(processor.begin_suppress_tokens, lambda length: length == processor.begin_index)
+        return processor.begin_suppress_tokens, lambda length: length == processor.begin_index
     return None
 
 

@@ -37,7 +37,7 @@ def sample(
         if request.end_tokens is not None:
             assert request.pad_token is not None  # `generate` takes the first end token where there is none
             chosen_R = torch.where(running_R, chosen_R, request.pad_token)
-            running_R = running_R & ~torch.isin(chosen_R, request.end_tokens)
+            running_R = running_R & (chosen_R[:, None] != request.end_tokens).all(dim=-1)
         tokens_RL[:, length] = chosen_R
         length += 1
         stop.tell(~running_R.any())
