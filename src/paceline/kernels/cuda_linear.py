@@ -2,8 +2,8 @@
 
 A few rows go through the kernels of kernels/gemv.py, in float32 through that of kernels/gemv_float32.py, which compute
 what follows too; more through cuBLAS, a packed weight written out before (kernels/unpack.py), and what cuBLAS does not
-do in one pass afterwards (kernels/epilogue.py). The plain twin is kernels/gemv.py: gemv_ref, then kernels/add_norm.py:
-add_norm_ref.
+do in one pass afterwards (kernels/epilogue.py); but a GELU of many rows through kernels/gelu_linear.py. The plain twin
+is kernels/gemv.py: gemv_ref, then kernels/add_norm.py: add_norm_ref.
 
 Shapes: T rows of x, N rows of the weight, K columns.
 """
@@ -16,6 +16,7 @@ import torch
 
 from paceline.kernels.add_norm import add_norm
 from paceline.kernels.epilogue import finish_product
+from paceline.kernels.gelu_linear import gelu_linear, gelu_refusal
 from paceline.kernels.gemv import DENSE_ROWS, PLAIN, Epilogue, Planes, gemv, product_parts, shape_refusal
 from paceline.kernels.gemv_float32 import float32_gemv, float32_refusal
 from paceline.kernels.gemv_launch import Launch, Product, filling_launch, launch_rows, load_table
@@ -98,6 +99,9 @@ def _by_cublas(x_TK: torch.Tensor, planes: Planes, epilogue: Epilogue) -> torch.
     if bias is None and activation is None and not epilogue.gated:
         assert epilogue.residual_TN is not None
         return torch.addmm(epilogue.residual_TN, x_TK, weight_NK.t())
+    alone = not epilogue.gated and epilogue.residual_TN is None
+    if activation == "gelu" and alone and gelu_refusal(x_TK, weight_NK) is None:
+        return gelu_linear(x_TK, weight_NK, bias)
     if _inside_cublas(x_TK, epilogue):
         assert bias is not None
         y_TN: torch.Tensor = torch._addmm_activation(bias, x_TK, weight_NK.t(), use_gelu=activation == "gelu_tanh")
