@@ -38,6 +38,7 @@ class Settings:
     dtype: torch.dtype
     level: str = "safe"
     quantize: str | None = None
+    compile_rest: bool = False
     rounds: int = 20
     against: Sequence[str] = ()
 
@@ -84,7 +85,12 @@ def run(
         progress(name)
         models[name] = _other(name, make().eval(), settings)
     ours = make().eval().to(settings.device, settings.dtype)
-    optimize(ours, level=settings.level, quantize=settings.quantize)  # type: ignore[arg-type]
+    optimize(
+        ours,
+        level=settings.level,  # type: ignore[arg-type]
+        quantize=settings.quantize,
+        compile_rest=settings.compile_rest,
+    )
     models[PACELINE] = _prepare(ours)
     rows: list[Row] = []
     with torch.inference_mode():

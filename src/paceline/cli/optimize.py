@@ -42,6 +42,7 @@ SHAPES = ("1x16", "1x128", "8x128")
 )
 @click.option("--level", type=click.Choice(["safe", "fast"]), default="safe", show_default=True, help="As optimize's.")
 @click.option("--quantize", type=click.Choice(QUANTIZATIONS), help="Store linears' weights in 8 or 4 bits.")
+@click.option("--compile-rest", is_flag=True, help="What no pass replaces is compiled by torch.compile.")
 @click.option(
     "--shape", "shapes", multiple=True, metavar="BxL", help=f"Batch and length; several [{', '.join(SHAPES)}]."
 )
@@ -73,13 +74,21 @@ def optimize(model: str, **options: Any) -> None:
     device, dtype = pick_device(options["device"]), getattr(torch, options["dtype"])
     make = _maker(model)
     if not options["bench"]:
-        made = optimised(make().eval().to(device, dtype), level=options["level"], quantize=options["quantize"])
+        asked = {name: options[name] for name in ("level", "quantize", "compile_rest")}
+        made = optimised(make().eval().to(device, dtype), **asked)
         with torch.inference_mode():
             made(**make_inputs(made, *shapes[0], device))
         click.echo(report(made))
         return
     settings = Settings(
-        shapes, device, dtype, options["level"], options["quantize"], options["rounds"], options["against"]
+        shapes,
+        device,
+        dtype,
+        options["level"],
+        options["quantize"],
+        options["compile_rest"],
+        options["rounds"],
+        options["against"],
     )
     found = run(make, settings, lambda text: click.echo(f"  {text}", err=True))
     if write_json(options["json_path"], {"model": model, **dataclasses.asdict(found)}):

@@ -25,7 +25,7 @@ from paceline.fusion.graph import stamp
 from paceline.fusion.malloc import keep_freed_memory
 from paceline.fusion.options import Options
 from paceline.fusion.packing import count_tokens
-from paceline.fusion.passes import leave_out_padding, run_passes
+from paceline.fusion.passes import compile_rest, compile_what_is_left, leave_out_padding, run_passes
 from paceline.fusion.passes.padding import attention_mask
 from paceline.fusion.report import GraphReport
 from paceline.fusion.results import own_results
@@ -132,6 +132,8 @@ class CapturedGraph:
             wrong = found is None or not (found <= self._tolerance(expected) or self._options.quantize)
             if self._options.level == "fast" and not wrong:
                 rewrite = self._without_padding(rewrite, inputs)
+            if self._options.compile_rest and not wrong:
+                rewrite = self._with_rest_compiled(rewrite, inputs)
         except Exception as error:  # a pass that is wrong about a model must not end the caller's call
             self._drop(f"it failed with {type(error).__name__}: {' '.join(str(error).strip().splitlines()[:1])}")
             return expected
@@ -185,6 +187,21 @@ class CapturedGraph:
                 self._mask_place = None
                 return rewrite
         return packed
+
+    def _with_rest_compiled(self, rewrite: Rewrite, inputs: list[Any]) -> Rewrite:
+        """The graph whose rest torch.compile compiles, now, where that gives what the graph gives."""
+        compiled = replace(rewrite, module=_copy(rewrite.module))
+        compile_what_is_left(compiled)
+        first, second = self._given(_cloned(inputs)), self._given(_cloned(inputs))
+        expected, result = rewrite.module.forward(*first), compiled.module.forward(*second)
+        own_results(compiled.module, (expected, first), (result, second), self._weights)
+        found = difference((expected, first), (result, second))
+        if found is not None and found <= self._tolerance(expected):
+            return compiled
+        compile_rest.forget(rewrite.report)
+        by = "" if found is None else f" by {found:.1e}"
+        rewrite.leave(f"the rest stays eager: torch.compile's results differ{by}")
+        return rewrite
 
     def _refusal(self, graph: fx.Graph) -> str | None:
         if self._builds > MOST_BUILDS:

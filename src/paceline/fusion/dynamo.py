@@ -27,9 +27,17 @@ def compile_with(function: Callable[..., Any], backend: Backend, *, watch_module
     options: dict[str, Any] | None = None
     if not watch_modules:
         options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    return torch.compile(_own_code(function), backend=backend, options=options, **_limit())
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` by torch.compile's own compiler, for any sizes. Calling it raises what cannot be compiled."""
+    return torch.compile(function, dynamic=True, fullgraph=True, **_limit())
+
+
+def _limit() -> dict[str, Any]:
     known = inspect.signature(torch.compile).parameters
-    limit = {"recompile_limit": MOST_CAPTURES} if "recompile_limit" in known else {}
-    return torch.compile(_own_code(function), backend=backend, options=options, **limit)  # type: ignore[call-overload,no-any-return]
+    return {"recompile_limit": MOST_CAPTURES} if "recompile_limit" in known else {}
 
 
 @contextmanager
@@ -80,6 +88,12 @@ def mark_dynamic(tensor: torch.Tensor) -> None:
     """Capture any size of the tensor's dimensions, where the code allows it."""
     for dim in range(tensor.dim()):
         torch_dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def mark_sizes(tensor: torch.Tensor, sizes: Sequence[Any]) -> None:
+    """Compile the tensor for any size where `sizes` has a symbol, and for its own elsewhere."""
+    for dim, size in enumerate(sizes):
+        (torch_dynamo.mark_static if isinstance(size, int) else torch_dynamo.maybe_mark_dynamic)(tensor, dim)
 
 
 def graph_breaks() -> dict[str, int]:

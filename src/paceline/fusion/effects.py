@@ -68,9 +68,9 @@ def mark_touched(graph: fx.Graph) -> None:
         changed = changed_by(node)
         if changed:
             direct.update(changed, [node])
-    memory = {0, *(place for node in direct for place in _memory(node))}  # 0: what lies there is not known
+    memory = {0, *(place for node in direct for place in memory_of(node))}  # 0: what lies there is not known
     for node in graph.nodes:
-        node.meta["touched"] = node in direct or not memory.isdisjoint(_memory(node))
+        node.meta["touched"] = node in direct or not memory.isdisjoint(memory_of(node))
 
 
 def changes_between(first: fx.Node, last: fx.Node, values: Iterable[object]) -> bool:
@@ -78,17 +78,18 @@ def changes_between(first: fx.Node, last: fx.Node, values: Iterable[object]) -> 
     touched = {value for value in values if isinstance(value, fx.Node) and value.meta.get("touched")}
     if not touched:
         return False
-    memory = {place for value in touched for place in _memory(value)}
+    memory = {place for value in touched for place in memory_of(value)}
     node = first
     while node is not last and node.op != "output":
         for changed in changed_by(node):
-            if changed in touched or not memory.isdisjoint(_memory(changed)):
+            if changed in touched or not memory.isdisjoint(memory_of(changed)):
                 return True
         node = node.next
     return False
 
 
-def _memory(node: fx.Node) -> set[int]:
+def memory_of(node: fx.Node) -> set[int]:
+    """Where a node's tensors lie, by storage_id: equal places are one memory."""
     value = fake(node)
     values = value if isinstance(value, (list, tuple)) else [value]
     return {place for item in values if (place := storage_id(item)) is not None}

@@ -40,6 +40,7 @@ def optimize(
     level: Literal["safe", "fast"] = "safe",
     quantize: str | None = None,
     graphs: bool = True,
+    compile_rest: bool = False,
 ) -> Model:
     """Make `model` faster, and return it: the same object, whose forward now runs rewritten graphs.
 
@@ -50,10 +51,11 @@ def optimize(
     `dtype`: compute in it, with a copy of the weights (the model's own stay as they are); floating-point inputs are
     converted, and results are in it, as those of `model.to(dtype)` are. `level`: see Options. `quantize`: store the
     weights of linears as "int8", "fp8" or another format of paceline's; the report has the error. `graphs`: on a GPU,
-    calls of shapes seen before run as CUDA graphs. Optimising an optimised model does it anew. Raises UsageError for
-    options that do not exist.
+    calls of shapes seen before run as CUDA graphs. `compile_rest`: what no pass replaces is compiled by torch.compile,
+    at the first call, in seconds a part. Optimising an optimised model does it anew. Raises UsageError for options that
+    do not exist.
     """
-    options = Options(dtype, level, quantize, graphs)
+    options = Options(dtype, level, quantize, graphs, compile_rest)
     if not isinstance(model, nn.Module):
         raise UsageError(f"optimize takes a torch.nn.Module, got {type(model).__name__}")
     restore(model)

@@ -20,12 +20,14 @@ class Options:
     """`dtype`: compute with a copy of the weights in it; None: with the model's own. `level`: "safe" notices each
     change of the model and computes every position as the model does; "fast" takes the model's attributes and weights
     as they were when they were captured, and computes nothing where the attention mask has padding. `quantize`: store
-    linears' weights in this format; None: as they are. `graphs`: on a GPU, capture calls in CUDA graphs."""
+    linears' weights in this format; None: as they are. `graphs`: on a GPU, capture calls in CUDA graphs.
+    `compile_rest`: give what no pass replaces to torch.compile."""
 
     dtype: torch.dtype | None = None
     level: Literal["safe", "fast"] = "safe"
     quantize: str | None = None
     graphs: bool = True
+    compile_rest: bool = False
 
     def __post_init__(self) -> None:
         if self.level not in LEVELS:

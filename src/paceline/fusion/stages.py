@@ -15,7 +15,7 @@ from torch import fx, nn
 from paceline.errors import UsageError
 from paceline.fusion.capture import CapturedGraph, difference
 from paceline.fusion.optimize import optimised_of
-from paceline.fusion.passes import PASSES
+from paceline.fusion.passes import STAGES
 
 OWN, CAPTURED, CALL = "the model's own forward", "as captured", "called through the model"
 
@@ -43,7 +43,7 @@ def measure_stages(model: nn.Module, *args: Any, repeats: int = 20, **kwargs: An
         stages = [Stage(OWN, _median(lambda: optimised.original(*args, **kwargs), repeats))]
         expected = [graph.with_passes(0).forward(*inputs) for graph, inputs in calls]
         before: list[str] = []
-        for count in range(len(PASSES) + 1):
+        for count in range(len(STAGES) + 1):
             runs = [graph.with_passes(count) for graph, _ in calls]
             code = [run.code for run in runs]
             if code == before:
@@ -60,7 +60,7 @@ def measure_stages(model: nn.Module, *args: Any, repeats: int = 20, **kwargs: An
 
 
 def _name(count: int) -> str:
-    return CAPTURED if count == 0 else PASSES[count - 1].__module__.rpartition(".")[2].replace("_", " ")
+    return CAPTURED if count == 0 else STAGES[count - 1].__module__.rpartition(".")[2].replace("_", " ")
 
 
 def _all(runs: list[fx.GraphModule], calls: list[tuple[CapturedGraph, list[Any]]]) -> Callable[[], None]:

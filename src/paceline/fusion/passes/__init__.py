@@ -13,6 +13,7 @@ from paceline.fusion.passes import (
     activations,
     attention,
     common,
+    compile_rest,
     constants,
     cpu_attention,
     cpu_heads,
@@ -56,6 +57,8 @@ PASSES = (
     cpu_heads.apply,
     cpu_linear.apply,
 )
+# What is left to torch.compile comes behind all else, behind padding too: within a part no pass finds anything.
+STAGES = (*PASSES, compile_rest.apply)
 
 # Functions that passes put in and that treat each row by itself.
 OF_TOKENS: frozenset[Callable[..., Any]] = frozenset(
@@ -64,11 +67,9 @@ OF_TOKENS: frozenset[Callable[..., Any]] = frozenset(
 
 
 def run_passes(rewrite: Rewrite, count: int = len(PASSES)) -> None:
-    """The first `count` of them over the graph, in place."""
-    for apply in PASSES[:count]:
-        mark_touched(rewrite.graph)
-        apply(rewrite)
-        rewrite.graph.eliminate_dead_code(has_effect)
+    """The first `count` of the stages over the graph, in place; all passes, if it is not given."""
+    for apply in STAGES[:count]:
+        _run(apply, rewrite)
     _finish(rewrite)
 
 
@@ -78,6 +79,18 @@ def leave_out_padding(rewrite: Rewrite) -> bool:
     done = padding.apply(rewrite, OF_TOKENS)
     _finish(rewrite)
     return done
+
+
+def compile_what_is_left(rewrite: Rewrite) -> None:
+    """The stage of `compile_rest`, which is tried by itself (capture.py)."""
+    _run(compile_rest.apply, rewrite)
+    _finish(rewrite)
+
+
+def _run(apply: Callable[[Rewrite], None], rewrite: Rewrite) -> None:
+    mark_touched(rewrite.graph)
+    apply(rewrite)
+    rewrite.graph.eliminate_dead_code(has_effect)
 
 
 def _finish(rewrite: Rewrite) -> None:
