@@ -37,6 +37,21 @@ def test_it_tells_what_is_replaced_and_what_that_brings(tiny_bert: Path, capsys:
     assert found["stages"][0]["name"] == "the model's own forward"
 
 
+def test_the_rest_is_compiled_where_it_is_asked_for(
+    tiny_bert: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from paceline.fusion.passes import compile_rest
+
+    monkeypatch.setattr(compile_rest, "compiled", lambda function: function)  # in seconds
+    given = ["optimize", str(tiny_bert), "--shape", "2x7", "--rounds", "1", "--device", "cpu"]
+    for bench in ([], ["--bench"]):
+        for flag in ([], ["--compile-rest"]):
+            assert app.main([*given, *bench, *flag]) == 0
+            told = capsys.readouterr().out
+            assert ("parts by torch.compile" in told) is bool(flag)
+            assert ("compile rest" in told) is bool(flag and bench)
+
+
 def test_openvino_takes_turns_with_the_others(tiny_bert: Path) -> None:
     pytest.importorskip("openvino")
     out = tiny_bert / "figures.json"

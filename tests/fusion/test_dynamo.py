@@ -103,6 +103,24 @@ def test_one_graph_for_all_sizes(captured: list[Any], backend: dynamo.Backend) -
     assert len(captured) == 1
 
 
+def test_sizes_that_are_fixed_and_those_that_are_not(captured: list[Any], backend: dynamo.Backend) -> None:
+    run = dynamo.compile_with(lambda x: x * 2, backend, watch_modules=True)
+    marked = torch.ones(3, 3)
+    dynamo.mark_sizes(marked, ("a symbol", 3))
+    for given in (marked, torch.ones(5, 3), torch.ones(3, 3)):
+        run(given)
+    assert len(captured) == 1
+    run(torch.ones(5, 4))
+    assert len(captured) == 2
+
+
+def test_a_function_is_compiled_as_a_whole() -> None:
+    run = dynamo.compiled(lambda x: (x * 2).tanh() + 1)
+    torch.testing.assert_close(run(torch.ones(3)), (torch.ones(3) * 2).tanh() + 1)
+    with pytest.raises(dynamo.CaptureError, match="print"):
+        dynamo.compiled(lambda x: print(x) or x)(torch.ones(3))
+
+
 def test_graph_breaks_are_counted(backend: dynamo.Backend) -> None:
     def branches(x: torch.Tensor) -> torch.Tensor:
         return x + 1 if x.sum() > 0 else x - 1

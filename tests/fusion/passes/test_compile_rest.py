@@ -16,7 +16,6 @@ from torch.nn import functional as F
 import paceline
 from paceline.fusion import measure_stages, report
 from paceline.fusion.cuda_graphs import GraphPool
-from paceline.fusion.dynamo import compiled
 from paceline.fusion.graph import fake, name_of
 from paceline.fusion.optimize import optimised_of
 from paceline.fusion.passes import compile_rest
@@ -93,6 +92,12 @@ def gate(model: Holder, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def heads(model: Holder, x: torch.Tensor) -> Any:
     """Views of one product, of which one is a result as well."""
     q, k = model.first(x).view(*x.shape[:2], 4, 8).transpose(1, 2).chunk(2, -1)
+    return (q * 2).tanh().mT + k.mT, k
+
+
+def halves(model: Holder, x: torch.Tensor) -> Any:
+    """Two linears that are joined: each has a half of one product."""
+    q, k = model.first(x), model.second(x)
     return (q * 2).tanh() + k, k
 
 
@@ -144,11 +149,14 @@ def test_parts_that_are_alike_are_one_function(monkeypatch: pytest.MonkeyPatch) 
     assert len(made) == 1
 
 
-def test_a_part_takes_and_gives_what_was_computed_and_no_view_of_it(uncompiled: None) -> None:
-    nodes = rewritten(heads, x_of(2, 5))
+@pytest.mark.parametrize(("function", "width"), [(heads, WIDTH), (halves, 2 * WIDTH)])
+def test_a_part_takes_and_gives_what_was_computed_and_no_view_of_it(
+    uncompiled: None, function: Callable[..., Any], width: int
+) -> None:
+    nodes = rewritten(function, x_of(2, 5))
     (part,) = [node for node in nodes if node.op == "call_module"]
     tensors = [node for node in part.all_input_nodes if isinstance(fake(node), torch.Tensor)]
-    assert [tuple(fake(node).shape)[2:] for node in tensors] == [(WIDTH,)]  # the linear's, before it was cut
+    assert [tuple(fake(node).shape)[2:] for node in tensors] == [(width,)]  # the linear's, before it was cut
     assert len(fake(part)) == 1
 
 
@@ -263,6 +271,10 @@ def test_compiled_once_for_all_sizes_and_for_copies_anew() -> None:
     for shape in [(4, 4), (2, 9), (8, 3), (3, 2)]:
         agrees(model, *shape)
     assert compiles() == before
+    agrees(model, 1, 5)  # a graph of its own
+    before = compiles()
+    agrees(model, 1, 9)
+    assert compiles() == before
     with torch.no_grad():
         model.norm.weight.mul_(2)
         model.first.weight.mul_(-1)
@@ -340,11 +352,3 @@ def test_models_of_transformers(
     assert graph.replaced[PARTS] >= 4
     assert graph.replaced["padding left out"] == (name == "gpt2")
     assert not any("eager" in reason for reason in graph.left)
-
-
-def test_a_function_is_compiled_by_torchs_compiler() -> None:
-    function = compiled(lambda x: ((x * 2).tanh(),))
-    with torch.no_grad():
-        torch.testing.assert_close(function(x_of(3))[0], (x_of(3) * 2).tanh())
-    with pytest.raises(Exception, match="print"):
-        compiled(lambda x: print(x) or x)(x_of(3))

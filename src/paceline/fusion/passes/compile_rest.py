@@ -110,11 +110,18 @@ def _compilable(rewrite: Rewrite) -> tuple[dict[fx.Node, None], set[fx.Node]]:
         )
         if not spelled(node) or not known or has_effect(node) or not rewrite.is_free(node, *sources):
             continue
-        if memory_of(node) <= {place for one in sources for place in memory_of(one)}:
+        if _is_view(node):
             views.add(node)
         else:
             computing[node] = None
     return computing, views
+
+
+def _is_view(node: fx.Node) -> bool:
+    sources = node.all_input_nodes
+    if name_of(node) == "getitem" and not any(isinstance(fake(index), torch.Tensor) for index in sources[1:]):
+        return True  # though a pass has put another tensor there than it was of
+    return memory_of(node) <= {place for one in sources for place in memory_of(one)}
 
 
 def _waves(rewrite: Rewrite, computing: dict[fx.Node, None], views: set[fx.Node]) -> dict[fx.Node, int]:
