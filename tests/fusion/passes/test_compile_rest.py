@@ -235,6 +235,21 @@ def test_other_results_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason.startswith("the rest stays eager: torch.compile's results differ by ")
 
 
+def test_results_have_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though a compiler sees that two are equal."""
+
+    def twice(model: Holder, x: torch.Tensor) -> Any:
+        positive = (x * 2).relu()
+        return positive, positive.relu()
+
+    monkeypatch.setattr(compile_rest, "compiled", lambda function: lambda *x: (function(*x)[0],) * 2)
+    model = paceline.optimize(Holder(twice), compile_rest=True)
+    for _ in range(2):
+        first, second = model(x_of(2, 5))
+        assert first.data_ptr() != second.data_ptr()
+    assert report(model).replaced[PARTS] == 1
+
+
 def rotated(model: Holder, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """A layer written by hand, of rotary embeddings, attention and a gate."""
     batch, length, width = x.shape
