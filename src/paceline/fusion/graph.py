@@ -63,6 +63,8 @@ PARAMETERS = {
     "masked_fill": ("input", "mask", "value"),
     "where": ("condition", "input", "other"),
     "expand": ("input",),
+    "unbind": ("input", "dim"),
+    "chunk": ("input", "chunks", "dim"),
     "cat": ("tensors", "dim"),
     "gather": ("input", "dim", "index"),
     "getitem": ("input", "index"),

@@ -30,6 +30,7 @@ from paceline.fusion.passes import (
     positions,
     qkv,
     quantized,
+    rotary,
 )
 from paceline.fusion.rewrite import Rewrite
 from paceline.kernels.activation import quick_gelu
@@ -50,6 +51,7 @@ PASSES = (
     masks.apply,
     common.apply,
     cpu_attention.apply,
+    rotary.apply,
     heads.apply,
     quantized.apply,
     gpu_attention.apply,

@@ -22,6 +22,7 @@ from paceline.fusion.graph import argument, call, fake, is_op, name_of, rank_of,
 from paceline.fusion.heads import attend, attend_by_kernel, attend_packed, attend_packed_by_kernel
 from paceline.fusion.packing import pack, packing, unpack
 from paceline.fusion.rewrite import Rewrite
+from paceline.fusion.rotary import rotate_heads, rotate_heads_by_kernel
 
 BY_ITSELF = ("linear", "layer_norm", "gelu", "silu", "relu", "tanh", "sigmoid", "to", "dropout")
 # What attends, its form for packed tokens, and how many tensors of tokens come first; behind them is the mask.
@@ -30,7 +31,7 @@ OF_PACKED: dict[Any, tuple[Callable[..., torch.Tensor], int]] = {
     attend_by_kernel: (attend_packed_by_kernel, 3),
     attend_joined: (attend_joined_packed, 1),
 }
-PAIRS = (torch.split, product_norm, sum_norm)  # which return several tensors of tokens
+PAIRS = (torch.split, product_norm, sum_norm, rotate_heads, rotate_heads_by_kernel)  # which return several tensors of tokens
 BY_PAIRS = ("add", "sub", "mul", "div")
 
 
@@ -131,6 +132,8 @@ def _is_by_itself(
     if node.target in PAIRS:
         over_channels = node.target is not torch.split or node.args[2] == -1
         return bool(over_channels) and _are_of_tokens(node, shape)
+    if is_op(node, "chunk"):
+        return argument(node, "dim", 0) in (-1, 2) and _is_of_tokens(node.args[0], shape)
     if node.target is operator.getitem and node.args[0] in region and isinstance(node.args[1], int):
         return True
     if not _is_of_tokens(node, shape):
