@@ -106,6 +106,24 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], str]] = {
         {**USUAL, **SPECIAL, "num_key_value_heads": 2},
         "text",
     ),
+    "qwen3": (
+        "Qwen3Model",
+        "Qwen3Config",
+        {**USUAL, **SPECIAL, "num_key_value_heads": 2, "head_dim": 8},
+        "text",
+    ),
+    "phi": (
+        "PhiModel",
+        "PhiConfig",
+        {**USUAL, **SPECIAL, "partial_rotary_factor": 0.5},
+        "text",
+    ),
+    "gpt-neox": (
+        "GPTNeoXModel",
+        "GPTNeoXConfig",
+        {**USUAL, **SPECIAL, "rotary_pct": 0.5},
+        "text",
+    ),
 }
 
 

@@ -18,12 +18,13 @@ from paceline.fusion import report
 
 # With attention spelled out by transformers ("eager"): what every graph must have replaced, and how often. Two layers
 # each; encoder-decoders have six attentions, and read the encoder's result once for both cross-attentions.
+TURNED = {"rotary embedding": 4, "heads taken along": 2}
 REPLACED = {
     "bert": {"attention": 2, "3 linears as one": 2},
     "roberta": {"attention": 2, "3 linears as one": 2},
     "distilbert": {"attention": 2, "3 linears as one": 2},
     "albert": {"attention": 2, "3 linears as one": 2, "gelu": 2},
-    "modernbert": {"attention": 2},
+    "modernbert": {"attention": 2, **TURNED},
     "deberta-v2": {"attention": 2, "3 linears as one": 2},
     "t5": {"attention": 6, "3 linears as one": 4, "4 linears as one": 1, "rms norm": 12},
     "bart": {"attention": 6, "3 linears as one": 4, "4 linears as one": 1},
@@ -32,7 +33,10 @@ REPLACED = {
     "vit": {"attention": 2, "3 linears as one": 2},
     "clip": {"attention": 4, "3 linears as one": 4, "quick gelu": 4},
     "gpt2": {"attention": 2, "gelu": 2, "linear": 8},
-    "llama": {"attention": 2, "3 linears as one": 2, "2 linears as one": 2, "rms norm": 5},
+    "llama": {"attention": 2, "3 linears as one": 2, "2 linears as one": 2, "rms norm": 5, **TURNED},
+    "qwen3": {"attention": 2, "3 linears as one": 2, "2 linears as one": 2, "rms norm": 9, **TURNED},
+    "phi": {"attention": 2, "3 linears as one": 2, **TURNED},
+    "gpt-neox": {"attention": 2, "rotary embedding": 4},
 }
 # Which spell out their attention whatever they are asked for.
 ONE_ATTENTION = ("deberta-v2", "t5")
@@ -198,3 +202,31 @@ def test_minilm(dtype: torch.dtype | None, minilm: Path) -> None:
         pooled = [(mask.unsqueeze(-1) * states).sum(1) for states in (found, wanted)]
         assert torch.cosine_similarity(*pooled).min() > (0.9998 if dtype else 0.999999)
     assert_replaced(model, {"3 linears as one": 6})
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["bert", "modernbert", "llama", "qwen3", "phi"])
+def test_padding_is_left_out(
+    name: str,
+    attention: str,
+    tiny_model: Callable[..., nn.Module],
+    tiny_inputs: Callable[..., Any],
+    assert_as_exact: Callable[..., None],
+) -> None:
+    """At the left, at the right, inside; what is left has the places that it had."""
+    model = tiny_model(name, attention)
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False  # keys and values at padding would be results
+    own = copy.deepcopy(model)
+    paceline.optimize(model, level="fast")
+    for shape in SHAPES[:2]:
+        inputs = tiny_inputs(name, *shape)
+        mask = inputs["attention_mask"]
+        mask[0, 4 if shape[2] == "right" else slice(0, 5)] = 0
+        with torch.no_grad():
+            model(**inputs)
+            found, wanted, right = model(**inputs)[0], own(**inputs)[0], exact(own, inputs)[0]
+        real = mask.bool()
+        assert_as_exact([found[real]], [wanted[real]], [right[real]])
+        assert name == "llama" or not found[~real].any()  # whose results are logits
+    assert_replaced(model, {"padding left out": 1, "heads taken along": 2})

@@ -181,6 +181,22 @@ def test_packed_sequences_with_tokens_after_the_last(triton_device, keys, launch
     torch.testing.assert_close(found[:55], expected[:55], rtol=2e-5, atol=5e-6)
 
 
+@pytest.mark.parametrize("keys", [Keys(window=5), Keys(True, window=5), Keys(causal=True), Keys()])
+def test_a_window_over_what_was_left_out(triton_device, keys):
+    """Between the tokens: as far apart as in the padded batch, which is the twin's, too."""
+    qkv = torch.randn(3, 40, 3, 2, 16).to(triton_device)
+    mask = torch.rand(3, 40, device=triton_device) < 0.6
+    mask[1, 8:30] = False
+    starts = torch.tensor([0, *mask.sum(1).cumsum(0)], dtype=torch.int32, device=triton_device)
+    places = mask.flatten().nonzero()[:, 0].int()
+    packed = qkv[mask].unbind(1)
+    expected = flash_attention_ref(*qkv.unbind(2), scale=0.3, keys=keys, mask_BL=mask)[mask]
+    for attention in (packed_attention, packed_attention_ref):
+        options = {"launch": SMALL} if attention is packed_attention else {}
+        found = attention(*packed, starts, scale=0.3, keys=keys, place_T=places, **options)
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=5e-6)
+
+
 @pytest.mark.parametrize("shape", [(1, 2, 40, 40), (4, 1, 1, 40), (1, 2, 1, 1)])
 def test_packed_sequences_with_a_bias_by_position(triton_device, shape):
     qkv, bias = torch.randn(55, 3, 2, 16).to(triton_device), torch.randn(shape).to(triton_device)

@@ -1,5 +1,5 @@
-"""Rotary embedding of heads: what passes/rotary.py, passes/heads.py and passes/gpu_attention.py put into graphs. Cosines
-and sines are the model's own, so that it may scale its angles as it likes.
+"""Rotary embedding of heads: what passes/rotary.py, passes/heads.py and passes/gpu_attention.py put into graphs.
+Cosines and sines are the model's own, so that it may scale its angles as it likes.
 
 F: rotated elements of a head, the first ones; A = 2 F. Element i turns with element i + F / 2.
 """
@@ -38,6 +38,13 @@ def rotate(x_BHSD: torch.Tensor, angles_BSA: torch.Tensor) -> torch.Tensor:
     return _turned(x_BHSD.transpose(1, 2), angles_BSA).transpose(1, 2)
 
 
+def rotate_by_kernel(x_BHSD: torch.Tensor, angles_BSA: torch.Tensor) -> torch.Tensor:
+    """rotate() in one kernel."""
+    x_BSHD = (x_BHSD if x_BHSD.stride(-1) == 1 else x_BHSD.contiguous()).transpose(1, 2)
+    cos_BSF, sin_BSF = angles_BSA.chunk(2, -1)
+    return rope_qk(x_BSHD, x_BSHD[:, :, :0], cos_BSF, sin_BSF)[0].transpose(1, 2)
+
+
 def rotate_heads(
     q: torch.Tensor, k: torch.Tensor, angles: torch.Tensor, heads: tuple[int, int], norm: HeadNorm | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,14 +60,11 @@ def rotate_heads_by_kernel(
     q: torch.Tensor, k: torch.Tensor, angles: torch.Tensor, heads: tuple[int, int], norm: HeadNorm | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """rotate_heads() in one kernel."""
-    padded = (x if x.dim() == 3 else x[None] for x in (q, k, angles))
-    q_BSC, k_BSC, angles_BSA = padded
-    q_out, k_out = rope_qk(
-        q_BSC.unflatten(-1, (heads[0], -1)),
-        k_BSC.unflatten(-1, (heads[1], -1)),
-        *angles_BSA.chunk(2, -1),
-        None if norm is None else QKNorm("rms", norm.eps, norm.q_weight, norm.k_weight),
-    )
+    q_BSC, k_BSC, angles_BSA = (x if x.dim() == 3 else x[None] for x in (q, k, angles))
+    cos_BSF, sin_BSF = angles_BSA.chunk(2, -1)
+    q_BSHD, k_BSKD = (x.view(*x.shape[:2], count, -1) for x, count in zip((q_BSC, k_BSC), heads, strict=True))
+    by_head = None if norm is None else QKNorm("rms", norm.eps, norm.q_weight, norm.k_weight)
+    q_out, k_out = rope_qk(q_BSHD, k_BSKD, cos_BSF, sin_BSF, by_head)
     return q_out.view(q.shape), k_out.view(k.shape)
 
 

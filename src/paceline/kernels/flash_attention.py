@@ -139,11 +139,15 @@ def packed_attention(
     scale: float,
     keys: Keys = ALL,
     bias_BHSL: torch.Tensor | None = None,
+    place_T: torch.Tensor | None = None,
     launch: FlashLaunch | None = None,
 ) -> torch.Tensor:
     """The same of sequences packed one after the other, [T, H, D], contiguous: `starts_B`, int32 [B + 1], has where
     each begins in T and where the last one ends, `key_starts_B` where its keys do in U; None: the same. Tokens from the
     end of the last sequence on are neither read nor written.
+
+    `place_T`, int32: where tokens were before something was left out between them, for self-attention. A window is of
+    these places; without them, of those in T.
 
     Nothing waits for the starts to reach the host: T, and so the launch, may be any bound of the tokens there are. A
     bias counts positions from each sequence's first token; its S and L, where they are not 1, bound the longest.
@@ -167,6 +171,7 @@ def packed_attention(
         launch,
         starts_B=starts_B,
         key_starts_B=starts_B if key_starts_B is None else key_starts_B,
+        place_T=None if keys.window is None else place_T,
     )
     return out_THD
 
@@ -184,6 +189,7 @@ def _launch(
     mask_BL: torch.Tensor | None = None,
     starts_B: torch.Tensor | None = None,
     key_starts_B: torch.Tensor | None = None,
+    place_T: torch.Tensor | None = None,
 ) -> None:
     # Triton is optional, and its interpreter is chosen by the environment when this is first imported.
     import triton
@@ -204,6 +210,7 @@ def _launch(
         as_bytes(bias_BHSL),
         starts_B,
         key_starts_B,
+        place_T,
         B,
         S,
         L,
@@ -249,14 +256,26 @@ def flash_attention_ref(
 ) -> torch.Tensor:
     """The same by products, a softmax and masks as large as the scores."""
     S, L = q_BSHD.shape[1], k_BLKD.shape[1]
+    device = q_BSHD.device
+    seen = _seen(keys, torch.arange(S, device=device), torch.arange(L, device=device))[None, None]
+    if lens_B is not None:
+        seen = seen & (torch.arange(L, device=device) < lens_B[:, None])[:, None, None]
+    if mask_BL is not None:
+        seen = seen & (mask_BL != 0)[:, None, None]
+    return _attend_ref(q_BSHD, k_BLKD, v_BLKD, scale, seen, bias_BHSL)
+
+
+def _attend_ref(
+    q_BSHD: torch.Tensor,
+    k_BLKD: torch.Tensor,
+    v_BLKD: torch.Tensor,
+    scale: float,
+    seen: torch.Tensor,
+    bias_BHSL: torch.Tensor | None,
+) -> torch.Tensor:
     group = q_BSHD.shape[2] // k_BLKD.shape[2]
     k_BLHD, v_BLHD = (t.repeat_interleave(group, dim=2) for t in (k_BLKD, v_BLKD))
     scores_BHSL = torch.einsum("bshd,blhd->bhsl", q_BSHD, k_BLHD) * scale
-    seen = _seen(keys, S, L, q_BSHD.device)[None, None]
-    if lens_B is not None:
-        seen = seen & (torch.arange(L, device=q_BSHD.device) < lens_B[:, None])[:, None, None]
-    if mask_BL is not None:
-        seen = seen & (mask_BL != 0)[:, None, None]
     if bias_BHSL is not None and bias_BHSL.dtype == torch.bool:
         seen = seen & bias_BHSL
     elif bias_BHSL is not None:
@@ -277,6 +296,7 @@ def packed_attention_ref(
     scale: float,
     keys: Keys = ALL,
     bias_BHSL: torch.Tensor | None = None,
+    place_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same, one sequence after the other; zeros after the last."""
     starts = starts_B.tolist()
@@ -288,13 +308,17 @@ def packed_attention_ref(
         bias = None
         if bias_BHSL is not None:
             bias = bias_BHSL[b % bias_BHSL.shape[0]][None, :, : q_1SHD.shape[1], : k_1LKD.shape[1]]
-        out_THD[rows] = flash_attention_ref(q_1SHD, k_1LKD, v_1LKD, scale=scale, keys=keys, bias_BHSL=bias)[0]
+        if place_T is None:
+            places = [torch.arange(x.shape[1], device=x.device) for x in (q_1SHD, k_1LKD)]
+        else:
+            places = [place_T[rows]] * 2
+        out_THD[rows] = _attend_ref(q_1SHD, k_1LKD, v_1LKD, scale, _seen(keys, *places)[None, None], bias)[0]
     return out_THD
 
 
-def _seen(keys: Keys, queries: int, num_keys: int, device: torch.device) -> torch.Tensor:
+def _seen(keys: Keys, place_S: torch.Tensor, key_place_L: torch.Tensor) -> torch.Tensor:
     """[S, L]"""
-    distance_SL = torch.arange(queries, device=device)[:, None] + keys.offset - torch.arange(num_keys, device=device)
+    distance_SL = place_S[:, None] + keys.offset - key_place_L
     seen_SL = torch.ones_like(distance_SL, dtype=torch.bool)
     if keys.causal:
         seen_SL &= distance_SL >= 0

@@ -26,8 +26,8 @@ def _scan(mask_ptr, mask_key_stride, L, SCAN: tl.constexpr):
 
 @triton.jit
 def _attend_tiles(
-    q, top, total, values, position, row_inside, k_ptr, v_ptr, mask_ptr, bias_rows, begin, end, low, last, scale,
-    k_stride, v_stride, mask_key_stride, bias_key_stride,
+    q, top, total, values, position, row_inside, k_ptr, v_ptr, mask_ptr, place_ptr, bias_rows, begin, end, low, last,
+    scale, k_stride, v_stride, mask_key_stride, bias_key_stride,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BIAS: tl.constexpr, has_mask: tl.constexpr,
     N: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -62,7 +62,10 @@ def _attend_tiles(
             if has_mask:
                 counts = tl.load(mask_ptr + key * mask_key_stride, mask=inside, other=0) != 0
                 seen = seen & counts[None, :]
-            distance = position[:, None] - key[None, :]
+            place = key
+            if place_ptr is not None:
+                place = tl.load(place_ptr + key, mask=inside, other=0)
+            distance = position[:, None] - place[None, :]
             if CAUSAL:
                 seen = seen & (distance >= 0)
             if WINDOW >= 0:
@@ -81,7 +84,7 @@ def _attend_tiles(
 # Compiled once for all batches, not for each way in which their numbers and addresses happen to be multiples of 16.
 @triton.jit(
     do_not_specialize=["sequences", "queries", "num_keys", "offset"],
-    do_not_specialize_on_alignment=["lens_ptr", "mask_ptr", "starts_ptr", "key_starts_ptr"],
+    do_not_specialize_on_alignment=["lens_ptr", "mask_ptr", "starts_ptr", "key_starts_ptr", "place_ptr"],
 )
 def flash_kernel(
     q_ptr,  # [B, S, H, D]; packed: [T, H, D]
@@ -93,6 +96,7 @@ def flash_kernel(
     bias_ptr,  # [B, H, S, L]; None: none
     starts_ptr,  # int32 [B + 1]: of each sequence's queries in T, and their end; None: not packed
     key_starts_ptr,
+    place_ptr,  # int32 [T]: what a window counts; None: from each sequence's first token
     sequences,
     queries,  # S
     num_keys,  # L
@@ -159,6 +163,9 @@ def flash_kernel(
     live = (row < queries)[:, None] & (dims < D)[None, :]
     q = tl.load(q_ptr + row[:, None] * q_stride + head * q_head_stride + dims[None, :], mask=live, other=0.0)
     position = row + offset
+    if place_ptr is not None:
+        place_ptr += first_row
+        position = tl.load(place_ptr + row, mask=row < queries, other=0)
     bias_rows = row
     if BIAS != "none":
         bias_ptr += sequence.to(tl.int64) * bias_batch_stride + head.to(tl.int64) * bias_head_stride
@@ -186,6 +193,9 @@ def flash_kernel(
         mask_ptr += sequence.to(tl.int64) * mask_batch_stride
         whole_end = begin  # none
         whole = begin
+    if place_ptr is not None:  # keys as near as they may be among the packed were farther where something was left out
+        whole_end = begin
+        whole = begin
     whole = tl.maximum(whole, begin)
     whole_end = tl.maximum(whole_end // KEY_TILE * KEY_TILE, whole)
     top = tl.full([ROW_TILE], float("-inf"), tl.float32)
@@ -193,18 +203,18 @@ def flash_kernel(
     values = tl.zeros([ROW_TILE, D_TILE], tl.float32)
     if WINDOW >= 0 and mask_ptr is None:
         top, total, values = _attend_tiles(
-            q, top, total, values, position, row < queries, k_ptr, v_ptr, mask_ptr, bias_rows, begin,
+            q, top, total, values, position, row < queries, k_ptr, v_ptr, mask_ptr, place_ptr, bias_rows, begin,
             tl.minimum(whole, last), low, last, scale, k_stride, v_stride, mask_key_stride, bias_key_stride,
             True, CAUSAL, WINDOW, BIAS, mask_ptr is not None, KEY_TILE, D, D_TILE, STAGES,
         )  # fmt: skip
     if mask_ptr is None:
         top, total, values = _attend_tiles(
-            q, top, total, values, position, row < queries, k_ptr, v_ptr, mask_ptr, bias_rows, whole,
+            q, top, total, values, position, row < queries, k_ptr, v_ptr, mask_ptr, place_ptr, bias_rows, whole,
             whole_end, low, last, scale, k_stride, v_stride, mask_key_stride, bias_key_stride,
             False, CAUSAL, WINDOW, BIAS, mask_ptr is not None, KEY_TILE, D, D_TILE, STAGES,
         )  # fmt: skip
     top, total, values = _attend_tiles(
-        q, top, total, values, position, row < queries, k_ptr, v_ptr, mask_ptr, bias_rows, whole_end,
+        q, top, total, values, position, row < queries, k_ptr, v_ptr, mask_ptr, place_ptr, bias_rows, whole_end,
         last, low, last, scale, k_stride, v_stride, mask_key_stride, bias_key_stride,
         True, CAUSAL, WINDOW, BIAS, mask_ptr is not None, KEY_TILE, D, D_TILE, STAGES,
     )  # fmt: skip

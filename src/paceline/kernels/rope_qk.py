@@ -1,11 +1,11 @@
-"""Norm of queries and keys by head (Henry et al., 2020) and their rotary embedding (Su et al., 2021, half-split), as one
-Triton kernel that reads them where their projection wrote them: what attention without a paged cache has before it.
+"""Norm of queries and keys by head (Henry et al., 2020) and their rotary embedding (Su et al., 2021, half-split) in one
+Triton kernel, which reads them where their projection wrote them: for attention without a paged cache, whose kernel is
+kernels/rope_kv.py's.
 
 Legend: B sequences of S tokens, H query heads, K key heads, D head size, F rotated elements of a head.
 
-The plain twins are rms_norm (kernels/norm.py) and apply_rotary (kernels/rotary.py), one after the other. Here everything
-between load and store is float32. The kernel is in kernels/rope_qk_triton.py; kernels/rope_kv.py has the one that writes
-a cache.
+The plain twins are rms_norm or layer_norm (kernels/norm.py) and apply_rotary (kernels/rotary.py), one after the other.
+Here everything between load and store is float32. The kernel is in kernels/rope_qk_triton.py.
 """
 
 from __future__ import annotations

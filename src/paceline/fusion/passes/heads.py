@@ -76,7 +76,7 @@ def _shared(node: Any) -> Any:
     """Heads of keys or values, of which several queries' heads see a copy."""
     if not is_op(node, *VIEWS) or not is_op(node.args[0], "expand"):
         return node
-    one = node.args[0].args[0]
+    one: Any = node.args[0].args[0]
     every = slice(None)
     if not is_op(one, "getitem") or one.args[1] not in ((every, every, None), (every, every, None, every, every)):
         return node
@@ -125,22 +125,21 @@ def _taken_apart(node: Any, dims: tuple[int, ...]) -> tuple[fx.Node, int, tuple[
     """The source, heads and piece of one of [B, S, N, H, D], the dimensions of which it has in this order."""
     if not is_op(node, "getitem") or not isinstance(node.args[1], int):
         return None
-    taker: fx.Node = node.args[0]
-    place = argument(taker, "dim", 0) if is_op(taker, "unbind") else 0
-    moved = taker.args[0] if is_op(taker, "unbind") else taker
+    index, place, moved = node.args[1], 0, node.args[0]
+    if is_op(moved, "unbind"):
+        place, moved = argument(moved, "dim", 0), moved.args[0]
     order = _order(moved)
-    view = moved if order is None else moved.args[0]  # type: ignore[union-attr]
+    view: Any = moved if order is None else moved.args[0]
     if not is_op(view, *VIEWS) or rank_of(view) != 5 or rank_of(view.args[0]) != 3:
         return None
     left = list(order or range(5))
     if left.pop(place) != 2 or tuple(left) != dims:
         return None
-    source, shape, whole = view.args[0], shape_of(view), shape_of(view.args[0])
-    assert shape is not None
-    assert whole is not None
+    source: fx.Node = view.args[0]
+    shape, whole = shape_of(view) or (), shape_of(source) or ()
     if not all(map(same_size, shape[:2], whole[:2])) or not all(isinstance(size, int) for size in shape[2:]):
         return None
-    return source, shape[3], (view, node.args[1] % shape[2])
+    return source, shape[3], (view, index % shape[2])
 
 
 def _piece(rewrite: Rewrite, part: _Part, splits: dict[fx.Node, fx.Node]) -> fx.Node:

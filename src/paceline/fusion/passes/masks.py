@@ -74,7 +74,7 @@ def _smallest(rewrite: Rewrite, node: Any, made: dict[fx.Node, fx.Node]) -> Any:
     if is_op(node, "and_", "bitwise_and", "logical_and") and dtype_of(node) == torch.bool:
         pair = node.args[:2]
         for one, other in (pair, pair[::-1]):
-            if isinstance(other, fx.Node) and _always_true(one):
+            if isinstance(other, fx.Node) and always_true(one):
                 return _smallest(rewrite, other, made)
     if is_op(node, "where") and not any(
         isinstance(fake(arg), torch.Tensor) and fake(arg).dim() for arg in node.args[1:]
@@ -97,7 +97,7 @@ def _as_view(rewrite: Rewrite, node: Any, made: dict[fx.Node, fx.Node]) -> fx.No
     sizes = shape_of(mask)
     if sizes is None or len(sizes) != 2 or not rewrite.is_free(node, mask):
         return None
-    if any(not _counts(rewrite, *one) for one in zip(places, sizes, (0, 3), strict=True)):
+    if any(not counts(rewrite, *one) for one in zip(places, sizes, (0, 3), strict=True)):
         return None
     if node not in made:
         index = (slice(None), None, None, slice(None))
@@ -105,7 +105,7 @@ def _as_view(rewrite: Rewrite, node: Any, made: dict[fx.Node, fx.Node]) -> fx.No
     return made[node]
 
 
-def _counts(rewrite: Rewrite, node: Any, size: Any, dim: int) -> bool:
+def counts(rewrite: Rewrite, node: Any, size: Any, dim: int) -> bool:
     """Whether it is 0, 1, ... up to a size, along this of four dimensions."""
     weight = weight_of(rewrite.module, node)
     if weight is not None:
@@ -122,16 +122,16 @@ def _is_number(value: Any) -> bool:
     return not isinstance(value, fx.Node) or shape_of(value) == ()
 
 
-def _always_true(node: Any) -> bool:
+def always_true(node: Any) -> bool:
     """Whether every element is true, whatever the inputs are."""
     if not isinstance(node, fx.Node) or dtype_of(node) != torch.bool:
         return False
     if is_op(node, "ones", "new_ones"):
         return True
     if is_op(node, *SAME_SET):
-        return _always_true(node.args[0])
+        return always_true(node.args[0])
     if is_op(node, "and_", "bitwise_and", "logical_and"):
-        return all(_always_true(arg) for arg in node.args[:2])
+        return all(always_true(arg) for arg in node.args[:2])
     if is_op(node, "ge"):
         return bool(node.args[1] == 0) and _not_negative(node.args[0])
     return False

@@ -31,7 +31,8 @@ OF_PACKED: dict[Any, tuple[Callable[..., torch.Tensor], int]] = {
     attend_by_kernel: (attend_packed_by_kernel, 3),
     attend_joined: (attend_joined_packed, 1),
 }
-PAIRS = (torch.split, product_norm, sum_norm, rotate_heads, rotate_heads_by_kernel)  # which return several tensors of tokens
+# Which return several tensors of tokens.
+PAIRS = (torch.split, product_norm, sum_norm, rotate_heads, rotate_heads_by_kernel)
 BY_PAIRS = ("add", "sub", "mul", "div")
 
 
@@ -45,7 +46,7 @@ def apply(rewrite: Rewrite, of_tokens: frozenset[Callable[..., Any]]) -> bool:
     if first is None:
         return False
     shape = (shape_of(first.args[0]) or ())[:2]
-    region = _region(rewrite, shape, of_tokens)
+    region = _region(rewrite, mask, shape, of_tokens)
     if not any(node.target in OF_PACKED for node in region):
         return False
     start, entry = next(
@@ -103,6 +104,24 @@ def _is_self_attention(node: fx.Node, mask: fx.Node) -> bool:
     return same and [_hint(size) for size in first] == [_hint(size) for size in expected]
 
 
+def _may_be_tried(node: fx.Node, mask: fx.Node) -> bool:
+    """Whether an attention that gives padding weight would be found out. What CapturedGraph masks is the texts' end,
+    which causal attention never sees from before it."""
+    attn_mask, heads = node.args[len(_tokens_of_attention(node)) :][:2]
+    if not heads.causal:  # type: ignore[union-attr]
+        return True
+    return isinstance(attn_mask, fx.Node) and _inputs_of(attn_mask) == {mask}
+
+
+def _inputs_of(node: fx.Node) -> set[fx.Node]:
+    """The tensors of the caller's that a node is made of."""
+    seen, ahead = {node}, [node]
+    while ahead:
+        ahead = [source for one in ahead for source in one.all_input_nodes if source not in seen]
+        seen.update(ahead)
+    return {one for one in seen if one.op == "placeholder" and isinstance(fake(one), torch.Tensor)}
+
+
 def _tokens_of_attention(node: fx.Node) -> tuple[Any, ...]:
     return node.args[: OF_PACKED[node.target][1]]
 
@@ -111,11 +130,15 @@ def _hint(size: Any) -> int:
     return size if isinstance(size, int) else int(size.node.hint)
 
 
-def _region(rewrite: Rewrite, shape: tuple[Any, ...], of_tokens: frozenset[Callable[..., Any]]) -> dict[fx.Node, None]:
+def _region(
+    rewrite: Rewrite, mask: fx.Node, shape: tuple[Any, ...], of_tokens: frozenset[Callable[..., Any]]
+) -> dict[fx.Node, None]:
     """The nodes that treat each token by itself, in order."""
     region: dict[fx.Node, None] = {}
     for node in rewrite.graph.nodes:
-        if rewrite.is_free(node, *node.all_input_nodes) and _is_by_itself(node, shape, of_tokens, region):
+        if not rewrite.is_free(node, *node.all_input_nodes) or not _is_by_itself(node, shape, of_tokens, region):
+            continue
+        if node.target not in OF_PACKED or _may_be_tried(node, mask):
             region[node] = None
     # What splits a tensor of tokens has no shape of its own to go by: with nobody behind it in the region it goes.
     for node in reversed(list(region)):

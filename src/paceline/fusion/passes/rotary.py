@@ -85,14 +85,16 @@ def _part(node: Any, x: fx.Node) -> tuple[int, int] | None:
     if not is_op(node, "getitem") or node.args[0] is not x:
         return None
     index = node.args[1]
-    whole = (Ellipsis,), (slice(None),) * ((rank_of(x) or 0) - 1)
-    if not isinstance(index, tuple) or index[:-1] not in whole or not isinstance(index[-1], slice):
+    if not isinstance(index, tuple) or index[:-1] not in ((Ellipsis,), (slice(None),) * (len(_shape(x)) - 1)):
         return None
-    size, (start, stop, step) = _shape(x)[-1], (index[-1].start, index[-1].stop, index[-1].step)
+    last = index[-1]
+    if not isinstance(last, slice):
+        return None
+    size, (start, stop, step) = _shape(x)[-1], (last.start, last.stop, last.step)
     start, stop = start or 0, size if stop is None else stop
-    if step not in (None, 1) or not all(isinstance(one, int) and 0 <= one <= size for one in (start, stop)):
+    if step not in (None, 1) or not all(isinstance(one, int) for one in (start, stop, size)):
         return None
-    return start, stop
+    return (start, stop) if 0 <= start <= stop <= size else None
 
 
 def _are_angles(node: fx.Node, x: fx.Node) -> bool:
@@ -122,7 +124,7 @@ def _with_conversions(node: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:
 def _with_the_rest(node: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:
     """The whole head, where its first elements alone turn."""
     user = only_user(node)
-    tensors = argument(user, "tensors") if user is not None and is_op(user, "cat") else ()
+    tensors: Any = argument(user, "tensors") if user is not None and is_op(user, "cat") else ()
     if user is None or len(tensors) != 2 or tensors[0] is not node or not is_op(x, "getitem"):
         return node, x
     whole = x.args[0]
@@ -149,9 +151,9 @@ def _batch(graph: fx.Graph, x: fx.Node) -> Any:
 
 
 def _fake_angles(cos: fx.Node, x: fx.Node) -> Any:
-    value = fake(x)
-    batch, _, length, _ = value.shape
-    return value.new_empty(batch, length, 2 * _shape(cos)[-1], dtype=torch.promote_types(fake(cos).dtype, torch.float32))
+    batch, _, length, _ = _shape(x)
+    wide = torch.promote_types(fake(cos).dtype, torch.float32)
+    return fake(x).new_empty(batch, length, 2 * _shape(cos)[-1], dtype=wide)
 
 
 def _shape(node: fx.Node) -> tuple[Any, ...]:
