@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,9 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import paceline
-from paceline.fusion import packing, report
+from paceline.fusion import packing, passes, report
 from paceline.fusion.heads import Heads, attend, attend_packed, attend_packed_by_kernel
 from paceline.fusion.packing import Packed
+from paceline.fusion.passes import cpu_attention
 from paceline.kernels import cuda_linear, gpu
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []  # so that `make test-gpu` has them
@@ -70,6 +73,7 @@ def device(triton_device: str, monkeypatch: pytest.MonkeyPatch) -> str:
     if triton_device == "cpu":
         monkeypatch.setattr(gpu, "triton_refusal", lambda device, dtype: None)
         monkeypatch.setattr(cuda_linear, "SMALL_ROWS", 64)
+        monkeypatch.setattr(passes, "PASSES", tuple(one for one in passes.PASSES if one is not cpu_attention.apply))
     return triton_device
 
 
@@ -105,6 +109,56 @@ def test_kernels_take_along_what_follows(device: str, kind: type[nn.Module], lev
     assert graph.replaced["padding left out"] == (level == "fast")
     assert graph.replaced["linear with residual and norm"] == 2
     assert graph.replaced["linear with gelu" if kind is After else "linear with silu and its gate"] == 1
+
+
+# With attention spelled as torch's: how many masks are distances and a mask of keys. ModernBERT's local layers are every
+# other here.
+DISTANCES = {"modernbert": 1, "qwen3": 2}
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_rotary_embedding_windows_and_causal_masks(
+    device: str, tiny_model: Callable[..., nn.Module], tiny_inputs: Callable[..., Any], name: str
+) -> None:
+    """Without padding at the left and inside, and where there is none."""
+    pytest.importorskip("transformers")
+    model = tiny_model(name).to(device)
+    model.config.use_cache = False  # keys and values at padding would be results
+    own = copy.deepcopy(model)
+    paceline.optimize(model, level="fast")
+    length = 10 if device == "cpu" else packing.STEP
+    given = {key: value.to(device) for key, value in tiny_inputs(name, 2, length, "left").items()}
+    given["attention_mask"][0, 2:8] = 0
+    for _ in range(2):
+        with torch.no_grad():
+            model(**given)
+            found, wanted = model(**given)[0], own(**given)[0]
+        real = given["attention_mask"].bool()
+        torch.testing.assert_close(found[real], wanted[real], rtol=1e-3, atol=1e-3)
+        assert not found[~real].any()
+        given["attention_mask"] = torch.ones_like(given["attention_mask"])
+    (graph,) = report(model).graphs
+    assert graph.refused is None, graph.refused
+    assert graph.replaced["rotary embedding by kernel"] == 2
+    assert graph.replaced["attention by kernel"] == 2
+    assert graph.replaced["mask of distances"] == DISTANCES[name]
+    assert graph.replaced["padding left out"] == 1
+
+
+def test_turned_queries_whose_heads_stay_apart(
+    device: str, tiny_model: Callable[..., nn.Module], tiny_inputs: Callable[..., Any]
+) -> None:
+    pytest.importorskip("transformers")
+    model = tiny_model("gpt-neox").to(device)
+    own = copy.deepcopy(model)
+    paceline.optimize(model)
+    given = {key: value.to(device) for key, value in tiny_inputs("gpt-neox", 2, 7).items()}
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(model(**given)[0], own(**given)[0], rtol=1e-3, atol=1e-3)
+    (graph,) = report(model).graphs
+    assert graph.refused is None, graph.refused
+    assert graph.replaced["rotary embedding by kernel"] == 4
 
 
 def test_one_token_of_padding_is_left_out_and_no_padding_leaves_the_mask_out(device: str) -> None:

@@ -35,7 +35,7 @@ REPLACED = {
     "gpt2": {"attention": 2, "gelu": 2, "linear": 8},
     "llama": {"attention": 2, "3 linears as one": 2, "2 linears as one": 2, "rms norm": 5, **TURNED},
     "qwen3": {"attention": 2, "3 linears as one": 2, "2 linears as one": 2, "rms norm": 9, **TURNED},
-    "phi": {"attention": 2, "3 linears as one": 2, **TURNED},
+    "phi": {"attention": 2, "4 linears as one": 2, **TURNED},
     "gpt-neox": {"attention": 2, "rotary embedding": 4},
 }
 # Which spell out their attention whatever they are asked for.
