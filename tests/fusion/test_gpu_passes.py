@@ -111,8 +111,8 @@ def test_kernels_take_along_what_follows(device: str, kind: type[nn.Module], lev
     assert graph.replaced["linear with gelu" if kind is After else "linear with silu and its gate"] == 1
 
 
-# With attention spelled as torch's: how many masks are distances and a mask of keys. ModernBERT's local layers are every
-# other here.
+# With attention spelled as torch has it: how many masks are distances and a mask of keys. Every other layer of this
+# ModernBERT is a local one.
 DISTANCES = {"modernbert": 1, "qwen3": 2}
 
 
