@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 import paceline
-from paceline.fusion import report
+from paceline.fusion import packing, report
+from paceline.fusion.passes import padding
 
 # With attention spelled out by transformers ("eager"): what every graph must have replaced, and how often. Two layers
 # each; encoder-decoders have six attentions, and read the encoder's result once for both cross-attentions.
@@ -212,8 +213,11 @@ def test_padding_is_left_out(
     tiny_model: Callable[..., nn.Module],
     tiny_inputs: Callable[..., Any],
     assert_as_exact: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """At the left, at the right, inside; what is left has the places that it had."""
+    """At the left, at the right, inside; what is left has the places that it had, and stays packed between layers."""
+    packed = []
+    monkeypatch.setattr(padding, "pack", lambda *args: packed.append(args) or packing.pack(*args))
     model = tiny_model(name, attention)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # keys and values at padding would be results
@@ -225,7 +229,9 @@ def test_padding_is_left_out(
         mask[0, 4 if shape[2] == "right" else slice(0, 5)] = 0
         with torch.no_grad():
             model(**inputs)
+            packed.clear()
             found, wanted, right = model(**inputs)[0], own(**inputs)[0], exact(own, inputs)[0]
+        assert len(packed) <= 3  # the embeddings, and the angles of local and of other layers
         real = mask.bool()
         assert_as_exact([found[real]], [wanted[real]], [right[real]])
         assert name == "llama" or not found[~real].any()  # whose results are logits

@@ -149,6 +149,32 @@ def test_padding_that_tokens_depend_on_is_computed() -> None:
     assert any(reason.startswith("padding is computed") for reason in report(leaky).graphs[0].left)
 
 
+class Causal(Block):
+    """Its tokens see all before them, padding too; the mask is for its caller."""
+
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        batch, length = attention_mask.shape
+        q, k, v = (
+            part(x).view(batch, length, self.heads, -1).transpose(1, 2) for part in (self.query, self.key, self.value)
+        )
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.first(x + self.out(y.transpose(1, 2).flatten(2))), attention_mask.sum(1)
+
+
+def test_causal_attention_that_does_not_mask_padding_computes_it() -> None:
+    """What is masked at a text's end, as the first call has it, tells no difference."""
+    torch.manual_seed(0)
+    causal = Causal().eval()
+    x, mask = inputs(4, 9)
+    paceline.optimize(causal, level="fast")
+    causal(x, mask)
+    found, wanted = causal(x, mask.flip(1))[0], causal.forward.original(x, mask.flip(1))[0]
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    (graph,) = report(causal).graphs
+    assert graph.replaced["heads taken along"] == 1
+    assert not graph.replaced["padding left out"]
+
+
 def test_stages_are_measured_by_pass(block: Block) -> None:
     paceline.optimize(block)
     stages = measure_stages(block, *inputs(2, 7), repeats=2)

@@ -181,12 +181,12 @@ def test_packed_sequences_with_tokens_after_the_last(triton_device, keys, launch
     torch.testing.assert_close(found[:55], expected[:55], rtol=2e-5, atol=5e-6)
 
 
-@pytest.mark.parametrize("keys", [Keys(window=5), Keys(True, window=5), Keys(causal=True), Keys()])
+@pytest.mark.parametrize("keys", [Keys(window=5), Keys(window=30), Keys(True, window=5), Keys(True), Keys()])
 def test_a_window_over_what_was_left_out(triton_device, keys):
     """Between the tokens: as far apart as in the padded batch, which is the twin's, too."""
-    qkv = torch.randn(3, 40, 3, 2, 16).to(triton_device)
-    mask = torch.rand(3, 40, device=triton_device) < 0.6
-    mask[1, 8:30] = False
+    qkv = torch.randn(3, 90, 3, 2, 16).to(triton_device)
+    mask = torch.rand(3, 90, device=triton_device) < 0.8
+    mask[1, 20:55] = False
     starts = torch.tensor([0, *mask.sum(1).cumsum(0)], dtype=torch.int32, device=triton_device)
     places = mask.flatten().nonzero()[:, 0].int()
     packed = qkv[mask].unbind(1)

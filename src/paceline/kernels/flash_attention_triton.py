@@ -201,13 +201,13 @@ def flash_kernel(
     top = tl.full([ROW_TILE], float("-inf"), tl.float32)
     total = tl.zeros([ROW_TILE], tl.float32)
     values = tl.zeros([ROW_TILE, D_TILE], tl.float32)
-    if WINDOW >= 0 and mask_ptr is None:
+    if WINDOW >= 0 and mask_ptr is None and place_ptr is None:
         top, total, values = _attend_tiles(
             q, top, total, values, position, row < queries, k_ptr, v_ptr, mask_ptr, place_ptr, bias_rows, begin,
             tl.minimum(whole, last), low, last, scale, k_stride, v_stride, mask_key_stride, bias_key_stride,
             True, CAUSAL, WINDOW, BIAS, mask_ptr is not None, KEY_TILE, D, D_TILE, STAGES,
         )  # fmt: skip
-    if mask_ptr is None:
+    if mask_ptr is None and place_ptr is None:
         top, total, values = _attend_tiles(
             q, top, total, values, position, row < queries, k_ptr, v_ptr, mask_ptr, place_ptr, bias_rows, whole,
             whole_end, low, last, scale, k_stride, v_stride, mask_key_stride, bias_key_stride,

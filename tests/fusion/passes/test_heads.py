@@ -93,16 +93,18 @@ def copies_of_all(x: torch.Tensor, queries_each: int) -> torch.Tensor:
     return x[:, None].expand(batch, queries_each, heads, length, size).reshape(batch, -1, length, size)
 
 
-@pytest.mark.parametrize(("copied", "count"), [(copies, 1), (copies_of_all, 0)])
+@pytest.mark.parametrize(("copied", "values", "count"), [(copies, 2, 1), (copies, 1, 0), (copies_of_all, 2, 0)])
 def test_heads_that_share_keys(
-    rewritten: Callable[..., Any], copied: Callable[[torch.Tensor, int], torch.Tensor], count: int
+    rewritten: Callable[..., Any], copied: Callable[[torch.Tensor, int], torch.Tensor], values: int, count: int
 ) -> None:
+    """`values`: how many queries' heads share one's."""
+
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         q = q.view(*q.shape[:2], H, D).transpose(1, 2)
-        k, v = (copied(x.view(*x.shape[:2], 2, D).transpose(1, 2), 2) for x in (k, v))
+        k, v = (copied(x.view(*x.shape[:2], H // each, D).transpose(1, 2), each) for x, each in ((k, 2), (v, values)))
         return joined(F.scaled_dot_product_attention(q, k, v))
 
-    graph = rewritten(attend, (draw(B, S, H * D), draw(B, S, 2 * D), draw(B, S, 2 * D) + 1))
+    graph = rewritten(attend, (draw(B, S, H * D), draw(B, S, 2 * D), draw(B, S, H // values * D) + 1))
     assert graph.replaced["heads taken along"] == count
 
 

@@ -62,12 +62,12 @@ def test_spellings(
 
 
 def test_conversions_go_with_it(rewritten: Callable[..., Any]) -> None:
-    def between(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        return in_float32(x, cos, sin).float()
+    def between(spelling: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return of_known_heads(lambda x, cos, sin: spelling(x * 1.5, cos, sin) * 1.5)
 
-    graph = rewritten(of_known_heads(between), inputs(dtype=torch.bfloat16))
-    assert graph.replaced["rotary embedding"] == 1
-    assert graph.error == 0
+    with_them, without = (rewritten(between(one), inputs(dtype=torch.bfloat16)) for one in (in_float32, turned))
+    assert with_them.replaced["rotary embedding"] == without.replaced["rotary embedding"] == 1
+    assert with_them.nodes_after == without.nodes_after
 
 
 def first_half_negated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -92,6 +92,10 @@ def apart(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor
     return torch.cat((x[..., :4], turned(x[..., 4:], cos[..., :4], sin[..., :4])), -1)
 
 
+def with_the_first_again(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    return torch.cat((turned(x[..., :4], cos[..., :4], sin[..., :4]), x[..., :4]), -1)
+
+
 def subtracted(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     return x * cos - half_turned(x) * sin
 
@@ -105,9 +109,11 @@ def test_what_stays(rewritten: Callable[..., Any], spelling: Callable[..., torch
     assert not rewritten(of_known_heads(spelling), inputs()).replaced["rotary embedding"]
 
 
-def test_the_end_of_a_head_alone_turns(rewritten: Callable[..., Any]) -> None:
-    """As a tensor of its own."""
-    assert rewritten(of_known_heads(apart), inputs()).replaced["rotary embedding"] == 1
+@pytest.mark.parametrize("spelling", [apart, with_the_first_again])
+def test_what_is_no_beginning_of_a_head_turns_by_itself(
+    rewritten: Callable[..., Any], spelling: Callable[..., torch.Tensor]
+) -> None:
+    assert rewritten(of_known_heads(spelling), inputs()).replaced["rotary embedding"] == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
