@@ -73,7 +73,7 @@ def device(triton_device: str, monkeypatch: pytest.MonkeyPatch) -> str:
     if triton_device == "cpu":
         monkeypatch.setattr(gpu, "triton_refusal", lambda device, dtype: None)
         monkeypatch.setattr(cuda_linear, "SMALL_ROWS", 64)
-        monkeypatch.setattr(passes, "PASSES", tuple(one for one in passes.PASSES if one is not cpu_attention.apply))
+        monkeypatch.setattr(passes, "STAGES", tuple(one for one in passes.STAGES if one is not cpu_attention.apply))
     return triton_device
 
 

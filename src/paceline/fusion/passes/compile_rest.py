@@ -1,5 +1,5 @@
-"""What no pass has replaced goes to torch.compile, where the caller asks for it: rotary embeddings, masks, gates, a
-hand-written model's own arithmetic become a few kernels.
+"""What no pass has replaced goes to torch.compile, where the caller asks for it: rotary embeddings of other forms,
+masks, gates, a hand-written model's own arithmetic become a few kernels.
 
 Nodes run in waves: all of torch's own that can run together, then what needs those, and so on. The first are a part,
 compiled as one function; so there are no cycles between parts, and as few parts as can be. Views belong to no part:
