@@ -26,6 +26,7 @@ ALIASES = {
     "scaled_dot_product_attention": "sdpa",
     "swapaxes": "transpose",
     "swapdims": "transpose",
+    "__abs__": "abs",  # what Dynamo makes of abs(), of torch 2.11
 }
 OPERATORS = {"_operator", "operator", "builtins"}
 

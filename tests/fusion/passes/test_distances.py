@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import fx
 
+from paceline.fusion.graph import name_of
 from paceline.fusion.options import Options
 from paceline.fusion.passes.distances import taken_apart
 from paceline.fusion.report import GraphReport
@@ -39,6 +40,13 @@ def found_in(condition: Condition) -> tuple[torch.Tensor, tuple[torch.Tensor | N
     if found is None:
         return mask, None
     return mask, (None if found[0] is None else found[0].meta["example_value"], found[1])
+
+
+def test_the_size_of_a_distance_in_two_words() -> None:
+    """Dynamo writes abs() as a function, and of torch 2.11 as a method."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    assert name_of(graph.call_function(abs, (x,))) == name_of(graph.call_method("__abs__", (x,))) == "abs"
 
 
 def near(q: torch.Tensor, k: torch.Tensor, size: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from paceline.fusion.cpu_heads import attend_joined, attend_joined_packed
-from paceline.fusion.dynamo import parameter_of
+from paceline.fusion.dynamo import likely_size, parameter_of
 from paceline.fusion.gpu_linear import product_norm, sum_norm
 from paceline.fusion.graph import argument, call, fake, is_op, name_of, rank_of, same_size, shape_of
 from paceline.fusion.heads import attend, attend_by_kernel, attend_packed, attend_packed_by_kernel
@@ -101,7 +101,7 @@ def _is_self_attention(node: fx.Node, mask: fx.Node) -> bool:
         return False
     first, *others = (shape[:2] for shape in shapes if shape is not None)
     same = all(same_size(a, b) for other in others for a, b in zip(first, other, strict=True))
-    return same and [_hint(size) for size in first] == [_hint(size) for size in expected]
+    return same and list(map(likely_size, first)) == list(map(likely_size, expected))
 
 
 def _may_be_tried(node: fx.Node, mask: fx.Node) -> bool:
@@ -124,10 +124,6 @@ def _inputs_of(node: fx.Node) -> set[fx.Node]:
 
 def _tokens_of_attention(node: fx.Node) -> tuple[Any, ...]:
     return node.args[: OF_PACKED[node.target][1]]
-
-
-def _hint(size: Any) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def _region(
