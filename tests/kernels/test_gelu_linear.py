@@ -62,6 +62,12 @@ def test_the_polynomial_everywhere(device):
     assert ((found - exact).abs() - exact.abs() * (2**-11 + 1e-5)).max() < 5e-5
 
 
+def test_what_is_no_number_stays_none(device):
+    x, weight, bias = given(3, 16, 24, device)
+    x[1, 5] = torch.nan
+    assert gelu_linear(x, weight, bias).isnan().all(dim=1).tolist() == [False, True, False]
+
+
 def test_rows_a_stride_apart(device):
     x, weight, bias = given(5, 16, 64, device)
     wide = torch.cat((torch.full_like(x, torch.nan), x), dim=1)

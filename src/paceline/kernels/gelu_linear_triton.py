@@ -15,7 +15,7 @@ def short_gelu(x):
     """x Phi(x) with an error of 5e-5 at most, or 1e-5 of its size: Phi - 1/2 as an odd polynomial of degree 19 on
     -4.5 .. 4.5, which stays what it is outside. Multiplications and additions alone: with an erf to float32's digits
     4,096 rows of BERT-base's take 51 us for 41."""
-    x = tl.maximum(x, -4.5)
+    x = tl.maximum(x, -4.5, propagate_nan=tl.PropagateNan.ALL)
     z = tl.minimum(x, 4.5)
     s = z * z
     p = 1.1499234820532269e-10 + s * -8.422554842414926e-13
