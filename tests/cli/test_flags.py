@@ -68,8 +68,8 @@ FLAGS = {
         --uvicorn-log-level
     """,
     "optimize": """
-        --against --bench --debug --device --dtype --help --json --level --plot --quantize --rounds --shape
-        --threads
+        --against --bench --compile-rest --debug --device --dtype --help --json --level --plot --quantize --rounds
+        --shape --threads
     """,
     "tune": "--debug --device --dtype --help --out --quantize --quiet --rows",
     "plan": """
