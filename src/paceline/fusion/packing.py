@@ -26,11 +26,9 @@ class Packed:
 
 def count_tokens(mask_BS: torch.Tensor) -> int:
     """How many rows packed tensors have: all only where nothing is padding. The host waits for the mask."""
-    if mask_BS.device.type != "cuda":
-        return padding.count_places_ref(mask_BS)
-    kernels = gpu.triton_refusal(mask_BS.device, mask_BS.dtype) is None
-    tokens, all_rows = (padding.count_places if kernels else padding.count_places_ref)(mask_BS), mask_BS.numel()
-    if tokens == all_rows:
+    runs = gpu.triton_refusal(mask_BS.device, mask_BS.dtype) is None
+    tokens, all_rows = (padding.count_places if runs else padding.count_places_ref)(mask_BS), mask_BS.numel()
+    if mask_BS.device.type != "cuda" or tokens == all_rows:
         return tokens
     return min(-(-tokens // STEP) * STEP, all_rows - 1)
 

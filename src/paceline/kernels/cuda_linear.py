@@ -100,9 +100,9 @@ def _by_cublas(x_TK: torch.Tensor, planes: Planes, epilogue: Epilogue) -> torch.
         assert epilogue.residual_TN is not None
         return torch.addmm(epilogue.residual_TN, x_TK, weight_NK.t())
     alone = not epilogue.gated and epilogue.residual_TN is None
-    if activation == "gelu" and alone and gelu_refusal(x_TK, weight_NK) is None:
+    if alone and activation == "gelu" and gelu_refusal(x_TK, weight_NK) is None:
         return gelu_linear(x_TK, weight_NK, bias)
-    if _inside_cublas(x_TK, epilogue):
+    if alone and _inside_cublas(x_TK, epilogue):
         assert bias is not None
         y_TN: torch.Tensor = torch._addmm_activation(bias, x_TK, weight_NK.t(), use_gelu=activation == "gelu_tanh")
         return y_TN
@@ -110,13 +110,11 @@ def _by_cublas(x_TK: torch.Tensor, planes: Planes, epilogue: Epilogue) -> torch.
 
 
 def _inside_cublas(x_TK: torch.Tensor, epilogue: Epilogue) -> bool:
-    """Whether cuBLAS has such an epilogue. Its GELU is that by tanh, for 16 bits; a CPU's, under the same name, is that
-    by erf."""
+    """Whether cuBLAS has such a bias and activation. Its GELU is that by tanh, for 16 bits; a CPU's, under the same
+    name, is that by erf."""
     return (
         epilogue.activation in ("relu", "gelu_tanh")
         and epilogue.bias_N is not None
-        and not epilogue.gated
-        and epilogue.residual_TN is None
         and x_TK.is_cuda
         and x_TK.dtype != torch.float32
         and hasattr(torch, "_addmm_activation")  # private

@@ -201,7 +201,6 @@ def _launch(
     B, S, L, tiles = sizes
     dependent = gpu(q_BSHD.device).dependent
     scanned = mask_BL is not None and launch.keys_a_tile < L <= MOST_SCANNED
-    bias_kind = "none" if bias_BHSL is None else "mask" if bias_BHSL.dtype == torch.bool else "added"
     flash_kernel[(heads, tiles)](
         *tensors,
         out_BSHD,
@@ -219,11 +218,10 @@ def _launch(
         *q_BSHD.stride()[:3],
         *k_BLKD.stride()[:3],
         *v_BLKD.stride()[:3],
-        *((0, 0) if mask_BL is None else mask_BL.stride()),
-        *((0, 0, 0, 0) if bias_BHSL is None else bias_strides(bias_BHSL)),
+        *mask_strides(mask_BL, bias_BHSL),
         CAUSAL=keys.causal,
         WINDOW=-1 if keys.window is None else keys.window,
-        BIAS=bias_kind,
+        BIAS=bias_kind(bias_BHSL),
         SCAN=triton.next_power_of_2(L) if scanned else 0,
         B_TILE=0 if starts_B is None else max(SEQUENCES, triton.next_power_of_2(B)),
         GROUP=heads // k_BLKD.shape[2],
@@ -238,9 +236,19 @@ def _launch(
     )
 
 
-def bias_strides(bias_BHSL: torch.Tensor) -> list[int]:
-    """0 along a dimension of 1, which the longest sequence may exceed."""
-    return [0 if size == 1 else stride for size, stride in zip(bias_BHSL.shape, bias_BHSL.stride(), strict=True)]
+def bias_kind(bias_BHSL: torch.Tensor | None) -> str:
+    """What the kernels do with a bias: BIAS of theirs."""
+    return "none" if bias_BHSL is None else "mask" if bias_BHSL.dtype == torch.bool else "added"
+
+
+def mask_strides(mask_BL: torch.Tensor | None, bias_BHSL: torch.Tensor | None) -> list[int]:
+    """Of a mask's two dimensions and a bias's four; 0 where there is none, and along a bias's dimension of 1, which the
+    longest sequence may exceed."""
+    strides = [0, 0] if mask_BL is None else list(mask_BL.stride())
+    if bias_BHSL is None:
+        return [*strides, 0, 0, 0, 0]
+    sizes = zip(bias_BHSL.shape, bias_BHSL.stride(), strict=True)
+    return strides + [0 if size == 1 else stride for size, stride in sizes]
 
 
 def flash_attention_ref(

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import torch
 
-from paceline.kernels.flash_attention import bias_strides
+from paceline.kernels.flash_attention import bias_kind, mask_strides
 from paceline.kernels.gpu import as_bytes, gpu, launch_options
 
 MOST_ROWS = 8  # X: with more, the matrix unit is worth its 16 rows
@@ -34,14 +34,19 @@ MOST_SPLITS = 64
 
 def rows_refusal(q_BSHD: torch.Tensor, k_BLKD: torch.Tensor) -> str | None:
     """Why split_attention cannot take what kernels/flash_attention.py takes; None when it can."""
-    rows = q_BSHD.shape[1] * (q_BSHD.shape[2] // k_BLKD.shape[2])
+    rows = _rows(q_BSHD, k_BLKD)
     return None if rows <= MOST_ROWS else f"{rows} queries share a key head, and the kernel takes {MOST_ROWS}"
 
 
 def splitting_pays(q_BSHD: torch.Tensor, k_BLKD: torch.Tensor) -> bool:
     """Whether this is faster than kernels/flash_attention.py's kernel, of queries that it takes."""
-    programs, rows = k_BLKD.shape[0] * k_BLKD.shape[2], q_BSHD.shape[1] * q_BSHD.shape[2] // k_BLKD.shape[2]
-    return q_BSHD.element_size() == 4 or rows == 1 or 2 * programs <= gpu(q_BSHD.device).processors
+    programs = k_BLKD.shape[0] * k_BLKD.shape[2]
+    return q_BSHD.element_size() == 4 or _rows(q_BSHD, k_BLKD) == 1 or 2 * programs <= gpu(q_BSHD.device).processors
+
+
+def _rows(q_BSHD: torch.Tensor, k_BLKD: torch.Tensor) -> int:
+    """The queries that share a key head."""
+    return q_BSHD.shape[1] * (q_BSHD.shape[2] // k_BLKD.shape[2])
 
 
 def split_attention(
@@ -71,7 +76,8 @@ def split_attention(
     if out_BSHD.numel() == 0:
         return out_BSHD
     chip = gpu(q_BSHD.device)
-    dim, rows = next_power_of_2(D), next_power_of_2(S * H // K)
+    sharing = _rows(q_BSHD, k_BLKD)
+    dim, rows = next_power_of_2(D), next_power_of_2(sharing)
     tile = max(1, TILE // (dim * rows))
     if splits is None:
         splits = max(1, min(MOST_SPLITS, PROGRAMS * chip.processors // (B * K)))
@@ -83,8 +89,15 @@ def split_attention(
         mask_BL = mask_BL.expand(B, L)
     if bias_BHSL is not None:
         bias_BHSL = bias_BHSL.expand(B, H, S, L)
-    kind = "none" if bias_BHSL is None else "mask" if bias_BHSL.dtype == torch.bool else "added"
-    shape = {"BIAS": kind, "KV_HEADS": K, "GROUP": H // K, "QUERIES": S, "X": rows, "D": D, "D_TILE": dim}
+    shape = {
+        "BIAS": bias_kind(bias_BHSL),
+        "KV_HEADS": K,
+        "GROUP": H // K,
+        "QUERIES": S,
+        "X": rows,
+        "D": D,
+        "D_TILE": dim,
+    }
     dependent = {"DEPENDENT": chip.dependent, **launch_options(chip.dependent)}
     split_kernel[(B * K, splits)](
         q_BSHD,
@@ -100,8 +113,7 @@ def split_attention(
         *q_BSHD.stride()[:3],
         *k_BLKD.stride()[:3],
         *v_BLKD.stride()[:3],
-        *((0, 0) if mask_BL is None else mask_BL.stride()),
-        *((0, 0, 0, 0) if bias_BHSL is None else bias_strides(bias_BHSL)),
+        *mask_strides(mask_BL, bias_BHSL),
         N=tile,
         STAGES=3,
         num_warps=4,
@@ -109,7 +121,7 @@ def split_attention(
         **dependent,
     )
     if parts is not None:
-        merge_kernel[(B * K, S * H // K)](
+        merge_kernel[(B * K, sharing)](
             parts, out_BSHD, splits, SPLITS=next_power_of_2(splits), num_warps=4, **shape, **dependent
         )
     return out_BSHD

@@ -27,7 +27,7 @@ def beam_search(
     prompt = length = prompt_RP.shape[1]
     rules = rules_of(request, prompt)
     divisors_N = divisors_of(rules, prompt_RP.device)
-    before = search = begin(rules, request, prompt_RP)
+    search = begin(rules, request, prompt_RP)
     history = History(request)
     stop = StopFlag(late=request.may_run_on)
     rows_RP = prompt_RP

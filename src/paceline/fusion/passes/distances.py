@@ -10,11 +10,9 @@ import torch
 from torch import fx
 
 from paceline.fusion.graph import dtype_of, is_op, operands, same_size, shape_of
-from paceline.fusion.passes.masks import always_true, counts
+from paceline.fusion.passes.masks import ANDS, always_true, counts
 from paceline.fusion.rewrite import Rewrite
 from paceline.kernels.flash_attention import Keys
-
-ANDS = ("and_", "bitwise_and", "logical_and")
 
 
 def taken_apart(rewrite: Rewrite, mask: Any) -> tuple[fx.Node | None, Keys] | None:

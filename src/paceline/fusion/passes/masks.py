@@ -27,6 +27,7 @@ from paceline.fusion.graph import (
 from paceline.fusion.passes.attention import bias_of
 from paceline.fusion.rewrite import Rewrite
 
+ANDS = ("and_", "bitwise_and", "logical_and")
 SAME_VALUES = ("to", "bool", "contiguous", "clone", "detach")
 SAME_SET = (*SAME_VALUES, "getitem", "unsqueeze", "expand", "view", "reshape", "long", "int")
 
@@ -71,7 +72,7 @@ def _smallest(rewrite: Rewrite, node: Any, made: dict[fx.Node, fx.Node]) -> Any:
         return view
     if is_op(node, "expand") or (is_op(node, *SAME_VALUES) and dtype_of(node) == dtype_of(node.args[0])):
         return _smallest(rewrite, node.args[0], made)
-    if is_op(node, "and_", "bitwise_and", "logical_and") and dtype_of(node) == torch.bool:
+    if is_op(node, *ANDS) and dtype_of(node) == torch.bool:
         pair = node.args[:2]
         for one, other in (pair, pair[::-1]):
             if isinstance(other, fx.Node) and always_true(one):
@@ -130,7 +131,7 @@ def always_true(node: Any) -> bool:
         return True
     if is_op(node, *SAME_SET):
         return always_true(node.args[0])
-    if is_op(node, "and_", "bitwise_and", "logical_and"):
+    if is_op(node, *ANDS):
         return all(always_true(arg) for arg in node.args[:2])
     if is_op(node, "ge"):
         return bool(node.args[1] == 0) and _not_negative(node.args[0])
